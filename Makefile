@@ -1,0 +1,34 @@
+# Two commands, each complete on a fresh machine:  make demo  and  make test
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+SEED ?= 1100007
+PROMPT ?= a photo of a smiling person in a red shirt in a garden
+
+.PHONY: demo test format clean
+.DEFAULT_GOAL := demo
+
+$(INSTALLED): pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	@echo "Installing into .venv (a few minutes the first time) ..."
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	@touch $@
+
+# A portrait of somebody whom the model has never seen, then four new pictures of the same person.
+demo: $(INSTALLED)
+	$(BIN)/face-fusion avatars --out demo --portrait $(SEED)
+	$(BIN)/face-fusion generate --face demo/reference.png --prompt "$(PROMPT)" --num-images 4 --seed 0 --out demo
+	@echo "Look at demo/contact_sheet.png: reference | without Face Fusion | with Face Fusion"
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv demo build dist *.egg-info

@@ -1,0 +1,28 @@
+"""Avatars: a world of rendered portraits with exact identities, scenes, captions and geometry."""
+
+from .caption import caption
+from .identity import GENES, SPLITS, Identity, sample_identity, split_of, traits
+from .render import FAR, Rendered, render
+from .scene import BACKGROUNDS, CLOTHINGS, EXPRESSIONS, STYLES, Light, Person, Scene, sample_scene
+
+
+__all__ = [
+    "BACKGROUNDS",
+    "CLOTHINGS",
+    "EXPRESSIONS",
+    "FAR",
+    "GENES",
+    "SPLITS",
+    "STYLES",
+    "Identity",
+    "Light",
+    "Person",
+    "Rendered",
+    "Scene",
+    "caption",
+    "render",
+    "sample_identity",
+    "sample_scene",
+    "split_of",
+    "traits",
+]

@@ -1,0 +1,147 @@
+"""Avatar data sets on disk, in the Hugging Face ImageFolder form: `images/*.png` and `metadata.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from .caption import caption
+from .identity import SPLITS
+from .render import Rendered, render
+from .scene import Scene, sample_scene
+
+
+_CHUNK = 100  # pictures that one worker renders and writes at a time
+
+
+def plan(split: str, index: int, per_identity: int) -> Scene:
+    """Picture `index` of a split: which people, in which scene; a pure function of its arguments.
+
+    Out of every ten pictures seven are single portraits, two show two people, one shows three. Single portraits walk
+    through the split's identities, `per_identity` in a row for each, so that every person has several pictures.
+    """
+    seeds = SPLITS[split]
+    rng = random.Random(f"plan {split} {index}")
+    scene_seed = seeds.start * 10 + index
+    tens, ones = divmod(index, 10)
+    if ones < 7:
+        people = [seeds[(tens * 7 + ones) // per_identity % len(seeds)]]
+    else:
+        people = rng.sample(seeds, 2 if ones < 9 else 3)
+    return sample_scene(scene_seed, people)
+
+
+def describe(scene: Scene, rendered: Rendered, row: int) -> dict[str, Any]:
+    """The metadata of one picture, ready for JSON: caption, who, how, and where the faces are (pixels, XYXY)."""
+    people = scene.people
+
+    def rounded(values: torch.Tensor) -> list[Any]:
+        return (values * 100).round().div(100).tolist()
+
+    return {
+        "text": caption(scene),
+        "seed": scene.seed,
+        "people": len(people),
+        "identities": [p.identity.seed for p in people],
+        "identity_vectors": [rounded(p.identity.vector) for p in people],
+        "expression": people[0].expression,
+        "expressions": [p.expression for p in people],
+        "clothing": people[0].clothing,
+        "clothings": [p.clothing for p in people],
+        "background": scene.background,
+        "style": scene.style,
+        "yaw": round(people[0].yaw, 2),
+        "boxes": rounded(rendered.boxes[row]),
+        "landmarks5": rounded(rendered.landmarks5[row]),
+        "landmarks68": rounded(rendered.landmarks68[row]),
+    }
+
+
+def _write_chunk(task: tuple[str, str, int, int, int, int, bool]) -> int:
+    folder, split, first, last, size, per_identity, depth = task
+    torch.set_num_threads(1)
+    target = Path(folder) / "parts" / f"{first:07d}.jsonl"
+    scenes = [plan(split, index, per_identity) for index in range(first, last)]
+    rows = []
+    for start in range(0, len(scenes), 20):
+        batch = scenes[start : start + 20]
+        rendered = render(batch, size)
+        pixels = (rendered.images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        for k, scene in enumerate(batch):
+            name = f"{first + start + k:07d}.png"
+            Image.fromarray(pixels[k]).save(Path(folder) / "images" / name, compress_level=3)
+            row: dict[str, Any] = {"file_name": f"images/{name}", **describe(scene, rendered, k)}
+            if depth:
+                metres = ((rendered.depth[k] + 2) / 4 * 65535).clamp(0, 65535).round().to(torch.int32).numpy()
+                Image.fromarray(metres.astype("uint16")).save(Path(folder) / "depth" / name)
+                labels = (rendered.masks[k].float() * torch.tensor((1.0, 2.0, 3.0)).view(3, 1, 1)).amax(0)
+                Image.fromarray(labels.byte().numpy()).save(Path(folder) / "masks" / name)
+                row |= {"depth_file_name": f"depth/{name}", "mask_file_name": f"masks/{name}"}
+            rows.append(json.dumps(row))
+    # The part file appears only when all its pictures are on disk: it is what resuming trusts.
+    partial = target.with_suffix(".tmp")
+    partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    partial.replace(target)
+    return last - first
+
+
+def write(
+    out: Path,
+    split: str,
+    count: int,
+    size: int = 128,
+    per_identity: int = 5,
+    workers: int = 1,
+    depth: bool = False,
+    progress: bool = True,
+) -> int:
+    """Write `count` pictures of a split to `out`; what an earlier run has finished is kept. Returns pictures written.
+
+    With `depth`, also 16-bit depth maps (0 is the background plane at -2, 65535 is +2 image units towards the viewer)
+    and instance label maps. Raises ValueError for an unknown split or for a folder of other settings.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    settings = {"split": split, "size": size, "per_identity": per_identity, "depth": depth}
+    stamp = out / "settings.json"
+    if stamp.exists() and (found := json.loads(stamp.read_text())) != settings:
+        raise ValueError(f"{out} was begun with {found}, not {settings}: choose another folder")
+    for name in ("images", "parts", *(("depth", "masks") if depth else ())):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    stamp.write_text(json.dumps(settings))
+    tasks = [
+        (str(out), split, first, min(first + _CHUNK, count), size, per_identity, depth)
+        for first in range(0, count, _CHUNK)
+        if not _finished(out / "parts" / f"{first:07d}.jsonl", min(_CHUNK, count - first))
+    ]
+    written = 0
+    with tqdm(total=sum(t[3] - t[2] for t in tasks), unit="img", disable=not progress) as bar:
+        for number in _run(tasks, workers):
+            written += number
+            bar.update(number)
+    parts = (out / "parts" / f"{first:07d}.jsonl" for first in range(0, count, _CHUNK))
+    whole = out / "metadata.tmp"
+    whole.write_text("".join(part.read_text(encoding="utf-8") for part in parts), encoding="utf-8")
+    whole.replace(out / "metadata.jsonl")
+    return written
+
+
+def _finished(part: Path, rows: int) -> bool:
+    return part.exists() and part.read_text(encoding="utf-8").count("\n") == rows
+
+
+def _run(tasks: list[Any], workers: int) -> Iterator[int]:
+    if workers <= 1:
+        yield from map(_write_chunk, tasks)
+        return
+    # Spawned, not forked: a forked child of a process that has used torch's threads may hang.
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap_unordered(_write_chunk, tasks)

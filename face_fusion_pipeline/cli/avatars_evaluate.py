@@ -1,0 +1,188 @@
+"""`face-fusion avatars-evaluate`: the figures of the avatar world, its model and Face Fusion on it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from ..evaluation.generation import Settings
+    from ..evaluation.scoring import Panel
+    from ..face_detectors import FaceDetector
+
+HELP = "measure avatars, the avatar model and Face Fusion on it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Measure on people and prompts that no training saw. Every table is also written as JSON."
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    table = actions.add_parser("table", help="likeness and obedience: no face, training-free, trained Face Fusion")
+    _add_generation(table)
+    table.add_argument("--methods", nargs="+", choices=("none", "training-free", "adapter"), metavar="METHOD",
+                       help="none, training-free, adapter (default: all that the model allows)")  # fmt: skip
+    table.add_argument("--identities", type=_positive, default=50, help="test people (default: 50)")
+    table.add_argument("--prompts", type=_positive, default=4, help="prompts for each of them (default: 4)")
+    table.add_argument("--adapter", help="adapter file or folder (default: the one beside the model, if any)")
+    table.add_argument("--scale", type=float, default=1.0, help="face scale of the adapter (default: 1)")
+    table.add_argument("--training-free-scale", type=float, default=1.0, help="scale without adapter (default: 1)")
+
+    model = actions.add_parser("model", help="VAE reconstruction and prompt obedience of the avatar model")
+    _add_generation(model)
+    model.add_argument("--prompts", type=_positive, default=200, help="unseen prompts (default: 200)")
+
+    recognition = actions.add_parser("recognition", help="do tools made for photographs accept avatars?")
+    _add_judges(recognition)
+    recognition.add_argument("--identities", type=_positive, default=100, help="test people (default: 100)")
+    recognition.add_argument("--portraits", type=_positive, default=4, help="portraits of each (default: 4)")
+    recognition.add_argument("--seed", type=int, default=0)
+
+    train = actions.add_parser("train-judges", help="train the classifiers and the recogniser that measure avatars")
+    train.add_argument("--data", type=Path, required=True, help="dataset folder with train and validation")
+    train.add_argument("--out", type=Path, required=True, help="folder for the judges")
+    train.add_argument("--steps", type=_positive, default=1200, help="batches (default: 1200)")
+    train.add_argument("--limit", type=_positive, default=20000, help="images to use at most (default: 20000)")
+    train.add_argument("--seed", type=int, default=0)
+
+    for action in (table, model, recognition, train):
+        action.add_argument("--threads", type=_positive, help="CPU threads of torch (default: torch decides)")
+        action.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    actions = {"table": _table, "model": _model, "recognition": _recognition, "train-judges": _train}
+    result, text = actions[args.action](args)
+    print(json.dumps(result, indent=1) if args.json else text)
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="diffusers folder (default: the embedded avatar model)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for images and tables; a stopped run goes on")
+    parser.add_argument("--steps", type=_positive, default=25, help="denoising steps (default: 25)")
+    parser.add_argument("--guidance-scale", type=float, default=4.0, help="classifier-free guidance (default: 4)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=_positive, default=4, help="prompts denoised together (default: 4)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--training-data", type=Path, metavar="DIR", help="dataset whose captions are not to be asked")
+    parser.add_argument("--judges", type=Path, help="folder of judges (default: those in the package)")
+    _add_judges(parser)
+
+
+def _add_judges(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recognisers", type=Path, metavar="DIR", help="folder of face recognisers as .onnx files")
+    parser.add_argument("--recogniser", action="append", default=[], metavar="NAME=FILE.onnx[:PREPROCESSING]",
+                        help="one recogniser; preprocessing: arcface (default), imagenet or raw")  # fmt: skip
+    parser.add_argument(
+        "--detector", type=Path, metavar="FILE", help="YuNet file (default: $FACE_FUSION_YUNET or cache)"
+    )
+
+
+def _detector(args: argparse.Namespace) -> FaceDetector | None:
+    """YuNet if its model is at hand, also among the recognisers; else none."""
+    from ..face_detectors import YuNetDetector, find_yunet
+
+    beside = sorted(args.recognisers.glob("*yunet*.onnx")) if args.recognisers else []
+    path = args.detector or find_yunet() or (beside[0] if beside else None)
+    return None if path is None else YuNetDetector(path)
+
+
+def _panel(args: argparse.Namespace) -> Panel:
+    from ..evaluation.judges import SHIPPED, load_judges
+    from ..evaluation.recognisers import load_recognisers
+    from ..evaluation.scoring import Panel
+
+    recognisers = load_recognisers(args.recogniser, args.recognisers)
+    return Panel(load_judges(args.judges or SHIPPED), recognisers, _detector(args))
+
+
+def _settings(args: argparse.Namespace, **more: Any) -> Settings:
+    from ..evaluation.generation import Settings
+
+    model = args.model or str(Path(__file__).parents[1] / "embedded")
+    common = {"steps": args.steps, "guidance_scale": args.guidance_scale, "seed": args.seed, "batch": args.batch}
+    return Settings(model=model, **common, **more)
+
+
+def _training_captions(data: Path | None) -> set[str]:
+    """Captions of the training split; FaceFusionError if there is none."""
+    from ..face_errors import FaceFusionError
+
+    if data is None:
+        return set()
+    path = data / "train" / "metadata.jsonl"
+    if not path.is_file():
+        raise FaceFusionError(f"--training-data: no {path}")
+    return {json.loads(line)["text"] for line in path.read_text().splitlines() if line.strip()}
+
+
+def _table(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..evaluation.avatar_table import as_markdown, compare
+    from ..evaluation.generation import METHODS, load_pipeline
+    from ..evaluation.trials import plan_trials
+    from ..face_adapter import ADAPTER_WEIGHTS_NAME
+    from ..face_errors import FaceFusionError
+
+    model = Path(_settings(args).model)
+    beside = str(model) if (model / ADAPTER_WEIGHTS_NAME).is_file() else None
+    adapter = args.adapter or beside
+    methods = args.methods or [method for method in METHODS if method != "adapter" or adapter]
+    if "adapter" in methods and adapter is None:
+        raise FaceFusionError(f"--methods adapter: no adapter in {model}, name one with --adapter")
+    settings = _settings(args, adapter=adapter, face_scale=args.scale, training_free_scale=args.training_free_scale)
+    exclude = _training_captions(args.training_data)
+    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
+    panel = _panel(args)
+    result = compare(load_pipeline(settings, device=args.device), trials, methods, panel, settings, args.out)
+    return result, as_markdown(result, panel.names)
+
+
+def _model(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..evaluation.generation import load_pipeline
+    from ..evaluation.model_quality import as_markdown, measure_model, quality_trials
+
+    settings = _settings(args)
+    trials = quality_trials(args.prompts, seed=args.seed, exclude=_training_captions(args.training_data))
+    panel = _panel(args)
+    result = measure_model(load_pipeline(settings, device=args.device), trials, panel, settings, args.out)
+    return result, as_markdown(result)
+
+
+def _recognition(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..evaluation.recognisers import load_recognisers
+    from ..evaluation.recognition import measure_recognition
+    from ..evaluation.reports import markdown_table
+
+    recognisers = load_recognisers(args.recogniser, args.recognisers)
+    result = measure_recognition(
+        recognisers, _detector(args), identities=args.identities, portraits=args.portraits, seed=args.seed
+    )
+    detected = result.get("auc_detected", {})
+    rows = [[f"{name}: AUC", auc, detected.get(name)] for name, auc in result["auc"].items()]
+    for figure in ("found", "iou_above_half", "mean_iou") if "detector" in result else ():
+        rows.append([f"{result['detector']['name']}: {figure.replace('_', ' ')}", None, result["detector"][figure]])
+    return result, markdown_table(["figure", "true landmarks", "detected landmarks"], rows)
+
+
+def _train(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..evaluation.judge_training import train_judges
+    from ..evaluation.reports import markdown_table
+
+    result = train_judges(args.data, args.out, steps=args.steps, limit=args.limit, seed=args.seed)
+    rows = [[f"{trait} right", value] for trait, value in result["accuracy"].items()]
+    rows += [["landmark error, pixels", result["landmark_error_pixels"]], ["recogniser AUC", result["recogniser_auc"]]]
+    return result, markdown_table(["judges on held-out people", "value"], rows)

@@ -1,0 +1,128 @@
+"""`face-fusion avatars-train`: train one part of the avatar Stable Diffusion, or the Face Fusion adapter on it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..training.data import AvatarImages
+    from ..training.loop import LoopOptions, Task
+    from ..training.presets import Preset
+
+HELP = "train a part of the avatar model: vae, clip, unet or adapter"
+STAGES = ("vae", "clip", "unet", "adapter")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train one part and write it into a diffusers folder. Order: vae, clip, unet, adapter. A run that was killed "
+        "goes on from its last checkpoint when the same command is given again."
+    )
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--data", type=Path, required=True, help="dataset with train/ and validation/")
+    parser.add_argument("--out", type=Path, required=True, help="model folder; logs go to its logs/")
+    parser.add_argument("--preset", choices=("cpu", "gpu"), default="cpu", help="sizes and options (default: cpu)")
+    parser.add_argument("--images", type=int, help="use only the first so many training images")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch decides)")
+    parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on from a checkpoint if any")
+    parser.add_argument("--continue-from", type=Path, metavar="MODEL", help="start from the weights of this folder")
+    parser.add_argument("--export-only", action="store_true", help="write the last checkpoint into --out, no training")
+
+    length = parser.add_argument_group("training; what is not given comes from the preset")
+    length.add_argument("--steps", type=int)
+    length.add_argument("--minutes", type=float, help="limit by time; the learning rate decays with the elapsed part")
+    length.add_argument("--batch-size", type=int)
+    length.add_argument("--lr", type=float)
+    length.add_argument("--warmup", type=int, help="steps")
+    length.add_argument("--schedule", choices=("cosine", "linear"))
+    length.add_argument("--weight-decay", type=float)
+    length.add_argument("--ema-decay", type=float)
+    length.add_argument("--seed", type=int)
+    length.add_argument("--precision", choices=("no", "bf16", "fp16"))
+    length.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the training step")
+    length.add_argument("--checkpoint-minutes", type=float)
+    length.add_argument("--sample-minutes", type=float)
+
+    length.add_argument("--face-loss-weight", type=float, default=3.0, help="unet, adapter: loss weight in face boxes")
+
+    vae = parser.add_argument_group("vae")
+    vae.add_argument("--decoder-only", action="store_true", help="train the decoder on, latents stay as they are")
+
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--init", choices=("attn1", "zero_v", "xavier"), default="attn1")
+    adapter.add_argument("--reference-timestep", type=int, default=0, help="noise level of the reference pass")
+    adapter.add_argument(
+        "--token-count-bias",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="train with log(text tokens / face tokens) on the face logits",
+    )
+    adapter.add_argument("--adapter-out", type=Path, help="file (default: OUT/face_fusion_adapter.safetensors)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..training.data import load_avatars
+    from ..training.loop import train
+    from ..training.presets import PRESETS
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed or 0)  # the initial weights
+    preset = PRESETS[args.stage][args.preset]
+    options = loop_options(preset.loop, args)
+    data = load_avatars(args.data, "train", args.images)
+    validation = load_avatars(args.data, "validation")
+    task = create_task(args, preset, data, validation)
+    record = train(task, options, args.out, export_only=args.export_only)
+    print(f"{args.stage}: {record['steps']} steps in {record['seconds'] / 60:.1f} minutes, written to {args.out}")
+    return 0
+
+
+def loop_options(defaults: LoopOptions, args: argparse.Namespace) -> LoopOptions:
+    """The preset's options with those that were given on the command line; --minutes alone lifts the step limit."""
+    given = {f.name: getattr(args, f.name, None) for f in fields(defaults)}
+    options = replace(defaults, **{name: value for name, value in given.items() if value is not None})
+    return replace(options, steps=None) if args.minutes is not None and args.steps is None else options
+
+
+def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, validation: AvatarImages) -> Task:
+    """The networks of the stage, new or from `--continue-from`, as a task."""
+    source: Path | None = args.continue_from
+    if args.stage == "vae":
+        from diffusers import AutoencoderTiny
+
+        from ..training.vae import VaeTask, create_vae
+
+        if args.decoder_only:
+            source = source or args.out
+        vae = AutoencoderTiny.from_pretrained(source / "vae") if source else create_vae(**preset.network)
+        return VaeTask(vae, data, validation, decoder_only=args.decoder_only)
+    if args.stage == "clip":
+        from ..training.clip import ClipTask, create_clip, load_clip
+        from ..training.tokenizer import load_tokenizer, train_tokenizer
+
+        tokenizer = load_tokenizer(source) if source else train_tokenizer(data.captions)
+        clip = load_clip(source) if source else create_clip(tokenizer, data.pixels.shape[-1], **preset.network)
+        return ClipTask(clip, tokenizer, data, validation)
+    if args.stage == "unet":
+        from ..training.unet import UnetTask, create_unet, load_frozen, load_unet
+
+        frozen = load_frozen(args.out)
+        unet = load_unet(source) if source else create_unet(frozen, data.pixels.shape[-1], **preset.network)
+        return UnetTask(unet, frozen, data, validation, args.face_loss_weight)
+    from ..training.adapter import AdapterOptions, AdapterTask
+    from ..training.unet import load_frozen, load_unet
+
+    adapter_options = AdapterOptions(
+        init=args.init,
+        reference_timestep=args.reference_timestep,
+        token_count_bias=args.token_count_bias,
+        face_loss_weight=args.face_loss_weight,
+        file=args.adapter_out,
+    )
+    return AdapterTask(load_unet(args.out), load_frozen(args.out), data, validation, adapter_options, source)

@@ -1,0 +1,56 @@
+"""Contact sheets, and PNG files that are either complete or not there."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+
+
+GAP, BAR = 8, 28  # pixels between cells, and of the bar above them that carries the labels
+SMALLEST_CELL, LARGEST_CELL = 256, 512
+
+
+def contact_sheet(columns: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+    """Labelled columns of pictures side by side, first picture on top.
+
+    Args:
+        columns: label -> pictures, of any sizes and numbers; cells are squares between 256 and 512 pixels.
+
+    Returns:
+        RGB image on white.
+    """
+    pictures = [picture for column in columns.values() for picture in column]
+    if not pictures:
+        raise ValueError("a contact sheet needs at least one picture")
+    cell = min(max(SMALLEST_CELL, *(max(picture.size) for picture in pictures)), LARGEST_CELL)
+    rows = max(len(column) for column in columns.values())
+    sheet = Image.new("RGB", (GAP + len(columns) * (cell + GAP), BAR + rows * (cell + GAP)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
+    for x, (label, column) in zip(range(GAP, sheet.width, cell + GAP), columns.items(), strict=False):
+        draw.text((x + cell / 2, BAR / 2), label, fill="black", font=font, anchor="mm")
+        for y, picture in zip(range(BAR, sheet.height, cell + GAP), column, strict=False):
+            fitted = ImageOps.contain(picture.convert("RGB"), (cell, cell), Image.Resampling.LANCZOS)
+            sheet.paste(fitted, (x + (cell - fitted.width) // 2, y + (cell - fitted.height) // 2))
+    return sheet
+
+
+def save_png(image: Image.Image, path: str | os.PathLike[str], text: Mapping[str, object] | None = None) -> Path:
+    """Write a PNG file with text chunks by renaming a finished one: a stop half-way leaves nothing behind.
+
+    Args:
+        text: keyword -> value of the text chunks; values that are None are left out.
+    """
+    path = Path(path)
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        if value is not None:
+            chunks.add_text(key, str(value))  # Pillow writes what is not Latin-1 as an international chunk
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, format="PNG", pnginfo=chunks)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

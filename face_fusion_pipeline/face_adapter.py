@@ -1,0 +1,353 @@
+"""The trainable weights W_kf, W_vf of Eq. 2: create, apply, save, load, and refuse what does not fit."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .face_attention import (
+    FaceFusionAttnProcessor,
+    FusionSwitch,
+    attention_layers,
+    installed_processors,
+    reference_log_weights,
+)
+from .face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError
+
+
+ADAPTER_WEIGHTS_NAME = "face_fusion_adapter.safetensors"
+FORMAT = "face-fusion-adapter"
+FORMAT_VERSION = 1
+PROJECTIONS = ("to_k_face", "to_v_face")
+# (text width, number of layers 320, 640 and 1280 wide, number of all layers)
+KNOWN_FAMILIES: dict[tuple[int, tuple[int, ...], int], str] = {
+    (768, (5, 5, 6), 16): "sd1",
+    (1024, (5, 5, 6), 16): "sd2",
+    (2048, (0, 10, 60), 70): "sdxl",
+}
+KeysAndValues = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """What besides shapes must agree between training and use; stored as strings in the weights file.
+
+    Attributes:
+        base_family: which UNets the weights fit, see [`base_family`].
+        reference_mode: `"clean"` (timestep 0) or `"noised"` (to `reference_timestep`).
+        reference_timestep: timestep of the reference pass, 0 for `"clean"`.
+        token_count_bias: see `face_attention.constant_bias`.
+        face_crop: side of the square face crop over the longer side of the face box.
+        resolution: side of the reference image in pixels.
+        base_fingerprint: [`fingerprint`] of the UNet trained on, for information: fine-tunes may be used.
+    """
+
+    base_family: str
+    reference_mode: str = "clean"
+    reference_timestep: int = 0
+    token_count_bias: bool = False
+    face_crop: float = 1.6
+    resolution: int = 512
+    base_fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        if self.reference_mode not in ("clean", "noised"):
+            raise AdapterMismatchError(f"reference_mode must be 'clean' or 'noised', got {self.reference_mode!r}")
+        if (self.reference_timestep > 0) != (self.reference_mode == "noised") or self.reference_timestep < 0:
+            raise AdapterMismatchError(
+                f"reference_timestep {self.reference_timestep} does not go with mode {self.reference_mode!r}; "
+                "'clean' means 0, 'noised' a positive timestep"
+            )
+
+    def to_strings(self) -> dict[str, str]:
+        """The metadata block of the weights file."""
+        values = {key: str(value) for key, value in vars(self).items()}
+        values["token_count_bias"] = str(self.token_count_bias).lower()
+        return {"format": FORMAT, "format_version": str(FORMAT_VERSION), **values}
+
+    @classmethod
+    def from_strings(cls, strings: Mapping[str, str] | None) -> "AdapterMetadata":
+        """Inverse of [`to_strings`]; raises [`AdapterMismatchError`] on another format, version or a bad value."""
+        strings = dict(strings or {})
+        if strings.get("format") != FORMAT:
+            raise AdapterMismatchError(
+                f"not a Face Fusion adapter: its metadata say format {strings.get('format')!r}, expected {FORMAT!r}"
+            )
+        if strings.get("format_version") != str(FORMAT_VERSION):
+            raise AdapterMismatchError(
+                f"adapter format version {strings.get('format_version')!r} cannot be read, only {FORMAT_VERSION}; "
+                "update face-fusion-pipeline or convert the file"
+            )
+        try:
+            return cls(
+                base_family=strings["base_family"],
+                reference_mode=strings["reference_mode"],
+                reference_timestep=int(strings["reference_timestep"]),
+                token_count_bias={"true": True, "false": False}[strings["token_count_bias"]],
+                face_crop=float(strings["face_crop"]),
+                resolution=int(strings["resolution"]),
+                base_fingerprint=strings.get("base_fingerprint", ""),
+            )
+        except KeyError as error:
+            raise AdapterMismatchError(f"adapter metadata: {error} is missing or not 'true'/'false'") from error
+        except ValueError as error:
+            if isinstance(error, FaceFusionError):
+                raise
+            raise AdapterMismatchError(f"adapter metadata: {error}") from error
+
+
+class FaceFusionAdapter(nn.Module):
+    """One pair `to_k_face`, `to_v_face` (Linear C -> inner, no bias) for each cross-attention layer of a UNet.
+
+    The modules are nested as in the UNet, so `state_dict()` has the keys of the weights file:
+    `down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k_face.weight`.
+
+    Args:
+        widths: layer name -> (in_features, out_features).
+        metadata: see [`AdapterMetadata`].
+    """
+
+    def __init__(
+        self,
+        widths: Mapping[str, tuple[int, int]],
+        metadata: AdapterMetadata,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.metadata = metadata
+        self.layer_names = list(widths)
+        for name, (in_features, out_features) in widths.items():
+            layer: nn.Module = self
+            for part in name.split("."):
+                if part not in layer._modules:
+                    layer.add_module(part, nn.Module())
+                layer = layer.get_submodule(part)
+            for projection in PROJECTIONS:
+                linear = nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
+                layer.add_module(projection, linear)
+
+    def forward(self, hidden_states: Mapping[str, Tensor]) -> KeysAndValues:
+        """Eq. 2: reference hidden states `(..., N_f, C)` of each layer -> keys and values `(..., N_f, inner)`."""
+        keys_and_values = {}
+        for name in self.layer_names:
+            layer: Any = self.get_submodule(name)
+            tokens = hidden_states[name].to(layer.to_k_face.weight.dtype)
+            keys_and_values[name] = (layer.to_k_face(tokens), layer.to_v_face(tokens))
+        return keys_and_values
+
+
+# --- Creating ----------------------------------------------------------------------------------------------------
+
+
+def _widths(unet: Any) -> dict[str, tuple[int, int]]:
+    layers = attention_layers(unet, "attn2")
+    if not layers:
+        raise AdapterMismatchError("this UNet has no cross-attention layers, so there is nothing to adapt")
+    return {name: (attn.to_q.in_features, attn.to_k.out_features) for name, attn in layers.items()}
+
+
+def base_family(unet: Any) -> str:
+    """Which adapters fit: "sd1", "sd2", "sdxl", or a hash of all layer names, widths and the text width."""
+    widths = [(name, *width) for name, width in _widths(unet).items()]
+    text = sorted({attn.to_k.in_features for attn in attention_layers(unet, "attn2").values()})
+    counts = tuple(sum(width[1] == c for width in widths) for c in (320, 640, 1280))
+    family = KNOWN_FAMILIES.get((text[0], counts, len(widths))) if len(text) == 1 else None
+    return family or "unet-" + hashlib.sha256(repr((text, widths)).encode()).hexdigest()[:12]
+
+
+def create_adapter(
+    unet: Any,
+    init: str = "attn1",
+    *,
+    metadata: Mapping[str, object] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> FaceFusionAdapter:
+    """New weights for `unet`, on its device.
+
+    Args:
+        init: `"attn1"` copies the self-attention's keys and values of the same block (same shape C -> C), `"zero_v"`
+            copies the keys and zeroes the values, `"xavier"` draws both at random.
+        metadata: fields of [`AdapterMetadata`] other than the base's.
+
+    Raises:
+        FaceFusionError: unknown `init`.
+    """
+    if init not in ("attn1", "zero_v", "xavier"):
+        raise FaceFusionError(f"init must be 'attn1', 'zero_v' or 'xavier', got {init!r}")
+    described = AdapterMetadata(base_family=base_family(unet), base_fingerprint=unet_fingerprint(unet))
+    device = next(unet.parameters()).device
+    adapter = FaceFusionAdapter(_widths(unet), replace(described, **(metadata or {})), device=device, dtype=dtype)  # type: ignore[arg-type]
+    self_attention = attention_layers(unet, "attn1")
+    with torch.no_grad():
+        for name in adapter.layer_names:
+            layer: Any = adapter.get_submodule(name)
+            source = self_attention.get(name.removesuffix("2") + "1")
+            for projection in PROJECTIONS:
+                weight = getattr(layer, projection).weight
+                if init == "xavier" or source is None:
+                    nn.init.xavier_uniform_(weight)
+                else:
+                    weight.copy_(_plain_weight(getattr(source, projection.removesuffix("_face"))))
+            if init == "zero_v":
+                layer.to_v_face.weight.zero_()
+    return adapter
+
+
+def _plain_weight(linear: Any) -> Tensor:
+    return getattr(linear, "base_layer", linear).weight  # PEFT wraps a Linear and keeps it as base_layer
+
+
+# --- Fingerprints ------------------------------------------------------------------------------------------------
+
+
+def fingerprint(weights: Sequence[Tensor], samples: int = 4) -> str:
+    """A few weights of each tensor as text: tells models apart, yet survives a change of precision (unlike a hash).
+
+    Empty where weights cannot be read (meta device, sequential offload).
+    """
+    if any(weight.device.type == "meta" for weight in weights):
+        return ""
+    picked = [w.detach().flatten()[:: max(1, w.numel() // samples)][:samples].float().cpu() for w in weights]
+    return " ".join(f"{value:.6g}" for value in torch.cat(picked).tolist())
+
+
+def same_fingerprint(a: str, b: str) -> bool:
+    """True if two fingerprints agree within the rounding of bfloat16, or if one is unknown."""
+    if not a or not b:
+        return True
+    x, y = (torch.tensor([float(value) for value in text.split()]) for text in (a, b))
+    return x.shape == y.shape and torch.allclose(x, y, rtol=2**-7, atol=1e-6)
+
+
+def unet_fingerprint(unet: Any) -> str:
+    """[`fingerprint`] of the first and last convolution and of eight attention layers."""
+    unet = getattr(unet, "_orig_mod", unet)
+    layers = list(attention_layers(unet, "attn2").values()) + list(attention_layers(unet, "attn1").values())
+    weights = [unet.conv_in.weight, unet.conv_out.weight]
+    return fingerprint(weights + [_plain_weight(attn.to_q) for attn in layers[:: max(1, len(layers) // 8)][:8]])
+
+
+def adapter_fingerprint(adapter: FaceFusionAdapter) -> str:
+    """[`fingerprint`] of up to sixteen projections."""
+    weights = list(adapter.parameters())
+    return fingerprint(weights[:: max(1, len(weights) // 16)][:16])
+
+
+# --- Files -------------------------------------------------------------------------------------------------------
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file by renaming a finished one, so that no half-written file can be left behind."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(
+    path: str | os.PathLike[str], unreadable: type[FaceFusionError] = AdapterMismatchError
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ModelNotFoundError: no such file.
+        FaceFusionError: not a safetensors file, as the type `unreadable`.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = file.keys()  # the file itself cannot be iterated
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(f"no such file: {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise unreadable(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def save_adapter(adapter: FaceFusionAdapter, path: str | os.PathLike[str]) -> None:
+    """Write weights and metadata to `path`."""
+    save_tensors(path, adapter.state_dict(), adapter.metadata.to_strings())
+
+
+def load_adapter(
+    unet: Any, state_dict: Mapping[str, Tensor], metadata: AdapterMetadata | None = None
+) -> FaceFusionAdapter:
+    """The adapter with these weights, checked against `unet`.
+
+    Args:
+        metadata: `None` (a bare state dict) takes the defaults and the UNet's family.
+
+    Raises:
+        AdapterMismatchError: other base family, missing or unknown keys, other shapes.
+    """
+    metadata = metadata or AdapterMetadata(base_family=base_family(unet))
+    if metadata.base_family != base_family(unet):
+        raise AdapterMismatchError(
+            f"the adapter was trained for base family {metadata.base_family!r}, this model is {base_family(unet)!r}; "
+            "load the base it was trained on, or another adapter"
+        )
+    adapter = FaceFusionAdapter(_widths(unet), metadata, device="meta")
+    expected = adapter.state_dict()
+    for what, keys in (("unknown", state_dict.keys() - expected), ("missing", expected.keys() - state_dict)):
+        if keys:
+            raise AdapterMismatchError(f"the adapter has {len(keys)} {what} keys, for example {min(keys)!r}")
+    for key, weight in state_dict.items():
+        if weight.shape != expected[key].shape:
+            raise AdapterMismatchError(
+                f"{key} has shape {tuple(weight.shape)}, this model needs {tuple(expected[key].shape)}"
+            )
+    adapter.load_state_dict(dict(state_dict), assign=True)
+    return adapter
+
+
+# --- Training ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def face_fused_unet(
+    unet: Any,
+    adapter: Any,
+    identity_tokens: Mapping[str, Tensor],
+    face_mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+    token_count_bias: bool | None = None,
+) -> Iterator[None]:
+    """Within the block, `unet(...)` attends to the faces; gradients reach `adapter` (Eq. 2-6).
+
+    Run `backward` inside the block too if gradient checkpointing recomputes the forward pass.
+
+    Args:
+        adapter: a [`FaceFusionAdapter`], also wrapped (DistributedDataParallel): its forward is called once.
+        identity_tokens: layer name -> `(B, n_refs, N_f, C)`, see `face_identity.capture_hidden_states`.
+        face_mask: bool `(B,)`, False drops the face of that sample (masked, never zeroed).
+        weights: `(n_refs,)` or `(B, n_refs)`, default equal.
+        scale: strength > 0.
+        token_count_bias: default as the adapter's metadata.
+    """
+    if token_count_bias is None:
+        token_count_bias = bool(getattr(adapter, "module", adapter).metadata.token_count_bias)
+    tokens = next(iter(identity_tokens.values()))
+    if weights is None:
+        weights = torch.ones(tokens.shape[1])
+    drop = None if face_mask is None else ~face_mask.bool().to(tokens.device)
+    log_weights = reference_log_weights(weights.float(), drop)
+    log_weights = None if log_weights is None else log_weights.to(tokens.device)
+    processors = {
+        name: FaceFusionAttnProcessor(key, value, log_weights, scale, token_count_bias, FusionSwitch())
+        for name, (key, value) in adapter(identity_tokens).items()
+    }
+    with installed_processors(unet, processors):
+        yield

@@ -1,0 +1,252 @@
+"""Face detectors behind one small protocol: YuNet, OpenCV's Haar cascades (no download), insightface (optional).
+
+Box convention, whatever the detector: XYXY in float pixels of the image given to `detect`, upright, as YuNet draws it:
+from the hair line to the chin, about 0.72 as wide as high. Haar windows are squares; on photographs YuNet's box
+around the same face is 0.84 as wide, 1.16 as high and 0.03 lower (medians in units of the window), and so Haar boxes
+are converted. A box may reach beyond the image.
+"""
+
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import cv2
+import numpy as np
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from PIL import Image
+
+from .face_errors import ModelNotFoundError
+
+
+logger = logging.getLogger(__name__)
+
+YUNET_REPO, YUNET_FILE = "opencv/face_detection_yunet", "face_detection_yunet_2023mar.onnx"
+DetectorName = Literal["auto", "yunet", "haar", "insightface"]
+
+
+@dataclass(frozen=True)
+class Face:
+    """One detected face, in pixels of the image that was searched.
+
+    Attributes:
+        box: XYXY, see the module's box convention.
+        score: confidence in [0, 1]; comparable within one detector only.
+        landmarks5: (5, 2) eye, eye, nose, mouth corner, mouth corner (image-left first), or None.
+    """
+
+    box: tuple[float, float, float, float]
+    score: float
+    landmarks5: np.ndarray | None = None
+
+    @property
+    def height(self) -> float:
+        return self.box[3] - self.box[1]
+
+    @property
+    def width(self) -> float:
+        return self.box[2] - self.box[0]
+
+    def moved(self, scale: float, dx: float = 0.0, dy: float = 0.0) -> "Face":
+        """The same face in an image where (x, y) lies at (scale * x + dx, scale * y + dy)."""
+        x0, y0, x1, y1 = (value * scale + offset for value, offset in zip(self.box, (dx, dy, dx, dy), strict=True))
+        points = None if self.landmarks5 is None else self.landmarks5 * scale + np.array([dx, dy])
+        return Face((x0, y0, x1, y1), self.score, points)
+
+
+@runtime_checkable
+class FaceDetector(Protocol):
+    """Anything with these three members is a detector.
+
+    Attributes:
+        name: what log lines call it.
+        sizes: longest image sides (pixels) at which it works well, best first; `detect_faces` tries them in turn.
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+
+    def detect(self, image: Image.Image) -> list[Face]:
+        """All faces of an RGB image, in any order."""
+        ...
+
+
+class YuNetDetector:
+    """`cv2.FaceDetectorYN`: small, quick and accurate, but its model file (230 kB, MIT) does not come with OpenCV."""
+
+    name = "yunet"
+    sizes: tuple[int, ...] = (640, 320, 1280)
+
+    def __init__(self, model: str | Path, threshold: float = 0.6) -> None:
+        if not Path(model).is_file():
+            raise ModelNotFoundError(
+                f"no YuNet model at {model}: fetch it with `hf download {YUNET_REPO} {YUNET_FILE}`"
+            )
+        try:
+            self._net = cv2.FaceDetectorYN.create(str(model), "", (320, 320), threshold, 0.3, 5000)
+        except cv2.error as error:
+            raise ModelNotFoundError(f"{model} is not a YuNet model that OpenCV {cv2.__version__} can read") from error
+
+    def detect(self, image: Image.Image) -> list[Face]:
+        self._net.setInputSize(image.size)
+        _, rows = self._net.detect(np.asarray(image)[:, :, ::-1].copy())  # OpenCV wants BGR
+        # a row: x, y, w, h, five points (its left is the image's left), score
+        return [
+            Face((x, y, x + w, y + h), float(row[14]), row[4:14].reshape(5, 2).astype(np.float64))
+            for row in ([] if rows is None else rows)
+            for x, y, w, h in [map(float, row[:4])]
+        ]
+
+
+class HaarDetector:
+    """OpenCV's own Haar cascades: nothing to download, works offline, finds photographs and drawn heads.
+
+    One cascade alone is unsure of anything but a frontal photograph. So every cascade looks at several views (plain
+    and equalised, upright and tilted, mirrored for the profile), all raw windows are pooled, and a face is where many
+    windows agree.
+    """
+
+    name = "haar"
+    sizes: tuple[int, ...] = (384, 768)
+    tilts = (0, -20, 20)  # degrees
+    smallest = (48, 48)  # pixels of a window
+    min_votes, min_share = 10, 0.3  # windows a face needs; and its share of the windows of the surest face
+    same_place, same_size = 0.35, 0.7  # windows agree: distance in widths of the larger, difference of log width
+
+    def __init__(self) -> None:
+        folder = Path(cv2.__file__).parent / "data"  # cv2.data is missing from opencv-python 5, as are the cascades
+        names = ("frontalface_alt2", "profileface", "profileface")  # the profile one knows one side only: mirror it
+        files = [folder / f"haarcascade_{name}.xml" for name in names]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise ModelNotFoundError(
+                f"OpenCV {cv2.__version__} has no {missing[0]}: pip install 'opencv-python>=4.10,<5', or use YuNet"
+            )
+        self._cascades = [
+            (cv2.CascadeClassifier(str(file)), mirror) for file, mirror in zip(files, (0, 0, 1), strict=True)
+        ]
+
+    def detect(self, image: Image.Image) -> list[Face]:
+        faces = []
+        clusters = self._clusters(self._windows(np.asarray(image.convert("L"))))
+        for votes, (x, y, width) in clusters:
+            if votes >= max(self.min_votes, self.min_share * clusters[0][0]):
+                half_w, half_h, y = 0.42 * width, 0.58 * width, y + 0.03 * width
+                faces.append(Face((x - half_w, y - half_h, x + half_w, y + half_h), votes / (votes + 20)))
+        return faces
+
+    def _windows(self, gray: np.ndarray) -> np.ndarray:
+        """(N, 3) raw windows (centre x, centre y, width) of all cascades in all views."""
+        height, width = gray.shape
+        found: list[np.ndarray] = []
+        for tilt in self.tilts:
+            turn = cv2.getRotationMatrix2D((width / 2, height / 2), tilt, 1.0)
+            back = cv2.invertAffineTransform(turn)
+            for view in (gray, cv2.equalizeHist(gray)):
+                turned = cv2.warpAffine(view, turn, (width, height), borderMode=cv2.BORDER_REPLICATE)
+                for cascade, mirror in self._cascades:
+                    seen = cv2.flip(turned, 1) if mirror else turned
+                    rows = cascade.detectMultiScale(seen, scaleFactor=1.1, minNeighbors=0, minSize=self.smallest)
+                    if len(rows) == 0:
+                        continue
+                    centre = rows[:, :2] + rows[:, 2:] / 2
+                    if mirror:
+                        centre[:, 0] = width - centre[:, 0]
+                    found.append(np.column_stack([centre @ back[:, :2].T + back[:, 2], rows[:, 2]]))
+        return np.concatenate(found) if found else np.empty((0, 3))
+
+    def _clusters(self, windows: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """(votes, mean window) of each place where windows agree, most votes first."""
+        clusters = []
+        while len(windows):
+            x, y, width = windows.T
+            distance = np.hypot(x[:, None] - x, y[:, None] - y) / np.maximum(width[:, None], width)
+            agree = (distance < self.same_place) & (np.abs(np.log(width[:, None] / width)) < self.same_size)
+            votes = agree.sum(1)
+            members = agree[votes.argmax()]
+            mean = windows[members].mean(0)
+            clusters.append((int(votes.max()), mean))
+            beyond = np.hypot(x - mean[0], y - mean[1]) > 0.5 * np.maximum(width, mean[2])
+            windows = windows[beyond & ~members]
+        return clusters
+
+
+class InsightFaceDetector:
+    """insightface's detector. Its models are licensed for non-commercial research only."""
+
+    name = "insightface"
+    sizes: tuple[int, ...] = (640, 1280)
+
+    def __init__(self, model: str | Path | None = None) -> None:
+        try:  # by name: a written import would make diffusers demand the package of everybody
+            analysis = importlib.import_module("insightface.app").FaceAnalysis
+            self._app: Any = analysis(str(model or "buffalo_l"), allowed_modules=["detection"])
+            self._app.prepare(ctx_id=-1, det_size=(640, 640))
+        except ImportError as error:
+            raise ModelNotFoundError(
+                "detector 'insightface' is not installed: pip install 'face-fusion-pipeline[insightface]', "
+                "or take detector 'auto'"
+            ) from error
+        except Exception as error:  # offline it raises anything from ConnectionError to a bare AssertionError
+            raise ModelNotFoundError(
+                f"insightface could not load its models ({type(error).__name__}: {error}): "
+                "go online once, or take detector 'auto'"
+            ) from error
+
+    def detect(self, image: Image.Image) -> list[Face]:
+        rows = self._app.get(np.asarray(image)[:, :, ::-1].copy())
+        faces = []
+        for row in rows:
+            x0, y0, x1, y1 = map(float, row.bbox)
+            points = None if row.kps is None else np.asarray(row.kps, dtype=np.float64)
+            faces.append(Face((x0, y0, x1, y1), float(row.det_score), points))
+        return faces
+
+
+def find_yunet(model: str | Path | None = None, download: bool = False) -> Path | None:
+    """Path of YuNet's model: `model`, else $FACE_FUSION_YUNET, else the Hugging Face cache (filled if `download`)."""
+    if given := model or os.environ.get("FACE_FUSION_YUNET"):
+        return Path(given)
+    if isinstance(cached := try_to_load_from_cache(YUNET_REPO, YUNET_FILE), str):
+        return Path(cached)
+    if not download:
+        return None
+    try:
+        return Path(hf_hub_download(YUNET_REPO, YUNET_FILE))
+    except Exception as error:  # offline, proxies, rate limits: many types, one way out
+        raise ModelNotFoundError(
+            f"the YuNet model is not here and cannot be fetched ({type(error).__name__}): give its path, set "
+            "FACE_FUSION_YUNET, or take detector 'haar', which needs no file"
+        ) from error
+
+
+def load_detector(detector: DetectorName | FaceDetector = "auto", model: str | Path | None = None) -> FaceDetector:
+    """A detector by name; an instance is returned as it is.
+
+    Args:
+        detector: "auto" takes YuNet where its model is at hand and the Haar cascades otherwise, and logs which.
+        model: model file for "yunet" (and "auto"), model pack for "insightface".
+
+    Raises:
+        ModelNotFoundError: the detector's package or model is missing. ValueError: unknown name.
+    """
+    if not isinstance(detector, str):
+        return detector
+    chosen: FaceDetector
+    if detector == "auto":
+        path = find_yunet(model)
+        chosen = HaarDetector() if path is None else YuNetDetector(path)
+    elif detector == "yunet":
+        path = find_yunet(model, download=True)
+        assert path is not None
+        chosen = YuNetDetector(path)
+    elif detector == "haar":
+        chosen = HaarDetector()
+    elif detector == "insightface":
+        logger.warning("insightface's models are licensed for non-commercial research only")
+        chosen = InsightFaceDetector(model)
+    else:
+        raise ValueError(f"unknown face detector {detector!r}: take 'auto', 'yunet', 'haar' or 'insightface'")
+    logger.info("face detector: %s", chosen.name)
+    return chosen

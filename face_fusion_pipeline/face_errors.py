@@ -1,0 +1,41 @@
+"""Errors a user can act on. Every message names the bad value and the way out."""
+
+
+class FaceFusionError(ValueError):
+    """Base of all errors that Face Fusion raises on bad input."""
+
+
+class UnreadableImageError(FaceFusionError):
+    """A file or object that cannot be read as an image."""
+
+
+class NoFaceError(FaceFusionError):
+    """A photo without a face in it."""
+
+
+class SeveralFacesError(FaceFusionError):
+    """A photo with several faces where one is meant."""
+
+
+class FaceTooSmallError(FaceFusionError):
+    """A face with too few pixels to carry an identity."""
+
+
+class AdapterMismatchError(FaceFusionError):
+    """Adapter weights that do not fit this model, this format, or are no adapter at all."""
+
+
+class IdentityMismatchError(FaceFusionError):
+    """A saved identity made with another base model, adapter or mode."""
+
+
+class InvalidScaleError(FaceFusionError):
+    """A strength, reference weight or time window out of range."""
+
+
+class InvalidPromptError(FaceFusionError):
+    """A prompt that is not text."""
+
+
+class ModelNotFoundError(FaceFusionError):
+    """A model or weights file that is not where it was said to be."""

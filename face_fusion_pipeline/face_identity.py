@@ -1,0 +1,251 @@
+"""Reference faces: one pass through the frozen UNet, and the identity (keys and values) that is kept of it."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0
+from PIL import Image
+from torch import Tensor
+
+from .face_adapter import KeysAndValues, read_tensors, same_fingerprint, save_tensors
+from .face_attention import attention_layers, installed_processors, is_ip_adapter_processor, reference_log_weights
+from .face_errors import IdentityMismatchError, InvalidScaleError, UnreadableImageError
+
+
+IDENTITY_FORMAT = "face-fusion-identity"
+IDENTITY_FORMAT_VERSION = 1
+NOISE_SEED = 0
+
+
+# --- Reference images --------------------------------------------------------------------------------------------
+
+
+def face_tensors(images: Any, resolution: int) -> list[Tensor]:
+    """One or several face crops as `(1, 3, resolution, resolution)` in [-1, 1], centre-cropped to a square.
+
+    Args:
+        images: PIL image, uint8 HWC array, tensor `(3, H, W)` or `(n, 3, H, W)` in [0, 1], or a list of these.
+
+    Raises:
+        UnreadableImageError: another type, shape or range, or no image at all.
+    """
+    items = list(images) if isinstance(images, (list, tuple)) else [images]
+    tensors = [tensor[None] for item in items for tensor in _pixels(item)]
+    if not tensors:
+        raise UnreadableImageError("no face image given; pass at least one, or face_image=None for none")
+    return [_square(tensor, resolution) * 2 - 1 for tensor in tensors]
+
+
+def _pixels(image: Any) -> Tensor:
+    """`(n, 3, H, W)` in [0, 1]."""
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3:
+        return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+    if isinstance(image, Tensor) and image.is_floating_point() and image.ndim in (3, 4) and image.shape[-3] == 3:
+        pixels = image.detach().float()
+        if not (pixels.numel() and pixels.min() >= 0 and pixels.max() <= 1):
+            raise UnreadableImageError("a face tensor must have finite values in [0, 1]; is it scaled to [-1, 1]?")
+        return pixels if pixels.ndim == 4 else pixels[None]
+    shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
+    raise UnreadableImageError(
+        f"a face image must be a PIL image, a uint8 HWC array or a (3, H, W) tensor in [0, 1], got "
+        f"{type(image).__name__}{shape}; open files with PIL.Image.open first"
+    )
+
+
+def _square(pixels: Tensor, resolution: int) -> Tensor:
+    height, width = pixels.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    pixels = pixels[..., top : top + side, left : left + side]
+    if side != resolution:
+        size = (resolution, resolution)
+        pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    return pixels
+
+
+def encode_latents(vae: Any, pixels: Tensor) -> Tensor:
+    """Scaled latents of images `(B, 3, H, W)` in [-1, 1]: the posterior's mode, or what AutoencoderTiny returns."""
+    encoded = vae.encode(pixels.to(next(vae.parameters()).dtype))
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (latents - shift) * vae.config.scaling_factor
+
+
+def noise_latents(latents: Tensor, alphas_cumprod: Tensor, timestep: int) -> Tensor:
+    """Latents `(B, c, h, w)` noised to `timestep` (unchanged at 0) with the same seeded noise for every sample."""
+    if timestep == 0:
+        return latents
+    noise = torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(NOISE_SEED))
+    alpha = float(alphas_cumprod[timestep])
+    noised = alpha**0.5 * latents + (1 - alpha) ** 0.5 * noise.to(latents.device)
+    return noised.to(latents.dtype)
+
+
+# --- Reference pass ----------------------------------------------------------------------------------------------
+
+
+class _CaptureProcessor:
+    """Notes the input of a layer and leaves its output as it is, without what an IP-Adapter would add."""
+
+    def __init__(self) -> None:
+        self.hidden_states: Tensor | None = None
+        self.original: Any = None
+
+    def take_over(self, original: Any) -> None:
+        self.original = AttnProcessor2_0() if is_ip_adapter_processor(original) else original
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden_states = hidden_states
+        return self.original(attn, hidden_states, *args, **kwargs)
+
+
+@contextmanager
+def _without_ip_adapter(unet: Any) -> Iterator[None]:
+    """An IP-Adapter makes the UNet demand image embeddings, which the reference pass has none of."""
+    projection = getattr(unet, "encoder_hid_proj", None)
+    if projection is None or unet.config.encoder_hid_dim_type != "ip_image_proj":
+        yield
+        return
+    unet.encoder_hid_proj = None
+    try:
+        yield
+    finally:
+        unet.encoder_hid_proj = projection
+
+
+@torch.no_grad()
+def capture_hidden_states(
+    unet: Any,
+    latents: Tensor,
+    timestep: int | Tensor,
+    encoder_hidden_states: Tensor,
+    kind: str = "attn2",
+    **unet_kwargs: Any,
+) -> dict[str, Tensor]:
+    """h_f of Eq. 2: what enters every attention layer when the UNet sees the reference.
+
+    Args:
+        latents: `(B, c, h, w)`, scaled.
+        timestep: of the reference pass.
+        encoder_hidden_states: `(B or 1, N_c, text width)`, of the empty prompt.
+        kind: `"attn2"` for a trained adapter, `"attn1"` for the training-free mode.
+        unet_kwargs: further arguments of the UNet, such as `added_cond_kwargs`.
+
+    Returns:
+        layer name -> `(B, N_f, C)`.
+    """
+    layers = attention_layers(unet, kind)
+    captures = {name: _CaptureProcessor() for name in layers}
+    cross = attention_layers(unet, "attn2")
+    bystanders = {name: _CaptureProcessor() for name in cross if name not in layers}
+    ip_adapter = {name: p for name, p in bystanders.items() if is_ip_adapter_processor(cross[name].processor)}
+    text = encoder_hidden_states.expand(latents.shape[0], -1, -1)
+    with _without_ip_adapter(unet), installed_processors(unet, {**captures, **ip_adapter}):
+        unet(latents, timestep, encoder_hidden_states=text, return_dict=False, **unet_kwargs)
+    return {name: capture.hidden_states for name, capture in captures.items() if capture.hidden_states is not None}
+
+
+def self_attention_projections(unet: Any, hidden_states: Mapping[str, Tensor]) -> KeysAndValues:
+    """Training-free keys and values: the model's own `to_k`, `to_v` of each `attn1` on the reference's states."""
+    layers = attention_layers(unet, "attn1")
+    return {name: (layers[name].to_k(h), layers[name].to_v(h)) for name, h in hidden_states.items()}
+
+
+# --- Identity ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FaceIdentity:
+    """The face of one person, ready to use: encode once, generate with any prompt (Eq. 2 and 6).
+
+    Attributes:
+        keys, values: layer name -> `(n_refs, N_f, inner)`.
+        weights: `(n_refs,)`, >= 0; only their ratios matter.
+        mode: `"adapter"` or `"training-free"`.
+        base_fingerprint, adapter_fingerprint: the models it was made with (see `face_adapter.fingerprint`).
+    """
+
+    keys: dict[str, Tensor]
+    values: dict[str, Tensor]
+    weights: Tensor
+    mode: str
+    base_fingerprint: str = ""
+    adapter_fingerprint: str = ""
+
+    @property
+    def n_refs(self) -> int:
+        """Number of reference images."""
+        return next(iter(self.keys.values())).shape[0]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "FaceIdentity":
+        """The identity on a device and in a precision."""
+        keys, values = ({n: t.to(device, dtype) for n, t in kv.items()} for kv in (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
+
+    def with_weights(self, weights: Any) -> "FaceIdentity":
+        """The same references in another proportion; `None` means equal. Checked against the number of references."""
+        if weights is None:
+            return replace(self, weights=torch.ones(self.n_refs))
+        try:
+            tensor = torch.as_tensor(weights, dtype=torch.float32).cpu().flatten()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidScaleError(f"face weights must be numbers, got {weights!r}") from error
+        if tensor.numel() != self.n_refs:
+            raise InvalidScaleError(f"{tensor.numel()} face weights for {self.n_refs} face images; give one for each")
+        reference_log_weights(tensor)  # raises on negative or all-zero weights
+        return replace(self, weights=tensor)
+
+    def check(self, base_fingerprint: str, adapter_fingerprint: str) -> None:
+        """Raise [`IdentityMismatchError`] unless the models are those the identity was made with."""
+        if not same_fingerprint(self.base_fingerprint, base_fingerprint):
+            raise IdentityMismatchError(
+                "this identity was encoded with another base model; encode the face again with `pipe.encode_face(...)`"
+            )
+        if self.mode == "adapter" and not same_fingerprint(self.adapter_fingerprint, adapter_fingerprint):
+            raise IdentityMismatchError(
+                "this identity was encoded with other adapter weights; load those, or encode the face again"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file with the fingerprints as metadata."""
+        tensors = {f"{name}.key": key for name, key in self.keys.items()}
+        tensors |= {f"{name}.value": value for name, value in self.values.items()}
+        metadata = {
+            "format": IDENTITY_FORMAT,
+            "format_version": str(IDENTITY_FORMAT_VERSION),
+            "mode": self.mode,
+            "base_fingerprint": self.base_fingerprint,
+            "adapter_fingerprint": self.adapter_fingerprint,
+        }
+        save_tensors(path, {"weights": self.weights, **tensors}, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "FaceIdentity":
+        """Read what `save` wrote.
+
+        Raises:
+            ModelNotFoundError: no such file.
+            IdentityMismatchError: not an identity, or of another format version.
+        """
+        tensors, metadata = read_tensors(path, IdentityMismatchError)
+        found = (metadata.get("format"), metadata.get("format_version"))
+        if found != (IDENTITY_FORMAT, str(IDENTITY_FORMAT_VERSION)):
+            raise IdentityMismatchError(
+                f"{path} has format {found[0]!r} version {found[1]!r}, "
+                f"expected {IDENTITY_FORMAT!r} version {IDENTITY_FORMAT_VERSION}"
+            )
+        weights = tensors.pop("weights")
+        keys, values = (
+            {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
+            for suffix in (".key", ".value")
+        )
+        mode = metadata["mode"]
+        return cls(keys, values, weights, mode, metadata["base_fingerprint"], metadata["adapter_fingerprint"])

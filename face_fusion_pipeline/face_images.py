@@ -1,0 +1,237 @@
+"""From a photograph to the square face crop that Face Fusion takes as reference: load, detect, choose, crop."""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .face_detectors import DetectorName, Face, FaceDetector, load_detector
+from .face_errors import FaceTooSmallError, NoFaceError, SeveralFacesError, UnreadableImageError
+
+
+logger = logging.getLogger(__name__)
+
+ImageSource: TypeAlias = str | Path | bytes | np.ndarray | Image.Image
+
+MIN_SIDE = 16  # pixels: nothing to see below
+MAX_PIXELS = 100_000_000  # beyond any camera this is for; a tiny file can claim more and fill the memory
+MIN_FACE = 24  # pixels: the smallest face height worth encoding
+SURE = 0.5  # a face of this score needs no other look at the picture
+BYSTANDER = 1 / 3  # a face below this part of the largest face's height is taken for a passer-by
+CROP_ENLARGE = 1.6  # side of the crop in face heights: hair and chin are in
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Any picture as an upright RGB image.
+
+    Args:
+        source: path, encoded file content, PIL image, or array (H, W), (H, W, 3) or (H, W, 4): uint8 in [0, 255] or
+            float in [0, 1].
+
+    Returns:
+        RGB image, turned as its EXIF orientation says; transparency becomes white.
+
+    Raises:
+        UnreadableImageError: missing, empty, broken, no picture, below 16 pixels a side or above 100 megapixels.
+    """
+    name = "the image" if not isinstance(source, (str, Path)) else str(source)
+    if isinstance(source, (str, Path)):
+        try:
+            source = Path(source).read_bytes()
+        except OSError as error:
+            raise UnreadableImageError(f"cannot read {name}: {error.strerror or error}") from error
+    if isinstance(source, bytes) and not source:
+        raise UnreadableImageError(f"{name} is empty (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size is stricter
+            image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
+            image = Image.fromarray(_to_uint8(image)) if isinstance(image, np.ndarray) else image
+            _check_size(image.size, name)  # before decoding
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # PIL's plug-ins raise anything from OSError to struct.error on a broken file
+        raise UnreadableImageError(f"{name} is not a picture that can be read: {error}") from error
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    width, height = size
+    if min(size) < MIN_SIDE:
+        raise UnreadableImageError(f"{name} is {width}x{height} pixels: at least {MIN_SIDE} a side are needed")
+    if width * height > MAX_PIXELS:
+        raise UnreadableImageError(
+            f"{name} is {width}x{height} pixels, above {MAX_PIXELS:,} in all: scale it down first"
+        )
+
+
+def _to_uint8(array: np.ndarray) -> np.ndarray:
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all() or array.min(initial=0) < 0 or array.max(initial=0) > 1:
+            raise ValueError("a float array must lie in [0, 1]")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"an array must be uint8 or float, got {array.dtype}")
+    return array
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def detect_faces(image: Image.Image, detector: FaceDetector) -> list[Face]:
+    """All faces of an image, from left to right, in its pixels; an empty list if there is none.
+
+    Each size that the detector works well at is tried, then the same with a margin (a face that fills the picture has
+    no surroundings to be told from). The first view with a sure face ends the search; else the surest view counts.
+    """
+    best: list[Face] = []
+    for view, scale, border in _views(image, detector.sizes):
+        found = detector.detect(view)
+        surest = max((face.score for face in found), default=0.0)
+        if surest > max((face.score for face in best), default=0.0):
+            best = [face.moved(1 / scale, -border, -border) for face in found]
+        if surest >= SURE:
+            break
+    return sorted(best, key=lambda face: face.box[0] + face.box[2])
+
+
+def _views(image: Image.Image, sizes: tuple[int, ...]) -> Iterator[tuple[Image.Image, float, int]]:
+    """The picture at every size, then with a margin: (view, pixels of the view for one of the picture, margin)."""
+    for border in (0, round(0.4 * max(image.size))):
+        padded = crop_box(image, (-border, -border, image.width + border, image.height + border))
+        for size in sizes:
+            scale = size / max(padded.size)
+            shape = (max(1, round(padded.width * scale)), max(1, round(padded.height * scale)))
+            yield padded.resize(shape, Image.Resampling.BICUBIC), scale, border
+
+
+def find_face(
+    image: Image.Image, detector: FaceDetector, face_index: int | None = None, min_size: float = MIN_FACE
+) -> Face:
+    """The one face that is meant.
+
+    Args:
+        face_index: which face, counted from 0 and from left to right. None: the only one, where faces below a third
+            of the largest one's height count as passers-by.
+        min_size: smallest height in pixels.
+
+    Raises:
+        NoFaceError, SeveralFacesError (lists index and box of each), FaceTooSmallError.
+    """
+    faces = detect_faces(image, detector)
+    if not faces:
+        raise NoFaceError(
+            f"no face found in the {image.width}x{image.height} picture (detector: {detector.name}): take a photo "
+            "that shows the face larger, sharper and more frontal, or skip detection for a face crop (--no-detect)"
+        )
+    listing = ", ".join(f"{i}: ({', '.join(f'{v:.0f}' for v in face.box)})" for i, face in enumerate(faces))
+    if face_index is not None:
+        if not 0 <= face_index < len(faces):
+            raise NoFaceError(f"there is no face {face_index}; faces found, left to right (x0, y0, x1, y1): {listing}")
+        face = faces[face_index]
+    else:
+        face = max(faces, key=lambda face: face.height)
+        rivals = [other for other in faces if other is not face and other.height >= BYSTANDER * face.height]
+        if rivals:
+            raise SeveralFacesError(
+                f"{len(faces)} faces found where one is meant; choose one with --face-index (face_index=...), "
+                f"left to right (x0, y0, x1, y1): {listing}"
+            )
+    if face.height < min_size:
+        raise FaceTooSmallError(
+            f"the face is {face.width:.0f}x{face.height:.0f} pixels, below {min_size:g}: take a larger picture of it"
+        )
+    return face
+
+
+def crop_box(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    """The part of the image inside an XYXY pixel box; beyond the image, its edge pixels are repeated."""
+    x0, y0, x1, y1 = (round(value) for value in box)
+    columns = np.arange(x0, max(x1, x0 + 1)).clip(0, image.width - 1)
+    rows = np.arange(y0, max(y1, y0 + 1)).clip(0, image.height - 1)
+    # cut out first what lies inside: the rest of a large photo need not be copied
+    left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    inside = np.asarray(image.crop((int(left), int(top), int(right), int(bottom))))
+    return Image.fromarray(inside[rows - top][:, columns - left])
+
+
+def crop_face(
+    image: Image.Image,
+    box: tuple[float, float, float, float],
+    enlarge: float = CROP_ENLARGE,
+    resolution: int = 128,
+) -> Image.Image:
+    """The square around a face, `enlarge` times the box's longer side, resized to `resolution` pixels a side."""
+    if not enlarge > 0 or resolution < 1:
+        raise ValueError(f"enlarge and resolution must be positive, got {enlarge} and {resolution}")
+    x0, y0, x1, y1 = box
+    x, y, half = (x0 + x1) / 2, (y0 + y1) / 2, enlarge * max(x1 - x0, y1 - y0) / 2
+    square = crop_box(image, (x - half, y - half, x + half, y + half))
+    return square.resize((resolution, resolution), Image.Resampling.LANCZOS)
+
+
+@dataclass(frozen=True)
+class FacePhoto:
+    """A picture with the face that is meant; `face` is None if the picture as a whole already is a face crop."""
+
+    image: Image.Image
+    face: Face | None
+
+    def crop(self, enlarge: float = CROP_ENLARGE, resolution: int = 128) -> Image.Image:
+        """The reference for `face_image=`: RGB, `resolution` pixels a side."""
+        if self.face is None:
+            return ImageOps.fit(self.image, (resolution, resolution), Image.Resampling.LANCZOS)
+        return crop_face(self.image, self.face.box, enlarge, resolution)
+
+
+def locate_face(
+    source: ImageSource,
+    detector: DetectorName | FaceDetector | None = "auto",
+    face_index: int | None = None,
+    min_size: float = MIN_FACE,
+) -> FacePhoto:
+    """Load a picture and find the face that is meant.
+
+    Args:
+        source: as for `load_image`.
+        detector: as for `load_detector`. None: the picture already is a face crop.
+        face_index, min_size: as for `find_face`.
+
+    Raises:
+        UnreadableImageError, NoFaceError, SeveralFacesError, FaceTooSmallError, ModelNotFoundError.
+    """
+    image = load_image(source)
+    if detector is None:
+        return FacePhoto(image, None)
+    try:
+        face = find_face(image, load_detector(detector), face_index, min_size)
+    except (NoFaceError, SeveralFacesError, FaceTooSmallError) as error:
+        if isinstance(source, (str, Path)):
+            raise type(error)(f"{source}: {error}") from error
+        raise
+    logger.info("face at (%s), score %.2f", ", ".join(f"{value:.0f}" for value in face.box), face.score)
+    return FacePhoto(image, face)
+
+
+def prepare_face(
+    source: ImageSource,
+    detector: DetectorName | FaceDetector | None = "auto",
+    face_index: int | None = None,
+    enlarge: float = CROP_ENLARGE,
+    resolution: int = 128,
+    min_size: float = MIN_FACE,
+) -> Image.Image:
+    """`locate_face` and `FacePhoto.crop` in one: from a photo to the reference for `face_image=`."""
+    return locate_face(source, detector, face_index, min_size).crop(enlarge, resolution)

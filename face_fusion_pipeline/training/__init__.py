@@ -1,0 +1,1 @@
+"""Training of the avatar Stable Diffusion and of the Face Fusion adapter: one loop, four tasks."""

@@ -1,0 +1,132 @@
+"""Avatar images from disk (ImageFolder with `metadata.jsonl`) as one uint8 tensor, and small image helpers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from .loop import TrainingError
+
+
+@dataclass
+class AvatarImages:
+    """`pixels` uint8 (N, 3, S, S) and, in the same order, the records of `metadata.jsonl`."""
+
+    pixels: Tensor
+    records: list[dict[str, Any]]
+    folder: Path  # where tensors computed from the images are cached
+    key: str  # changes with the data
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def captions(self) -> list[str]:
+        return [record["text"] for record in self.records]
+
+    @property
+    def first_boxes(self) -> Tensor:
+        """Face box of the leftmost person, float (N, 4) XYXY in pixels."""
+        return torch.tensor([record["boxes"][0] for record in self.records], dtype=torch.float32)
+
+    def images(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """Float images (B, 3, S, S) in [-1, 1] on `device`."""
+        return self.pixels[indices.to(self.pixels.device)].to(device).float().div_(127.5).sub_(1)
+
+    def face_masks(self, size: int, stride: int) -> Tensor:
+        """Cells (N, 1, size, size) bool of `stride` pixels that a face box of any person touches."""
+        masks = torch.zeros(len(self), 1, size, size, dtype=torch.bool)
+        for mask, record in zip(masks, self.records, strict=True):
+            for x0, y0, x1, y1 in record["boxes"]:
+                rows = slice(max(0, int(y0 // stride)), max(0, int(-(-y1 // stride))))
+                mask[0, rows, max(0, int(x0 // stride)) : max(0, int(-(-x1 // stride)))] = True
+        return masks
+
+    def to(self, device: torch.device | str) -> AvatarImages:
+        return replace(self, pixels=self.pixels.to(device))
+
+
+def load_avatars(folder: Path, split: str, limit: int | None = None) -> AvatarImages:
+    """Read `folder/split`, or the first `limit` images of it.
+
+    Decoded pixels are kept beside the images as `pixels.safetensors`, so that the second start is quick; the file is
+    made again when `metadata.jsonl` has changed. Raises `TrainingError` where files are missing or sizes differ.
+    """
+    folder = Path(folder) / split
+    metadata = folder / "metadata.jsonl"
+    if not metadata.is_file():
+        raise TrainingError(f"{metadata} does not exist: make a dataset with `face-fusion avatars-dataset`")
+    text = metadata.read_bytes()
+    records = [json.loads(line) for line in text.splitlines() if line.strip()][:limit]
+    if not records:
+        raise TrainingError(f"{metadata} is empty")
+    key = hashlib.sha256(text).hexdigest() + f"/{len(records)}"
+    cache = folder / "pixels.safetensors"
+
+    def decode() -> Tensor:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            arrays = list(pool.map(lambda record: read_image(folder / record["file_name"]), records))
+        if len({array.shape for array in arrays}) != 1:
+            raise TrainingError(f"images of {folder} differ in size: {sorted({array.shape for array in arrays})}")
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+    return AvatarImages(cached(cache, key, decode), records, cache.parent, key)
+
+
+def cached(path: Path, key: str, make: Callable[[], Tensor]) -> Tensor:
+    """The tensor in the safetensors file `path` if it was stored under the same `key`; else make and store it."""
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("key") == key:
+                return file.get_tensor("tensor")
+    tensor = make().cpu().contiguous()
+    partial = path.with_suffix(".partial")
+    save_file({"tensor": tensor}, partial, {"key": key})
+    os.replace(partial, path)
+    return tensor
+
+
+def read_image(path: Path) -> np.ndarray:
+    """HWC uint8 RGB."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise TrainingError(f"cannot read {path}: {error}") from error
+
+
+def crop_boxes(images: Tensor, boxes: Tensor, size: int, enlarge: float = 1.6) -> Tensor:
+    """Square crops (B, C, size, size) around `boxes` (B, 4; XYXY pixels), enlarged about their centres.
+
+    Outside the image the edge pixels repeat. Sampling is bilinear, as differs little from antialiasing at scales
+    near one.
+    """
+    height, width = images.shape[-2:]
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    side = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True) * enlarge
+    steps = (torch.arange(size, device=images.device, dtype=torch.float32) + 0.5) / size - 0.5
+    x = (centre[:, :1] + side * steps) / width * 2 - 1  # (B, size) in grid_sample's [-1, 1]
+    y = (centre[:, 1:] + side * steps) / height * 2 - 1
+    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def save_grid(rows: list[Tensor], path: Path) -> None:
+    """Write rows of images (n, 3, S, S) in [-1, 1] as one PNG, one below the other."""
+    lines = [torch.cat(list(row.float().cpu()), dim=2) for row in rows]
+    grid = torch.cat(lines, dim=1).clamp(-1, 1).add(1).mul(127.5).round().byte()
+    Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()).save(path)

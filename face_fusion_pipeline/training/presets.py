@@ -1,0 +1,56 @@
+"""Sizes and training options of every task for two machines: `cpu` (two cores) and `gpu` (one large GPU)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .loop import LoopOptions
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Arguments of the network's `create_*` function, and how to train it."""
+
+    network: dict[str, Any]
+    loop: LoopOptions
+
+
+PRESETS: dict[str, dict[str, Preset]] = {
+    "vae": {
+        "cpu": Preset(
+            {"encoder_width": 32, "decoder_width": 32, "blocks": (0, 1, 2, 3)},
+            LoopOptions(batch_size=32, lr=2e-3, steps=4000, warmup=100),
+        ),
+        "gpu": Preset(
+            {"encoder_width": 64, "decoder_width": 64, "blocks": (1, 2, 3, 3)},
+            LoopOptions(batch_size=128, lr=1e-3, steps=20000, precision="bf16", compile=True),
+        ),
+    },
+    "clip": {
+        "cpu": Preset(
+            {"text_width": 128, "text_layers": 3, "vision_width": 128, "vision_layers": 4, "projection": 128},
+            LoopOptions(batch_size=128, lr=1e-3, steps=450, warmup=50, weight_decay=0.1, ema_decay=0.98, log_every=5),
+        ),
+        "gpu": Preset(
+            {"text_width": 128, "text_layers": 3, "vision_width": 256, "vision_layers": 6, "projection": 128},
+            LoopOptions(batch_size=1024, lr=1e-3, steps=3000, warmup=200, weight_decay=0.1, precision="bf16", compile=True),
+        ),
+    },
+    "unet": {
+        "cpu": Preset(
+            {"widths": (64, 128, 256), "attention": (True, True, True), "head_size": 32},
+            LoopOptions(batch_size=32, lr=8e-4, steps=3000, ema_decay=0.998, weight_decay=0.0),
+        ),
+        "gpu": Preset(
+            {"widths": (128, 256, 384), "attention": (True, True, True), "head_size": 64},
+            LoopOptions(
+                batch_size=256, lr=4e-4, steps=30000, warmup=1000, ema_decay=0.9995, precision="bf16", compile=True
+            ),
+        ),
+    },
+    "adapter": {
+        "cpu": Preset({}, LoopOptions(batch_size=32, lr=5e-4, steps=1500, warmup=100, ema_decay=0.995)),
+        "gpu": Preset({}, LoopOptions(batch_size=256, lr=3e-4, steps=10000, ema_decay=0.9995, precision="bf16")),
+    },
+}

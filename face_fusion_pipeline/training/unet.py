@@ -1,0 +1,249 @@
+"""The text-to-image UNet: v-prediction on cached latents and cached text embeddings.
+
+With a noise level ᾱ drawn for each image, z = √ᾱ x + √(1−ᾱ) ε and v = √ᾱ ε − √(1−ᾱ) x, the loss is
+w · m · (v̂ − v)², where w = min(SNR + 1, γ + 1)/(SNR + 1) tames nearly clean images as min-SNR does (and unlike it
+leaves the noisy ones, where composition and colours are decided, at full weight), and m raises the latents in face
+boxes, which are few and matter most. A weight by position does not move the optimum.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from .clip import equal_caption_ids, run_in_float32, tokenize
+from .data import AvatarImages, cached, save_grid
+from .loop import Batch, Task, TrainingError, seeded
+from .tokenizer import load_tokenizer
+
+TEXT_DROPOUT = 0.1
+SNR_GAMMA = 5.0
+
+
+@dataclass
+class Frozen:
+    """The trained parts that the UNet builds on, in float32."""
+
+    vae: AutoencoderTiny
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    image_encoder: CLIPVisionModelWithProjection | None
+
+    def pipeline(self, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+        """A Stable Diffusion of these parts; its progress bar is off."""
+        pipe = StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=unet,
+            scheduler=create_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            image_encoder=self.image_encoder,
+            requires_safety_checker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """Scaled latents (B, 8, S/8, S/8) of images (B, 3, S, S) in [-1, 1]."""
+        return self.vae.encode(images).latents * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def text_states(self, captions: list[str]) -> Tensor:
+        """Text embeddings (N, tokens, width) in float16."""
+        tokens = tokenize(self.tokenizer, captions)
+        device = self.text_encoder.device
+        return torch.cat([self.text_encoder(part.to(device))[0].half().cpu() for part in tokens.split(64)])
+
+
+def load_frozen(folder: Path) -> Frozen:
+    """The parts in the model folder; raises `TrainingError` naming the stage that is missing."""
+    for part, stage in (("vae", "vae"), ("text_encoder", "clip"), ("tokenizer", "clip")):
+        if not (folder / part).is_dir():
+            raise TrainingError(f"{folder / part} does not exist: train the stage `{stage}` first")
+    vae = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    image_encoder = None
+    if (folder / "image_encoder").is_dir():
+        image_encoder = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder", dtype=torch.float32)
+    for model in (vae, text_encoder, image_encoder):
+        if model is not None:
+            model.requires_grad_(False).eval()
+    return Frozen(vae, text_encoder, load_tokenizer(folder), image_encoder)
+
+
+def create_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise levels, rescaled to end in pure noise, so that plain backgrounds get their colour."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )
+
+
+def create_unet(
+    frozen: Frozen, image_size: int, widths: tuple[int, ...], attention: tuple[bool, ...], head_size: int
+) -> UNet2DConditionModel:
+    """One ResNet block a level; cross-attention at the levels marked in `attention`, from the finest one down."""
+    channels = frozen.vae.config.latent_channels
+    return UNet2DConditionModel(
+        sample_size=image_size // 8,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=widths,
+        down_block_types=tuple("CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(attention)),
+        cross_attention_dim=frozen.text_encoder.config.hidden_size,
+        # diffusers reads this as the number of heads, in spite of its name.
+        attention_head_dim=tuple(max(1, width // head_size) for width in widths),
+    )
+
+
+def load_unet(folder: Path) -> UNet2DConditionModel:
+    if not (folder / "unet").is_dir():
+        raise TrainingError(f"{folder / 'unet'} does not exist: train the stage `unet` first")
+    return UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Hash of all weights, so that cached results of one network are not taken for another's."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(module.state_dict().items()):
+        digest.update(name.encode() + weight.detach().cpu().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class LatentData:
+    """Latents (N, 8, h, w) and text embeddings of a dataset, computed once and kept beside it."""
+
+    def __init__(self, frozen: Frozen, data: AvatarImages) -> None:
+        device = frozen.vae.device
+
+        def encode_images() -> Tensor:
+            parts = torch.arange(len(data)).split(32)
+            return torch.cat([frozen.latents(data.images(part, device)).half().cpu() for part in parts])
+
+        key = f"{data.key}/{fingerprint(frozen.vae.encoder)}/{frozen.vae.config.scaling_factor}"
+        self.latents = cached(data.folder / "latents.safetensors", key, encode_images)
+        self.caption_ids = equal_caption_ids(data.captions)
+        captions = list(dict.fromkeys(data.captions))
+        key = f"{data.key}/{fingerprint(frozen.text_encoder)}"
+        self.text = cached(data.folder / "text.safetensors", key, lambda: frozen.text_states(captions))
+        self.empty_text = frozen.text_states([""])
+        self.face_masks = data.face_masks(self.latents.shape[-1], data.pixels.shape[-1] // self.latents.shape[-1])
+
+
+class DiffusionLoss:
+    """Noising and the weighted v-loss of the module's docstring."""
+
+    def __init__(self, face_weight: float) -> None:
+        self.alphas = create_scheduler().alphas_cumprod
+        self.face_weight = face_weight
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> Batch:
+        """Noise (B, ...) and timesteps (B,), one from each of B equal ranges, which lowers the variance of the loss."""
+        device, count = generator.device, shape[0]
+        noise = torch.randn(shape, generator=generator, device=device)
+        ranges = torch.randperm(count, generator=generator, device=device)
+        within = torch.rand(count, generator=generator, device=device)
+        timesteps = ((ranges + within) / count * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
+        return {"noise": noise, "timesteps": timesteps}
+
+    def noised(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(z, v) at the batch's timesteps."""
+        alpha = self.alphas.to(batch["latents"].device)[batch["timesteps"]][:, None, None, None]
+        signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+        return (
+            signal * batch["latents"] + noise * batch["noise"],
+            signal * batch["noise"] - noise * batch["latents"],
+        )
+
+    def per_image(self, predicted: Tensor, target: Tensor, batch: Batch) -> Tensor:
+        """Weighted squared error (B,)."""
+        alpha = self.alphas.to(predicted.device)[batch["timesteps"]]
+        weight = torch.clamp((SNR_GAMMA + 1) * (1 - alpha), max=1.0)  # since 1/(SNR + 1) = 1 − ᾱ
+        mask = 1 + (self.face_weight - 1) * batch["faces"].float()
+        mask = mask / mask.mean(dim=(1, 2, 3), keepdim=True)
+        return weight * (mask * (predicted.float() - target).square()).mean(dim=(1, 2, 3))
+
+
+class UnetTask(Task):
+    """Trains the UNet with one caption in ten dropped for classifier-free guidance."""
+
+    name = "unet"
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        frozen: Frozen,
+        train: AvatarImages,
+        validation: AvatarImages,
+        face_weight: float = 3.0,
+    ) -> None:
+        super().__init__()
+        self.unet, self.vae, self.text_encoder = unet.requires_grad_(True), frozen.vae, frozen.text_encoder
+        self.frozen, self.validation, self.size = frozen, validation, len(train)
+        self.data, self.held_out = LatentData(frozen, train), LatentData(frozen, validation)
+        self.loss = DiffusionLoss(face_weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
+        batch = self.examples(self.data, indices)
+        drawn = self.loss.draw(batch["latents"].shape, generator)
+        dropped = torch.rand(len(indices), generator=generator, device=generator.device) < TEXT_DROPOUT
+        batch["text"] = torch.where(dropped[:, None, None], batch["empty_text"], batch["text"])
+        return batch | drawn
+
+    def examples(self, data: LatentData, indices: Tensor) -> Batch:
+        return {
+            "latents": data.latents[indices].to(self.device).float(),
+            "text": data.text[data.caption_ids[indices]].to(self.device).float(),
+            "empty_text": data.empty_text.to(self.device).float(),
+            "faces": data.face_masks[indices].to(self.device),
+        }
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        noisy, target = self.loss.noised(batch)
+        predicted = self.unet(noisy, batch["timesteps"], batch["text"]).sample
+        return self.loss.per_image(predicted, target, batch).mean(), {}
+
+    def sample(self, path: Path) -> dict[str, float]:
+        """Twelve held-out captions with fixed noise; the loss on 128 held-out images with fixed noise."""
+        count = min(len(self.validation), 12)
+        prompts = [self.validation.captions[i] for i in range(count)]
+        pipe = self.frozen.pipeline(self.unet)
+        images = pipe(prompts, num_inference_steps=20, guidance_scale=4.0, generator=seeded(0, 0, "sample"), output_type="pt")
+        save_grid(list((images.images * 2 - 1).split(6)), path) if count % 6 == 0 else save_grid([images.images * 2 - 1], path)
+        path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
+        batch = self.examples(self.held_out, torch.arange(min(len(self.validation), 128)))
+        batch |= self.loss.draw(batch["latents"].shape, seeded(0, 0, "validation", self.device))
+        return {"validation_loss": float(self.forward(batch)[0])}
+
+    def export(self, folder: Path) -> None:
+        save_pipeline(self.frozen, self.unet, folder)
+
+
+def save_pipeline(frozen: Frozen, unet: UNet2DConditionModel, folder: Path) -> None:
+    """Write the whole `StableDiffusionPipeline` in float16."""
+    pipe = copy.deepcopy(frozen.pipeline(unet))
+    pipe.to("cpu", torch.float16, silence_dtype_warnings=True).save_pretrained(folder)
+    run_in_float32(folder)

@@ -1,0 +1,362 @@
+"""Evaluation: figures against hand-computed values, alignment, judges on fresh renders, the whole table in small."""
+
+import json
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_components, tiny_unet
+
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
+from face_fusion_pipeline.avatars import BACKGROUNDS, CLOTHINGS, EXPRESSIONS, STYLES
+from face_fusion_pipeline.cli import avatars_evaluate
+from face_fusion_pipeline.evaluation.alignment import align_faces, face_template, similarity_transform
+from face_fusion_pipeline.evaluation.avatar_table import CEILING, FLOOR, as_markdown, compare, summarise
+from face_fusion_pipeline.evaluation.generation import METHODS, Settings, image_path
+from face_fusion_pipeline.evaluation.judge_training import train_judges
+from face_fusion_pipeline.evaluation.judges import SHIPPED, WEIGHTS_NAME, Judges, load_judges
+from face_fusion_pipeline.evaluation.metrics import (
+    auc,
+    bootstrap_mean,
+    box_iou,
+    closed_share,
+    cosine_similarity,
+    psnr,
+    verification_auc,
+)
+from face_fusion_pipeline.evaluation.model_quality import measure_model, quality_trials, reconstruction_psnr
+from face_fusion_pipeline.evaluation.recognisers import OnnxRecogniser, load_recognisers
+from face_fusion_pipeline.evaluation.recognition import measure_recognition
+from face_fusion_pipeline.evaluation.renders import write_image
+from face_fusion_pipeline.evaluation.scoring import Panel
+from face_fusion_pipeline.evaluation.trials import FIRST_TEST_IDENTITY, plan_trials, portraits, true_renders
+from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
+
+
+DATA = Path(os.environ.get("FACE_FUSION_TEST_DATA", Path(__file__).parents[2] / "shared")) / "data" / "models"
+LABELS = {
+    "expression": sorted(EXPRESSIONS),
+    "clothing": sorted(CLOTHINGS),
+    "background": sorted(BACKGROUNDS),
+    "style": sorted(STYLES),
+    "people": ["1", "2", "3"],
+}
+
+
+@pytest.fixture(scope="module")
+def untrained() -> Judges:
+    torch.manual_seed(0)
+    judges = Judges.new(LABELS)
+    judges.networks.eval()
+    return judges
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionFaceFusionPipeline:
+    """Random weights, images of 64 pixels: the judges see them enlarged."""
+    pipe = StableDiffusionFaceFusionPipeline(**{**tiny_components(), "unet": tiny_unet(sample_size=32)})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# --- Figures -----------------------------------------------------------------------------------------------------
+
+
+def test_cosine_similarity() -> None:
+    assert cosine_similarity(np.array([3, 4]), np.array([4, 3])) == pytest.approx(24 / 25)
+    assert cosine_similarity(np.zeros(2), np.ones(2)) == 0
+    assert cosine_similarity(np.eye(2), np.array([0, -2])).tolist() == [0, -1]
+
+
+def test_auc_counts_won_pairs_and_half_of_the_ties() -> None:
+    # 3 beats 1 and 2; 2 beats 1 and ties with 2: 3.5 of 4 pairs
+    assert auc(np.array([3, 2]), np.array([1, 2])) == pytest.approx(3.5 / 4)
+    assert auc(np.array([0.0]), np.array([1.0, 2.0])) == 0
+    with pytest.raises(ValueError, match="0 positive"):
+        auc(np.array([]), np.array([1.0]))
+
+
+def test_verification_auc_uses_all_pairs() -> None:
+    embeddings = np.array([[1, 0], [2, 0.1], [0, 1], [0.1, 3]])
+    assert verification_auc(embeddings, np.array([7, 7, 8, 8])) == 1
+    assert verification_auc(embeddings, np.array([7, 8, 7, 8])) < 0.5
+
+
+def test_bootstrap_draws_identities_not_images() -> None:
+    same_in_group = bootstrap_mean(np.array([0.0] * 50 + [1.0] * 50), np.repeat([0, 1], 50))
+    assert (same_in_group.mean, same_in_group.low, same_in_group.high) == (0.5, 0.0, 1.0)
+    single_images = bootstrap_mean(np.array([0.0] * 50 + [1.0] * 50), np.arange(100))
+    assert 0.35 < single_images.low < 0.45 and 0.55 < single_images.high < 0.65
+    assert bootstrap_mean(np.array([1.0, np.nan]), np.array([0, 1])).count == 1
+
+
+def test_closed_share() -> None:
+    assert closed_share(0.5, 0.2, 0.8) == pytest.approx(0.5)
+    assert np.isnan(closed_share(0.5, 0.2, 0.2))
+
+
+def test_psnr_is_computed_in_float() -> None:
+    assert psnr(np.full((4, 4), 0.5), np.full((4, 4), 0.6)) == pytest.approx(20.0)
+    assert psnr(np.ones(3), np.ones(3)) == np.inf
+    # uint8 arithmetic wraps around: 0 - 255 would count as an error of 1
+    assert psnr(np.zeros(4, np.uint8), np.full(4, 255, np.uint8), peak=255) == pytest.approx(0.0)
+
+
+def test_box_iou() -> None:
+    assert box_iou(np.array([0, 0, 2, 2]), np.array([1, 0, 3, 2])) == pytest.approx(1 / 3)
+    assert box_iou(np.array([0, 0, 1, 1]), np.array([2, 2, 3, 3])) == 0
+
+
+# --- Alignment ---------------------------------------------------------------------------------------------------
+
+
+def test_similarity_transform_is_exact_for_similar_points() -> None:
+    angle = torch.tensor(0.3, dtype=torch.float64)
+    turn = 1.7 * torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+    shift = torch.tensor([5.0, -3.0], dtype=torch.float64)
+    points = face_template(112).double()
+    matrix = similarity_transform(points, points @ turn.T + shift)
+    torch.testing.assert_close(matrix, torch.cat([turn, shift[:, None]], 1))
+
+
+def test_aligned_crop_is_that_of_opencv() -> None:
+    torch.manual_seed(0)
+    images = torch.nn.functional.avg_pool2d(torch.rand(2, 3, 130, 130), 3, 1)
+    landmarks = face_template(112) * 0.6 + torch.tensor([20.0, 25.0]) + torch.randn(2, 5, 2)
+    crops = align_faces(images, landmarks, 112)
+    for image, points, crop in zip(images, landmarks, crops, strict=True):
+        matrix = similarity_transform(points.double(), face_template(112).double()).numpy()
+        pixels = image.permute(1, 2, 0).numpy()
+        expected = cv2.warpAffine(pixels, matrix, (112, 112), borderMode=cv2.BORDER_REPLICATE)
+        # OpenCV rounds positions to 1/32 pixel
+        assert np.abs(crop.permute(1, 2, 0).numpy() - expected).max() < 0.03
+
+
+# --- Trials ------------------------------------------------------------------------------------------------------
+
+
+def test_trials_ask_unseen_captions_of_test_people() -> None:
+    trials = plan_trials(2, 3, style="photo")
+    assert [trial.person for trial in trials] == [FIRST_TEST_IDENTITY] * 3 + [FIRST_TEST_IDENTITY + 1] * 3
+    assert [trial.text for trial in plan_trials(2, 3, style="photo")] == [trial.text for trial in trials]
+    seen = {trials[0].text}
+    assert plan_trials(1, 1, style="photo", exclude=seen)[0].text not in seen
+    assert all(trial.wanted["clothing"] in trial.text for trial in trials)
+    assert len({trial.seed for trial in trials}) == 6
+    assert plan_trials(1, 1, people=2, style="photo")[0].wanted.keys() == {"background", "style", "people"}
+    sketch = plan_trials(1, 1, style="line art", clothing="red shirt", background="plain blue")[0]
+    assert sketch.wanted.keys() == {"expression", "style", "people"}  # colours cannot be seen
+
+
+def test_somebody_else_stands_in_the_same_scene() -> None:
+    trials = plan_trials(1, 1, style="photo", background="plain red")
+    truth, stranger = true_renders(trials), true_renders(trials, person_shift=1)
+    assert truth.shape == (1, 3, 128, 128)
+    assert (truth[..., :4, :4] - stranger[..., :4, :4]).abs().max() < 0.02 < (truth - stranger).abs().max()
+    person = portraits(trials[0].person)
+    assert person.face.size == (128, 128) and (person.reference - person.other).abs().max() > 0.1
+
+
+# --- Judges ------------------------------------------------------------------------------------------------------
+
+
+def test_judges_survive_saving(untrained: Judges, tmp_path: Path) -> None:
+    untrained.save(tmp_path)
+    loaded = load_judges(tmp_path)
+    assert loaded.labels == untrained.labels
+    for name, value in untrained.networks.state_dict().items():
+        torch.testing.assert_close(loaded.networks.state_dict()[name], value, atol=1e-3, rtol=1e-3)
+    assert (tmp_path / WEIGHTS_NAME).stat().st_size < 3_000_000
+    with pytest.raises(ModelNotFoundError, match="train-judges"):
+        load_judges(tmp_path / "nowhere")
+
+
+def test_locator_reads_its_peak(untrained: Judges, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.zeros(1, 5, 32, 32)
+    logits[:, :, 10, 20] = 50
+    logits[:, 0, 10, 21] = 50  # equally high: half a cell further
+    logits[:, :, 30, 2] = 49  # a second face, too far to pull on the first
+    monkeypatch.setattr(untrained.locator, "heatmaps", lambda images: logits)
+    landmarks = untrained.locate(torch.zeros(1, 3, 128, 128))
+    assert landmarks[0, 1].tolist() == pytest.approx([81.5, 41.5], abs=1e-3)
+    assert landmarks[0, 0].tolist() == pytest.approx([83.5, 41.5], abs=1e-3)
+
+
+def test_judges_learn(tmp_path: Path) -> None:
+    """A few steps on two plain backgrounds: the training loop must bring the scene judge well above chance."""
+    for split, first in (("train", 0), ("validation", 1_000_000)):
+        records = []
+        for i in range(24):
+            torch.manual_seed(i)
+            image = torch.rand(3, 1, 1) * 0.4 * torch.ones(3, 128, 128) + (0.5 if i % 2 else 0.0)
+            write_image(tmp_path / split / f"{i}.png", image)
+            words = {"expression": "sad", "clothing": "suit", "style": "photo", "background": ["dark", "light"][i % 2]}
+            points = (face_template(60) + 30).tolist()
+            record = {"file_name": f"{i}.png", "text": "", "identities": [first + i // 2], "people": 1}
+            records.append({**record, **words, "landmarks5": [points], "boxes": [[30, 30, 90, 90]]})
+        (tmp_path / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
+    result = train_judges(tmp_path, tmp_path / "judges", steps=9)
+    assert result["accuracy"]["background"] > 0.8
+    assert result["images"] == 24 and result["landmark_error_pixels"] >= 0
+
+
+@pytest.mark.skipif(not (SHIPPED / WEIGHTS_NAME).is_file(), reason="no trained judges in the package")
+def test_shipped_judges_see_what_renders_show() -> None:
+    judges = load_judges()
+    trials = plan_trials(60, 2, seed=5)
+    images = true_renders(trials)
+    said = judges.describe(images)
+    for trait in ("expression", "clothing", "background", "people"):
+        asked = [(i, trial.wanted[trait]) for i, trial in enumerate(trials) if trait in trial.wanted]
+        right = np.mean([said[trait][i] == word for i, word in asked])
+        assert right >= 0.95, f"{trait}: {right:.3f}"
+    embeddings = judges.embed(images, judges.locate(images))
+    assert verification_auc(embeddings, np.array([trial.person for trial in trials])) >= 0.95
+
+
+# --- Recognisers in ONNX files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no recogniser files")
+def test_recognisers_of_photographs_tell_avatars_apart() -> None:
+    recognisers = load_recognisers([f"first={DATA / 'mobileface_v2.onnx'}:raw"], DATA)
+    assert [r.name for r in recognisers] == ["first", "mobileface_v2", "mobilefacenet_foamliu"]
+    result = measure_recognition(recognisers[1:], None, identities=12, portraits=3)
+    assert result["images"] == 36
+    assert min(result["auc"].values()) > 0.85
+
+
+def test_bad_recogniser_arguments(tmp_path: Path) -> None:
+    with pytest.raises(FaceFusionError, match="NAME=FILE"):
+        load_recognisers(["file.onnx"])
+    with pytest.raises(ModelNotFoundError, match="missing.onnx"):
+        OnnxRecogniser(tmp_path / "missing.onnx")
+    with pytest.raises(ModelNotFoundError, match="no folder"):
+        load_recognisers([], tmp_path / "nowhere")
+
+
+# --- Tables ------------------------------------------------------------------------------------------------------
+
+
+def _row(method: str, person: int, similarity: float, said: str, found: bool | None = True) -> dict:
+    wanted = {"expression": "sad", "clothing": "suit", "background": "city", "people": "1"}
+    seen = {**wanted, "expression": said}
+    return {"method": method, "person": person, "similarity": {"r": similarity}, "wanted": wanted, "said": seen,
+            "face_found": found}  # fmt: skip
+
+
+def test_summary_by_hand() -> None:
+    rows = [_row("adapter", 1, 0.6, "sad"), _row("adapter", 2, 0.8, "angry", found=False)]
+    rows += [_row(FLOOR, p, 0.3, "sad", None) for p in (1, 2)] + [_row(CEILING, p, 0.9, "sad") for p in (1, 2)]
+    summary = summarise(rows, ["adapter", CEILING, FLOOR], ["r"])
+    mine = summary["adapter"]
+    assert mine["similarity"]["r"]["mean"] == pytest.approx(0.7)
+    assert mine["similarity"]["r"]["closed"] == pytest.approx(0.4 / 0.6)
+    assert mine["accuracy"]["expression"] == 0.5 and mine["accuracy"]["mean"] == pytest.approx(0.875)
+    assert mine["no_face"] == 0.5 and summary[FLOOR]["no_face"] is None
+
+
+def test_table_end_to_end_resumes(
+    pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe.set_face_fusion_adapter(_adapter(pipe))
+    settings = Settings(model="tiny", steps=1, batch=2)
+    trials = plan_trials(2, 2, style="photo")
+    panel = Panel(untrained)
+    result = compare(pipe, trials, list(METHODS), panel, settings, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 * 5 and {row["method"] for row in rows} == {*METHODS, CEILING, FLOOR}
+    assert result["methods"][CEILING]["similarity"]["avatar recogniser"]["closed"] == 1
+    assert "| adapter |" in (tmp_path / "table.md").read_text() == as_markdown(result, panel.names)
+    assert (tmp_path / "sheet.png").is_file()
+    faces = [image_path(tmp_path, trials[0], method).read_bytes() for method in METHODS]
+    assert len(set(faces)) == 3  # the face changes the image, and the two modes differ
+
+    lost = [image_path(tmp_path, trial, "adapter") for trial in trials[2:]]  # one batch
+    before = [path.read_bytes() for path in lost]
+    for path in lost:
+        path.unlink()
+    calls: list = []
+    monkeypatch.setattr(type(pipe), "encode_face", _counted(type(pipe).encode_face, calls))
+    assert compare(pipe, trials, list(METHODS), panel, settings, tmp_path) == result
+    assert len(calls) == 1 and [path.read_bytes() for path in lost] == before
+
+    with pytest.raises(FaceFusionError, match="other settings"):
+        compare(pipe, trials, ["none"], panel, Settings(model="tiny", steps=2), tmp_path)
+
+
+def _adapter(pipe: StableDiffusionFaceFusionPipeline):
+    from face_fusion_pipeline.face_adapter import create_adapter
+
+    return create_adapter(pipe.unet, "xavier", metadata={"resolution": 64})
+
+
+def _counted(function, calls: list):
+    def wrapped(*args, **kwargs):
+        calls.append(kwargs)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def test_model_report_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path) -> None:
+    trials = quality_trials(5)
+    assert [trial.wanted["people"] for trial in trials] == ["1", "1", "1", "2", "3"]
+    result = measure_model(pipe, trials, Panel(untrained), Settings(model="tiny", steps=1), tmp_path)
+    assert result["prompts"] == 5 and 0 < result["psnr"] < 40
+    assert json.loads((tmp_path / "model.json").read_text()) == result
+    assert "| people right ↑ |" in (tmp_path / "model.md").read_text()
+
+
+def test_reconstruction_of_a_perfect_vae_is_infinite(pipe: StableDiffusionFaceFusionPipeline) -> None:
+    class Copy(torch.nn.Linear):
+        config = type("Config", (), {"scaling_factor": 0.5, "shift_factor": 0.25})
+
+        def encode(self, pixels):
+            return type("Encoded", (), {"latents": pixels})
+
+        def decode(self, latents):
+            return type("Decoded", (), {"sample": latents})
+
+    assert reconstruction_psnr(Copy(1, 1), torch.rand(2, 3, 8, 8)) > 100
+
+
+# --- Command -----------------------------------------------------------------------------------------------------
+
+
+def _run(*words: str) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    avatars_evaluate.add_arguments(parser)
+    return avatars_evaluate.run(parser.parse_args(list(words)))
+
+
+def test_table_command(
+    pipe: StableDiffusionFaceFusionPipeline,
+    untrained: Judges,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    untrained.save(tmp_path / "judges")
+    pipe.unload_face_fusion_adapter()
+    pipe.save_pretrained(tmp_path / "model")
+    words = ["table", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--judges"]
+    words += [str(tmp_path / "judges"), "--identities", "1", "--prompts", "1", "--steps", "1", "--json"]
+    assert _run(*words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["methods"]) == ["none", "training-free", CEILING, FLOOR]
+    with pytest.raises(FaceFusionError, match="no adapter"):
+        _run(*words, "--methods", "adapter")
+    with pytest.raises(FaceFusionError, match="metadata.jsonl"):
+        _run(*words, "--training-data", str(tmp_path))
+
+
+def test_recognition_command(capsys: pytest.CaptureFixture[str]) -> None:
+    if not DATA.is_dir():
+        pytest.skip("no recogniser files")
+    assert _run("recognition", "--recognisers", str(DATA), "--identities", "4", "--portraits", "2") == 0
+    assert "mobileface_v2: AUC" in capsys.readouterr().out

@@ -1,0 +1,133 @@
+"""Identities: encode once, save, load, reuse; refuse what was made with other models."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import face, generate, tiny_pipeline
+
+from face_fusion_pipeline import FaceIdentity
+from face_fusion_pipeline.face_adapter import create_adapter
+from face_fusion_pipeline.face_errors import (
+    FaceFusionError,
+    IdentityMismatchError,
+    InvalidScaleError,
+    ModelNotFoundError,
+    UnreadableImageError,
+)
+from face_fusion_pipeline.face_identity import encode_latents, face_tensors, noise_latents
+
+
+def adapted_pipeline(seed=0, **metadata):
+    pipe = tiny_pipeline()
+    torch.manual_seed(seed)
+    pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata={"resolution": 16, **metadata}))
+    return pipe
+
+
+@pytest.fixture
+def pipe():
+    return adapted_pipeline()
+
+
+@pytest.mark.parametrize("mode", ["adapter", "training-free"])
+def test_saved_and_loaded_identity_generates_the_same(pipe, tmp_path, mode):
+    identity = pipe.encode_face([face(0), face(1)], weights=[1, 2], face_mode=mode)
+    identity.save(tmp_path / "someone.safetensors")
+    loaded = FaceIdentity.load(tmp_path / "someone.safetensors")
+    assert loaded.mode == mode and loaded.n_refs == 2 and loaded.weights.tolist() == [1, 2]
+    direct = generate(pipe, face_image=[face(0), face(1)], face_weights=[1, 2], face_mode=mode)
+    assert torch.equal(generate(pipe, face_image=loaded), direct)
+
+
+def test_shapes_follow_the_layers(pipe):
+    identity = pipe.encode_face([face(0), face(1), face(2)])
+    assert {tuple(key.shape) for key in identity.keys.values()} == {(3, 64, 16), (3, 16, 32)}
+    assert all(name.endswith("attn2") for name in identity.keys)
+    free = pipe.encode_face(face(), face_mode="training-free", face_resolution=32)
+    assert {tuple(key.shape) for key in free.keys.values()} == {(1, 256, 16), (1, 64, 32)}
+    assert all(name.endswith("attn1") for name in free.keys)
+
+
+def test_identity_of_other_models_is_refused(pipe, tmp_path):
+    identity = pipe.encode_face(face())
+    with pytest.raises(IdentityMismatchError, match="other adapter"):
+        generate(adapted_pipeline(seed=5), face_image=identity)
+    with pytest.raises(IdentityMismatchError, match="load_face_fusion_adapter"):
+        generate(tiny_pipeline(), face_image=identity)
+    with pytest.raises(IdentityMismatchError, match="another base"):
+        generate(tiny_pipeline(seed=1), face_image=pipe.encode_face(face(), face_mode="training-free"))
+    with pytest.raises(IdentityMismatchError, match="training-free"):
+        generate(pipe, face_image=identity, face_mode="training-free")
+    with pytest.raises(ModelNotFoundError, match="nobody"):
+        FaceIdentity.load(tmp_path / "nobody.safetensors")
+    save_file({"weights": torch.ones(1)}, tmp_path / "other.safetensors", {"format": "else"})
+    with pytest.raises(IdentityMismatchError, match="else"):
+        FaceIdentity.load(tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"")
+    with pytest.raises(IdentityMismatchError, match="readable"):
+        FaceIdentity.load(tmp_path / "broken.safetensors")
+
+
+def test_reference_mode_of_the_adapter_is_followed():
+    clean, noised = adapted_pipeline(), adapted_pipeline(reference_mode="noised", reference_timestep=50)
+    a, b = (p.encode_face(face()).keys for p in (clean, noised))
+    assert all(not torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+    again = noised.encode_face(face()).keys
+    assert all(torch.equal(b[name], again[name]) for name in b)
+
+
+def test_noise_follows_the_schedule():
+    latents = torch.full((2, 4, 8, 8), 3.0)
+    alphas = torch.tensor([0.9, 0.25])
+    assert noise_latents(latents, alphas, 0) is latents
+    noised = noise_latents(latents, alphas, 1)
+    assert torch.equal(noised[0], noised[1])
+    noise = (noised - 0.5 * 3.0) / 0.75**0.5
+    assert abs(noise[0].mean()) < 0.2 and abs(noise[0].std() - 1) < 0.2
+
+
+@pytest.mark.parametrize("tiny_vae", [False, True])
+def test_latents_are_the_mode_and_scaled(tiny_vae):
+    vae = tiny_pipeline(tiny_vae=tiny_vae).vae
+    (pixels,) = face_tensors(face(), 16)
+    with torch.no_grad():
+        encoded = vae.encode(pixels)
+        raw = encoded.latents if tiny_vae else encoded.latent_dist.mode()
+        torch.testing.assert_close(encode_latents(vae, pixels), raw * vae.config.scaling_factor)
+
+
+def test_the_same_pixels_in_any_form_give_the_same_reference():
+    image = face(size=16)
+    array = np.asarray(image)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
+    expected = face_tensors(image, 16)[0]
+    assert expected.shape == (1, 3, 16, 16) and expected.min() >= -1 and expected.max() <= 1
+    for form in (array, tensor, tensor[None], [image], image.convert("RGBA")):
+        assert torch.equal(face_tensors(form, 16)[0], expected)
+    assert len(face_tensors(torch.stack([tensor] * 3), 16)) == 3
+    wide = face_tensors(tensor[:, :8], 4)[0]  # 16x8 is cut to its middle, not squeezed
+    torch.testing.assert_close(wide, face_tensors(tensor[:, :8, 4:12], 4)[0])
+
+
+@pytest.mark.parametrize(
+    "bad", ["face.png", None, [], torch.zeros(1, 8, 8), torch.full((3, 8, 8), -1.0), torch.full((3, 8, 8), torch.nan)]
+)
+def test_what_is_no_image_is_refused(bad):
+    with pytest.raises(UnreadableImageError):
+        face_tensors(bad, 16)
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 2, 3], [-1, 2], [0, 0], "ab"])
+def test_bad_weights_are_refused(pipe, weights):
+    with pytest.raises(InvalidScaleError, match="weights"):
+        pipe.encode_face([face(0), face(1)], weights=weights)
+
+
+def test_bad_mode_and_resolution_are_refused(pipe):
+    with pytest.raises(FaceFusionError, match="magic"):
+        pipe.encode_face(face(), face_mode="magic")
+    with pytest.raises(FaceFusionError, match="multiple of 2"):
+        pipe.encode_face(face(), face_resolution=15)
+    with pytest.raises(FaceFusionError, match="needs weights"):
+        tiny_pipeline().encode_face(face(), face_mode="adapter")

@@ -1,0 +1,97 @@
+"""The folder is a package, a `custom_pipeline` folder, a single file and a Hub repository: each in a fresh process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import face, generate, tiny_pipeline
+
+from face_fusion_pipeline.face_adapter import create_adapter
+
+
+PACKAGE = Path(__file__).parents[1] / "face_fusion_pipeline"
+
+SCRIPT = """
+import os, shutil, sys
+from types import SimpleNamespace
+import torch
+torch.set_num_threads(1)
+from PIL import Image
+from safetensors.torch import save_file
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+way, package, work = sys.argv[1:]
+options = {"trust_remote_code": True}
+if way == "import":
+    sys.path.insert(0, os.path.dirname(package))
+    import face_fusion_pipeline
+    assert "torchvision" not in sys.modules
+    pipe = face_fusion_pipeline.StableDiffusionFaceFusionPipeline.from_pretrained(work + "/model")
+elif way == "folder":
+    pipe = DiffusionPipeline.from_pretrained(work + "/model", custom_pipeline=package, **options)
+    base = StableDiffusionPipeline(**{**pipe.components, "requires_safety_checker": False})
+    pipe = StableDiffusionPipeline.from_pipe(base, custom_pipeline=package, **options)
+elif way == "file":
+    pipe = DiffusionPipeline.from_pretrained(work + "/model", custom_pipeline=package + "/pipeline.py", **options)
+else:
+    from diffusers.utils import dynamic_modules_utils as loader
+    fetched = []
+    def download(repo, filename, **kwargs):
+        assert repo == "someone/face-fusion", repo
+        fetched.append(filename)
+        return os.path.join(package, filename)
+    loader.hf_hub_download = download
+    loader.model_info = lambda *args, **kwargs: SimpleNamespace(sha="0123abcd")
+    pipe = DiffusionPipeline.from_pretrained(work + "/model", custom_pipeline="someone/face-fusion", **options)
+    assert "face_attention.py" in fetched, fetched
+assert type(pipe).__name__ == "StableDiffusionFaceFusionPipeline"
+assert (type(pipe).__module__ == "face_fusion_pipeline.pipeline") == (way == "import"), type(pipe).__module__
+assert way == "import" or "face_fusion_pipeline" not in sys.modules
+pipe.set_progress_bar_config(disable=True)
+pipe.load_face_fusion_adapter(work)
+with Image.open(work + "/face.png") as image:
+    identity = pipe.encode_face(image)
+identity.save(work + "/" + way + "-identity.safetensors")
+identity = type(identity).load(work + "/" + way + "-identity.safetensors")
+generator = torch.Generator().manual_seed(0)
+latents = pipe("a cat", face_image=identity, generator=generator, num_inference_steps=3, output_type="latent").images
+save_file({"latents": latents}, work + "/" + way + ".safetensors")
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A saved tiny model, adapter and face, and what they should give."""
+    folder = tmp_path_factory.mktemp("loading")
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(folder / "model")
+    pipe.set_face_fusion_adapter(create_adapter(pipe.unet, metadata={"resolution": 16}))
+    pipe.save_face_fusion_adapter(folder)
+    face().save(folder / "face.png")
+    save_file({"latents": generate(pipe, face_image=face())}, folder / "expected.safetensors")
+    return folder
+
+
+def run(script, *arguments, cwd):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cwd / "modules")}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("way", ["import", "folder", "file", "hub"])
+def test_loads_and_generates_in_a_fresh_process(way, work, tmp_path):
+    result = run(SCRIPT, way, PACKAGE, work, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    actual, expected = (load_file(work / f"{name}.safetensors")["latents"] for name in (way, "expected"))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_importing_the_package_is_cheap(tmp_path):
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import face_fusion_pipeline as f; f.__version__;"
+    script += "assert 'torch' not in sys.modules; f.FaceFusionError; assert 'torch' not in sys.modules; dir(f)"
+    result = run(script, PACKAGE.parent, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr

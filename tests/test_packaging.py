@@ -1,0 +1,82 @@
+"""What a fresh clone and an installed package promise."""
+
+import re
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import face_fusion_pipeline
+
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[<>=\[; ]", line, maxsplit=1)[0].lower().replace("_", "-") for line in requirements}
+
+
+def test_one_version_everywhere() -> None:
+    assert face_fusion_pipeline.__version__ == PROJECT["version"]
+    assert f"\nversion: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_every_dependency_has_a_lower_bound() -> None:
+    extras = PROJECT["optional-dependencies"]
+    for line in [*PROJECT["dependencies"], *(line for lines in extras.values() for line in lines)]:
+        assert ">=" in line, line
+    assert {"train", "insightface", "depth", "app", "test"} <= set(extras)
+
+
+def test_constraints_pin_what_is_tested() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert "torch==2.13.0" in lines
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    wanted = names(PROJECT["dependencies"]) | names(PROJECT["optional-dependencies"]["test"])
+    assert wanted <= names(lines)
+
+
+def test_console_command() -> None:
+    assert PROJECT["scripts"] == {"face-fusion": "face_fusion_pipeline.cli:main"}
+    try:
+        installed = metadata.distribution("face-fusion-pipeline")
+    except metadata.PackageNotFoundError:
+        pytest.skip("run from a checkout that is not installed")
+    assert any(entry.name == "face-fusion" for entry in installed.entry_points)
+
+
+def test_two_commands_and_one_check() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^demo:", makefile, re.M) and re.search(r"^test:", makefile, re.M)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    assert ".ci/run" in (ROOT / ".github" / "workflows" / "test.yml").read_text()
+
+
+def test_readme_commands_and_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    from face_fusion_pipeline.cli import commands, main
+
+    readme = (ROOT / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", readme, re.S)).replace("\\\n", " ")
+    lines = re.findall(r"^face-fusion (\S+)(.*)$", blocks, re.M)
+    assert lines
+    for command, rest in lines:
+        assert command in commands()
+        main([command, "--help"])
+        known = capsys.readouterr().out
+        for option in re.findall(r"(?<= )--[a-z-]+", rest):
+            assert option in known, f"README names {command} {option}"
+
+
+def test_readme_python_compiles() -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert snippets
+    for snippet in snippets:
+        compile(snippet, "README.md", "exec")
+
+
+def test_embedded_files_are_package_data() -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert "embedded/**/*" in data["face_fusion_pipeline"]

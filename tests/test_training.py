@@ -1,0 +1,288 @@
+"""Training: the loop resumes bit for bit, and every stage writes parts that diffusers and transformers load."""
+
+import argparse
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+
+from face_fusion_pipeline.face_adapter import AdapterMetadata, load_adapter, read_tensors
+from face_fusion_pipeline.training.data import crop_boxes, load_avatars
+from face_fusion_pipeline.training.loop import LoopOptions, Task, TrainingError, data_order, learning_rate, train
+
+
+SIZE = 32
+OPTIONS = LoopOptions(batch_size=4, lr=1e-2, steps=6, warmup=2, log_every=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """An ImageFolder of random images, two of each identity."""
+    root = tmp_path_factory.mktemp("avatars")
+    for split, count in (("train", 12), ("validation", 8)):
+        draw = random.Random(split)
+        (root / split / "images").mkdir(parents=True)
+        lines = []
+        for index in range(count):
+            name = f"images/{index}.png"
+            Image.frombytes("RGB", (SIZE, SIZE), draw.randbytes(SIZE * SIZE * 3)).save(root / split / name)
+            record = {"file_name": name, "text": f"a {draw.choice(['red', 'blue'])} shirt", "identities": [index // 2]}
+            lines.append(json.dumps({**record, "boxes": [[8, 8, 24, 24]]}))
+        (root / split / "metadata.jsonl").write_text("\n".join(lines))
+    return root
+
+
+class Regression(Task):
+    """Learns the mean of noisy numbers; enough to exercise everything in the loop."""
+
+    name, size = "regression", 10
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        with torch.no_grad():
+            self.layer.weight.fill_(0.5)
+            self.layer.bias.zero_()
+        self.dies_at = None
+        self.seen = 0
+
+    def batch(self, indices, generator, progress):
+        return {"x": torch.randn(len(indices), 3, generator=generator) + indices[:, None].float()}
+
+    def forward(self, batch):
+        self.seen += 1
+        if self.seen == self.dies_at:
+            raise KeyboardInterrupt
+        loss = (self.layer(batch["x"]) - 1).square().mean()
+        return loss, {"twice": 2 * loss}
+
+    def export(self, folder):
+        self.exported = {name: p.detach().clone() for name, p in self.named_parameters()}
+
+
+def checkpoint_of(folder):
+    with safe_open(folder / "logs/regression/checkpoint.safetensors", "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    train(Regression(), OPTIONS, straight)
+
+    options = dataclasses.replace(OPTIONS, checkpoint_minutes=0)  # a checkpoint after every step
+    dying = Regression()
+    dying.dies_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        train(dying, options, killed)
+    resumed = Regression()
+    record = train(resumed, options, killed)
+
+    assert resumed.seen == 3 and record["steps"] == 6 and record["samples"] == 24
+    expected, found = checkpoint_of(straight), checkpoint_of(killed)
+    assert expected.keys() == found.keys()
+    assert any(key.startswith("optimizer/exp_avg_sq/") for key in found)
+    for key in expected:
+        assert torch.equal(expected[key], found[key]), key
+    steps = [json.loads(line)["step"] for line in (killed / "logs/regression/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_export_is_the_average_and_the_weights_stay(tmp_path):
+    task = Regression()
+    train(task, OPTIONS, tmp_path)
+    saved = checkpoint_of(tmp_path)
+    assert torch.equal(task.exported["layer.weight"], saved["ema/layer.weight"])
+    assert torch.equal(task.layer.weight, saved["model/layer.weight"])
+    assert not torch.equal(saved["ema/layer.weight"], saved["model/layer.weight"])
+
+
+def test_a_finished_run_given_again_trains_no_further(tmp_path):
+    train(Regression(), OPTIONS, tmp_path)
+    again = Regression()
+    train(again, OPTIONS, tmp_path)
+    assert again.seen == 0
+
+
+def test_wrong_resume_and_bad_loss_are_refused(tmp_path):
+    with pytest.raises(TrainingError, match="--steps or --minutes"):
+        train(Regression(), dataclasses.replace(OPTIONS, steps=None), tmp_path)
+    with pytest.raises(TrainingError, match="no checkpoint"):
+        train(Regression(), OPTIONS, tmp_path, export_only=True)
+    train(Regression(), OPTIONS, tmp_path)
+    with pytest.raises(TrainingError, match="batch_size 4, not 5"):
+        train(Regression(), dataclasses.replace(OPTIONS, batch_size=5), tmp_path)
+    exploding = Regression()
+    exploding.layer.bias.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="smaller --lr"):
+        train(exploding, dataclasses.replace(OPTIONS, resume="never"), tmp_path)
+
+
+def test_data_order_visits_every_image_once_an_epoch():
+    order = torch.cat([data_order(seed=3, step=step, batch_size=4, size=10) for step in range(5)])
+    assert sorted(order[:10].tolist()) == sorted(order[10:].tolist()) == list(range(10))
+    assert order[:10].tolist() != order[10:].tolist()
+    assert torch.equal(data_order(3, 2, 4, 10), order[8:12])
+    assert not torch.equal(data_order(4, 2, 4, 10), order[8:12])
+
+
+def test_learning_rate_rises_and_decays_to_zero():
+    rates = [learning_rate(OPTIONS, step, step / 6) for step in range(7)]
+    assert rates[0] == pytest.approx(0.5 * OPTIONS.lr) and rates[6] == pytest.approx(0)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert learning_rate(dataclasses.replace(OPTIONS, schedule="linear"), 9, 0.75) == pytest.approx(0.25 * OPTIONS.lr)
+
+
+def test_crop_repeats_the_edge_and_keeps_the_centre():
+    images = torch.arange(16.0).view(1, 1, 1, 16).expand(1, 3, 16, 16)
+    inside = crop_boxes(images, torch.tensor([[4.0, 4.0, 12.0, 12.0]]), size=8, enlarge=1.0)
+    torch.testing.assert_close(inside[0, 0, 0], torch.arange(4.0, 12.0))
+    outside = crop_boxes(images, torch.tensor([[0.0, 0.0, 8.0, 8.0]]), size=8, enlarge=2.0)
+    torch.testing.assert_close(outside[0, 0, 0, :2], torch.zeros(2))
+
+
+def test_pixels_are_cached_until_the_metadata_change(dataset, tmp_path):
+    first = load_avatars(dataset, "train")
+    assert first.pixels.shape == (12, 3, SIZE, SIZE) and (dataset / "train/pixels.safetensors").is_file()
+    assert torch.equal(load_avatars(dataset, "train").pixels, first.pixels)
+    assert len(load_avatars(dataset, "train", 5)) == 5
+    assert torch.equal(load_avatars(dataset, "train").pixels, first.pixels)
+    masks = first.face_masks(4, 8)
+    assert masks[0, 0].sum() == 4 and masks[0, 0, 1:3, 1:3].all()
+    with pytest.raises(TrainingError, match="avatars-dataset"):
+        load_avatars(tmp_path, "train")
+
+
+def test_tokenizer_takes_any_text_and_survives_saving(tmp_path):
+    from face_fusion_pipeline.training.tokenizer import load_tokenizer, train_tokenizer
+
+    tokenizer = train_tokenizer(["a smiling woman in a red shirt", "a smiling man in a crown"] * 3)
+    assert len(tokenizer) <= 2000
+    ids = tokenizer("a smiling man").input_ids
+    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id and len(ids) == 5
+    strange = tokenizer("Zürich 你好 🙂").input_ids
+    assert tokenizer.unk_token_id not in strange[1:-1]
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert load_tokenizer(tmp_path).model_max_length == 48
+    assert load_tokenizer(tmp_path)("Zürich 你好 🙂").input_ids == strange
+
+
+@pytest.fixture(scope="module")
+def model(dataset, tmp_path_factory):
+    """A model folder with all four parts, each trained for two steps through the command's own code."""
+    from face_fusion_pipeline.cli import avatars_train
+    from face_fusion_pipeline.training import presets
+
+    tiny = {
+        "vae": {"encoder_width": 4, "decoder_width": 4, "blocks": (0, 0, 0, 1)},
+        "clip": {"text_width": 32, "text_layers": 1, "vision_width": 32, "vision_layers": 1, "projection": 16},
+        "unet": {"widths": (32, 32, 64), "attention": (True, True, True), "head_size": 16},
+        "adapter": {},
+    }
+    folder = tmp_path_factory.mktemp("model")
+    with pytest.MonkeyPatch.context() as patch:
+        for stage, network in tiny.items():
+            patch.setitem(presets.PRESETS[stage], "cpu", presets.Preset(network, presets.PRESETS[stage]["cpu"].loop))
+            parser = argparse.ArgumentParser()
+            avatars_train.add_arguments(parser)
+            fixed = ["--data", str(dataset), "--out", str(folder), "--steps", "2", "--batch-size", "4", "--threads", "1"]
+            assert avatars_train.run(parser.parse_args([stage, *fixed])) == 0
+    return folder
+
+
+def test_exported_folder_is_an_ordinary_stable_diffusion(model):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype, pipe.image_encoder.dtype} == {torch.float32}
+    assert pipe.scheduler.config.prediction_type == "v_prediction" and not pipe.scheduler.config.clip_sample
+    with safe_open(model / "unet/diffusion_pytorch_model.safetensors", "pt") as file:
+        assert file.get_tensor("conv_in.weight").dtype == torch.float16
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red shirt", num_inference_steps=2).images[0].size == (SIZE, SIZE)
+
+
+def test_scaled_latents_have_unit_size(model, dataset):
+    from face_fusion_pipeline.training.unet import load_frozen
+
+    frozen = load_frozen(model)
+    latents = frozen.latents(load_avatars(dataset, "train").images(torch.arange(12)))
+    assert float(latents.square().mean().sqrt()) == pytest.approx(1, rel=0.02)
+
+
+def test_text_encoder_and_score_tower_agree(model):
+    from face_fusion_pipeline.training.clip import load_clip, tokenize
+    from face_fusion_pipeline.training.unet import load_frozen
+
+    frozen, clip = load_frozen(model), load_clip(model)
+    tokens = tokenize(frozen.tokenizer, ["a red shirt"])
+    expected = frozen.text_encoder(tokens)[0]
+    torch.testing.assert_close(clip.text_model(tokens)[0], expected)
+    # The image tower of the clip that was put together again is the exported one.
+    pixels = torch.rand(1, 3, SIZE, SIZE)
+    vision = clip.visual_projection(clip.vision_model(pixels).pooler_output)
+    torch.testing.assert_close(vision, frozen.image_encoder(pixels).image_embeds)
+
+
+def test_adapter_is_exported_with_its_metadata(model):
+    from face_fusion_pipeline.training.unet import load_unet
+
+    tensors, strings = read_tensors(model / "face_fusion_adapter.safetensors")
+    metadata = AdapterMetadata.from_strings(strings)
+    assert (metadata.reference_mode, metadata.resolution, metadata.face_crop) == ("clean", SIZE, 1.6)
+    unet = load_unet(model)
+    load_adapter(unet, tensors, metadata)
+    assert all(value.dtype == torch.float16 for value in tensors.values())
+    name = next(name for name in tensors if name.endswith("to_v_face.weight"))
+    start = unet.get_parameter(name.replace("attn2.to_v_face", "attn1.to_v"))
+    assert not torch.equal(tensors[name].float(), start) and (tensors[name].float() - start).abs().max() < 0.05
+    losses = [json.loads(line) for line in (model / "logs/adapter/metrics.jsonl").read_text().splitlines()][-1]
+    assert {"validation_loss_right_face", "validation_loss_wrong_face", "validation_loss_no_face"} <= losses.keys()
+    records = json.loads((model / "training.json").read_text())
+    assert records.keys() == {"vae", "clip", "unet", "adapter"} and records["unet"]["samples"] == 8
+
+
+def test_reference_is_another_image_of_the_same_person(model, dataset):
+    from face_fusion_pipeline.training.adapter import AdapterOptions, AdapterTask
+    from face_fusion_pipeline.training.unet import load_frozen, load_unet
+
+    data = load_avatars(dataset, "train")
+    task = AdapterTask(load_unet(model), load_frozen(model), data, load_avatars(dataset, "validation"), AdapterOptions())
+    assert {name for name, p in task.named_parameters() if p.requires_grad} == {
+        f"adapter.{name}" for name, _ in task.adapter.named_parameters()
+    }
+    for target in range(12):
+        assert task.references.other_image(target, 0.99) == target ^ 1
+    batch = task.batch(torch.arange(12), torch.Generator().manual_seed(0), 0.0)
+    loss, _ = task(batch)
+    loss.backward()
+    assert all(p.grad is not None for p in task.adapter.parameters())
+    batch["has_face"][:] = False
+    dropped = task(batch)[0]
+    with torch.no_grad():
+        noisy, target = task.loss.noised(batch)
+        plain = task.unet(noisy, batch["timesteps"], batch["text"]).sample
+        expected = task.loss.per_image(plain, target, batch).mean()
+    torch.testing.assert_close(dropped, expected)
+    assert not torch.allclose(loss, expected)
+
+
+def test_stages_name_what_is_missing(tmp_path):
+    from face_fusion_pipeline.training.unet import load_frozen, load_unet
+
+    with pytest.raises(TrainingError, match="train the stage `vae` first"):
+        load_frozen(tmp_path)
+    with pytest.raises(TrainingError, match="train the stage `unet` first"):
+        load_unet(tmp_path)

@@ -1,0 +1,111 @@
+"""Random Stable Diffusion components small enough for tests; they need no files and no network."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
+
+
+torch.set_num_threads(1)  # several times faster at this size
+
+TEXT_WIDTH = 24
+TEXT_LENGTH = 12
+
+SD15_UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
+SDXL_UNET = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+}
+
+
+def tiny_unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
+    """Four cross-attention layers, 16 and 32 wide, latents 8x8 of 4 channels."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_head_dim": 2,
+    }
+    return UNet2DConditionModel(**{**settings, **config}).eval()
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    tokens = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = ["<|startoftext|>", "<|endoftext|>", *tokens, *(f"{token}</w>" for token in tokens)]
+    vocab = {word: index for index, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TEXT_LENGTH)
+
+
+def tiny_components(seed: int = 0, tiny_vae: bool = False) -> dict[str, Any]:
+    """Components of a Stable Diffusion pipeline for 16x16 images."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_LENGTH,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    vae: AutoencoderKL | AutoencoderTiny
+    if tiny_vae:
+        widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+        vae = AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    else:
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=4,
+        )
+    return {
+        "vae": vae.eval(),
+        "text_encoder": CLIPTextModel(text_config).eval(),
+        "tokenizer": tokenizer,
+        "unet": tiny_unet(seed),
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def tiny_pipeline(seed: int = 0, **kwargs: Any) -> StableDiffusionFaceFusionPipeline:
+    pipe = StableDiffusionFaceFusionPipeline(**tiny_components(seed, **kwargs))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def face(seed: int = 0, size: int = 16) -> Image.Image:
+    """A picture of noise: what a face looks like does not matter to the algebra."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def generate(pipe: Any, prompt: Any = "a cat", seed: int = 0, **kwargs: Any) -> Tensor:
+    """Latents of a short, deterministic run."""
+    settings: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent"}
+    count = (1 if isinstance(prompt, str) else len(prompt)) * kwargs.get("num_images_per_prompt", 1)
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
+    return pipe(prompt, generator=generators, **{**settings, **kwargs}).images
