@@ -112,7 +112,7 @@ class HaarDetector:
     sizes: tuple[int, ...] = (384, 768)
     tilts = (0, -20, 20)  # degrees
     smallest = (48, 48)  # pixels of a window
-    min_votes, min_share = 10, 0.3  # windows a face needs; and its share of the windows of the surest face
+    min_votes, min_share = 12, 0.3  # windows a face needs; and its share of the windows of the surest face
     same_place, same_size = 0.35, 0.7  # windows agree: distance in widths of the larger, difference of log width
 
     def __init__(self) -> None:
@@ -147,7 +147,9 @@ class HaarDetector:
                 turned = cv2.warpAffine(view, turn, (width, height), borderMode=cv2.BORDER_REPLICATE)
                 for cascade, mirror in self._cascades:
                     seen = cv2.flip(turned, 1) if mirror else turned
-                    rows = cascade.detectMultiScale(seen, scaleFactor=1.1, minNeighbors=0, minSize=self.smallest)
+                    rows = np.asarray(
+                        cascade.detectMultiScale(seen, scaleFactor=1.1, minNeighbors=0, minSize=self.smallest)
+                    )
                     if len(rows) == 0:
                         continue
                     centre = rows[:, :2] + rows[:, 2:] / 2

@@ -75,7 +75,7 @@ class Regression(Task):
 
 def checkpoint_of(folder):
     with safe_open(folder / "logs/regression/checkpoint.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a safetensors file is no dict
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
@@ -197,7 +197,18 @@ def model(dataset, tmp_path_factory):
             patch.setitem(presets.PRESETS[stage], "cpu", presets.Preset(network, presets.PRESETS[stage]["cpu"].loop))
             parser = argparse.ArgumentParser()
             avatars_train.add_arguments(parser)
-            fixed = ["--data", str(dataset), "--out", str(folder), "--steps", "2", "--batch-size", "4", "--threads", "1"]
+            fixed = [
+                "--data",
+                str(dataset),
+                "--out",
+                str(folder),
+                "--steps",
+                "2",
+                "--batch-size",
+                "4",
+                "--threads",
+                "1",
+            ]
             assert avatars_train.run(parser.parse_args([stage, *fixed])) == 0
     return folder
 
@@ -259,7 +270,9 @@ def test_reference_is_another_image_of_the_same_person(model, dataset):
     from face_fusion_pipeline.training.unet import load_frozen, load_unet
 
     data = load_avatars(dataset, "train")
-    task = AdapterTask(load_unet(model), load_frozen(model), data, load_avatars(dataset, "validation"), AdapterOptions())
+    task = AdapterTask(
+        load_unet(model), load_frozen(model), data, load_avatars(dataset, "validation"), AdapterOptions()
+    )
     assert {name for name, p in task.named_parameters() if p.requires_grad} == {
         f"adapter.{name}" for name, _ in task.adapter.named_parameters()
     }

@@ -35,6 +35,7 @@ from .data import AvatarImages, cached, crop_boxes, save_grid
 from .loop import Batch, Task, TrainingError, seeded
 from .unet import DiffusionLoss, Frozen, LatentData, fingerprint
 
+
 FACE_CROP = 1.6
 TEXT_DROPOUT, FACE_DROPOUT, BOTH_DROPOUT = 0.05, 0.05, 0.05
 PREFIX = "state "
@@ -61,7 +62,8 @@ class References:
             if len(record["identities"]) == 1:
                 self.by_identity[record["identities"][0]].append(index)
         self.by_identity = {key: members for key, members in self.by_identity.items() if len(members) > 1}
-        self.targets = torch.tensor(sorted(i for members in self.by_identity.values() for i in members), dtype=torch.long)
+        targets = sorted(index for members in self.by_identity.values() for index in members)
+        self.targets = torch.tensor(targets, dtype=torch.long)
         if not len(self.targets):
             raise TrainingError(
                 f"{data.folder} has no identity with two single-person images, so there is no pair to learn from: "
@@ -225,7 +227,8 @@ class AdapterTask(Task):
         rows = [self.held_out_references.crops(others, self.device)]
         for with_face in (False, True):
             # Guidance puts the unconditional half first; it has no face.
-            has_face = torch.arange(2 * len(people), device=self.device) >= (len(people) if with_face else 2 * len(people))
+            first_with_face = len(people) if with_face else 2 * len(people)
+            has_face = torch.arange(2 * len(people), device=self.device) >= first_with_face
             with self.fused(tokens, has_face):
                 output = pipe(
                     prompts,

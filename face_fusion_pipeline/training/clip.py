@@ -154,7 +154,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 def equal_caption_ids(captions: list[str]) -> Tensor:
     """One number per distinct caption (N,)."""
-    first = {}
+    first: dict[str, int] = {}
     return torch.tensor([first.setdefault(caption, len(first)) for caption in captions])
 
 

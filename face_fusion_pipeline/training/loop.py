@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from ..face_errors import FaceFusionError
 
+
 Batch = dict[str, Tensor]
 
 
@@ -208,7 +209,8 @@ def train(task: Task, options: LoopOptions, folder: Path, *, export_only: bool =
         if step % options.log_every == 0:
             logged = metrics.flush(step, lr=lr, batch_size=options.batch_size)
             if not math.isfinite(logged["loss"]):
-                raise TrainingError(f"the loss is {logged['loss']} after {step} steps: try a smaller --lr than {options.lr}")
+                loss_now = logged["loss"]
+                raise TrainingError(f"the loss is {loss_now} after {step} steps: try a smaller --lr than {options.lr}")
             bar.set_postfix(loss=f"{logged['loss']:.4f}", images=f"{logged['images_per_second']:.0f}/s")
         now = time.monotonic()
         if now - last_checkpoint > 60 * options.checkpoint_minutes:
@@ -263,8 +265,9 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if values:
+            rounded = {key: round(value, 7) for key, value in values.items()}
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **{key: round(value, 7) for key, value in values.items()}}) + "\n")
+                file.write(json.dumps({"step": step, **rounded}) + "\n")
 
 
 def save_checkpoint(
@@ -284,7 +287,8 @@ def save_checkpoint(
         tensors |= {f"optimizer/{key}/{name}": value for key, value in state.get(index, {}).items()}
     counters = {"step": step, "seconds": seconds, "options": asdict(options)}
     partial = path.with_suffix(".partial")
-    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, partial, {"state": json.dumps(counters)})
+    tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+    save_file(tensors, partial, {"state": json.dumps(counters)})
     os.replace(partial, path)
 
 
@@ -294,7 +298,7 @@ def load_checkpoint(
     """Restore what `save_checkpoint` wrote; returns (steps, seconds) already done."""
     with safe_open(path, "pt") as file:
         counters = json.loads(file.metadata()["state"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a safetensors file is no dict
     for key in ("seed", "batch_size"):
         if counters["options"][key] != getattr(options, key):
             raise TrainingError(
@@ -318,7 +322,9 @@ def load_checkpoint(
     return counters["step"], counters["seconds"]
 
 
-def describe_run(task: Task, options: LoopOptions, step: int, seconds: float, accelerator: Accelerator) -> dict[str, Any]:
+def describe_run(
+    task: Task, options: LoopOptions, step: int, seconds: float, accelerator: Accelerator
+) -> dict[str, Any]:
     """What a model card says about a training."""
     import accelerate
     import diffusers

@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "vae": {
         "cpu": Preset(
             {"encoder_width": 32, "decoder_width": 32, "blocks": (0, 1, 2, 3)},
-            LoopOptions(batch_size=32, lr=2e-3, steps=4000, warmup=100),
+            LoopOptions(batch_size=8, lr=1.2e-3, steps=12000, warmup=100, ema_decay=0.998),
         ),
         "gpu": Preset(
             {"encoder_width": 64, "decoder_width": 64, "blocks": (1, 2, 3, 3)},
@@ -34,7 +34,9 @@ PRESETS: dict[str, dict[str, Preset]] = {
         ),
         "gpu": Preset(
             {"text_width": 128, "text_layers": 3, "vision_width": 256, "vision_layers": 6, "projection": 128},
-            LoopOptions(batch_size=1024, lr=1e-3, steps=3000, warmup=200, weight_decay=0.1, precision="bf16", compile=True),
+            LoopOptions(
+                batch_size=1024, lr=1e-3, steps=3000, warmup=200, weight_decay=0.1, precision="bf16", compile=True
+            ),
         ),
     },
     "unet": {

@@ -1,4 +1,4 @@
-"""A small CLIP tokenizer: byte-level BPE learnt from the captions; any text can be tokenised, byte by byte if need be."""
+"""A small CLIP tokenizer: byte-level BPE learnt from the captions. Any text can be tokenised, byte by byte if need be."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
+
 MAX_LENGTH = 48
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 
 
 def train_tokenizer(captions: list[str], vocabulary: int = 2000) -> CLIPTokenizer:
-    """Learn merges from `captions`; at most `vocabulary` tokens, of which 514 are the bytes and the two special ones."""
+    """Learn merges from `captions`; at most `vocabulary` tokens; 514 are the bytes and the special ones."""
     template = CLIPTokenizer(vocab={START: 0, END: 1}, merges=[]).backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
     learner.normalizer, learner.pre_tokenizer = template.normalizer, template.pre_tokenizer

@@ -23,6 +23,7 @@ from .data import AvatarImages, cached, save_grid
 from .loop import Batch, Task, TrainingError, seeded
 from .tokenizer import load_tokenizer
 
+
 TEXT_DROPOUT = 0.1
 SNR_GAMMA = 5.0
 
@@ -157,7 +158,7 @@ class DiffusionLoss:
         self.face_weight = face_weight
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Batch:
-        """Noise (B, ...) and timesteps (B,), one from each of B equal ranges, which lowers the variance of the loss."""
+        """Noise (B, ...) and timesteps (B,), one from each of B equal ranges to lower the variance."""
         device, count = generator.device, shape[0]
         noise = torch.randn(shape, generator=generator, device=device)
         ranges = torch.randperm(count, generator=generator, device=device)
@@ -231,8 +232,10 @@ class UnetTask(Task):
         count = min(len(self.validation), 12)
         prompts = [self.validation.captions[i] for i in range(count)]
         pipe = self.frozen.pipeline(self.unet)
-        images = pipe(prompts, num_inference_steps=20, guidance_scale=4.0, generator=seeded(0, 0, "sample"), output_type="pt")
-        save_grid(list((images.images * 2 - 1).split(6)), path) if count % 6 == 0 else save_grid([images.images * 2 - 1], path)
+        generator = seeded(0, 0, "sample")
+        output = pipe(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generator, output_type="pt")
+        images = output.images * 2 - 1
+        save_grid(list(images.split(6 if count == 12 else count)), path)
         path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
         batch = self.examples(self.held_out, torch.arange(min(len(self.validation), 128)))
         batch |= self.loss.draw(batch["latents"].shape, seeded(0, 0, "validation", self.device))

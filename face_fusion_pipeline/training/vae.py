@@ -1,7 +1,8 @@
 """The autoencoder: `AutoencoderTiny`, factor 8, trained on crops, at the end on whole images.
 
-Loss: |x − x̂| + 5 (x − x̂)² + ½ |∇x − ∇x̂| + 0.01 ((std z − 1)² + mean(z)²), the mean by
-channel. Latents get noise of up to a fifth of their standard deviation before decoding, so that the decoder forgives the small errors of a diffusion model.
+Loss: |x − x̂| + 5 (x − x̂)² + ½ |∇x − ∇x̂| + 0.01 ((std z − 1)² + mean(z)²), the mean by channel. Latents get noise
+of up to a fifth of their standard deviation before decoding, so that the decoder forgives the small errors of a
+diffusion model.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny
-from torch import Tensor
+from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import AvatarImages, save_grid
 from .loop import Batch, Task
+
 
 CROP = 64
 WHOLE_IMAGES_FROM = 0.8  # progress
@@ -24,13 +27,35 @@ LATENT_NOISE = 0.2
 
 def create_vae(encoder_width: int, decoder_width: int, blocks: tuple[int, int, int, int]) -> AutoencoderTiny:
     """`blocks` residual blocks from full resolution down to an eighth of it."""
-    return AutoencoderTiny(
+    vae = AutoencoderTiny(
         encoder_block_out_channels=(encoder_width,) * 4,
         decoder_block_out_channels=(decoder_width,) * 4,
         num_encoder_blocks=blocks,
         num_decoder_blocks=blocks[::-1],
         latent_channels=8,
     )
+    initialise(vae)
+    return vae
+
+
+def initialise(vae: AutoencoderTiny) -> None:
+    """He initialisation, and residual branches that start at zero.
+
+    PyTorch's default shrinks the signal from layer to layer in a network without normalisation, so that for hundreds
+    of steps nothing is learned.
+    """
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if isinstance(module, AutoencoderTinyBlock):
+            nn.init.zeros_(module.conv[-1].weight)
+    # The last layers are followed by no ReLU; the decoder's gives [0, 1], of which the middle is a good start.
+    for last in (vae.encoder.layers[-1], vae.decoder.layers[-1]):
+        nn.init.xavier_normal_(last.weight)
+    nn.init.constant_(vae.decoder.layers[-1].bias, 0.5)
 
 
 class VaeTask(Task):
@@ -99,7 +124,7 @@ class VaeTask(Task):
         copy.deepcopy(self.vae).half().cpu().save_pretrained(folder / "vae")
 
     def latent_std(self) -> float:
-        """Root mean square of the latents over at most 1024 training images, since v-prediction assumes this to be 1."""
+        """Root mean square of the latents over at most 1024 training images; scaled latents have 1."""
         chosen = torch.arange(min(len(self.data), 1024))
         squares = [self.vae.encoder(self.data.images(part, self.device)).square().mean() for part in chosen.split(32)]
         return float(torch.stack(squares).mean().sqrt())
