@@ -1,4 +1,4 @@
-"""The avatar world: determinism, separation of identity and scene, geometry that agrees with the pixels, real judges."""
+"""The avatar world: determinism, identity apart from scene, geometry that agrees with the pixels, real judges."""
 
 import json
 import math
@@ -30,8 +30,8 @@ def test_identity_is_a_function_of_its_seed_and_splits_are_disjoint():
     assert torch.equal(one.vector, again.vector)
     assert not torch.equal(one.vector, other.vector)
     assert one.vector.shape == (len(GENES),)
-    assert 0 <= one.vector.min() and one.vector.max() <= 1
-    seeds = [set((r.start, r.stop - 1)) for r in SPLITS.values()]
+    assert one.vector.min() >= 0 and one.vector.max() <= 1
+    seeds = [{r.start, r.stop - 1} for r in SPLITS.values()]
     assert [split_of(s) for pair in seeds for s in sorted(pair)] == [n for n in SPLITS for _ in range(2)]
     with pytest.raises(ValueError, match="9999999"):
         split_of(9_999_999)

@@ -96,7 +96,9 @@ def _space(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     image = _sky(x, y, _rgb(x, 0.02, 0.02, 0.08), _rgb(x, 0.08, 0.04, 0.20))
     for k in range(26):
         sx, sy = 2 * _n(r, k) - 1, 2 * _n(r, k + 26) - 1
-        image = _over(image, _rgb(x, 1.0, 1.0, 0.95), _ramp(0.022 - ((x - sx).square() + (y - sy).square()).sqrt(), 0.02))
+        image = _over(
+            image, _rgb(x, 1.0, 1.0, 0.95), _ramp(0.022 - ((x - sx).square() + (y - sy).square()).sqrt(), 0.02)
+        )
     px, py, size = 1.5 * _n(r, 55) - 0.75, 0.45 + 0.4 * _n(r, 56), 0.18 + 0.12 * _n(r, 57)
     away = ((x - px).square() + (y - py).square()).sqrt()
     stripes = (0.85 + 0.15 * torch.sin(18 * (y - py))).unsqueeze(1)
@@ -109,7 +111,14 @@ def _library(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     inside = ((y + 1) / 2 * shelves + _n(r, 0)).remainder(1)
     book = ((x + 1) / 2 * 13 + 3 * _n(r, 1)).floor().long()
     pick = r.gather(1, ((book * 7 + level * 11) % _NUMBERS).flatten(1)).view_as(x)
-    hue = torch.stack((0.45 + 0.3 * torch.cos(2 * math.pi * pick), 0.30 + 0.18 * torch.cos(2 * math.pi * pick + 2.1), 0.26 + 0.18 * torch.cos(2 * math.pi * pick + 4.2)), 1)
+    hue = torch.stack(
+        (
+            0.45 + 0.3 * torch.cos(2 * math.pi * pick),
+            0.30 + 0.18 * torch.cos(2 * math.pi * pick + 2.1),
+            0.26 + 0.18 * torch.cos(2 * math.pi * pick + 4.2),
+        ),
+        1,
+    )
     spine = ((x + 1) / 2 * 13 + 3 * _n(r, 1)).remainder(1)
     image = hue * (0.75 + 0.25 * (spine > 0.12).float()).unsqueeze(1)
     image = _over(image, _rgb(x, 0.12, 0.07, 0.04), (inside > 0.72 + 0.16 * pick).float())

@@ -44,7 +44,7 @@ def _people(rng: random.Random, scene: Scene, plain: bool) -> str:
     nouns = [p.identity.kind if not plain and rng.random() < 0.6 else "person" for p in scene.people]
     if len(nouns) == 1:
         return f"a {nouns[0]} {_clothing(rng, scene.people[0].clothing)}"
-    clothes = [f"a {noun} {_clothing(rng, p.clothing)}" for noun, p in zip(nouns, scene.people)]
+    clothes = [f"a {noun} {_clothing(rng, p.clothing)}" for noun, p in zip(nouns, scene.people, strict=True)]
     number = _NUMBERS[len(nouns)]
     group = _PLURALS.get(nouns[0], "people") if len(set(nouns)) == 1 else "people"
     return f"{number} {group}, " + ", ".join(clothes[:-1]) + f" and {clothes[-1]}"

@@ -190,7 +190,9 @@ _BODY_SLOTS = max(sum(not row[0] for row in rows) for rows in _OUTFITS.values())
 
 
 def _outfit_rows(clothing: str, head: bool, slots: int) -> list[tuple[float, ...]]:
-    rows = [(float(material), *numbers) for in_head, material, numbers in _OUTFITS.get(clothing, ()) if in_head == head]
+    rows = [
+        (float(material), *numbers) for in_head, material, numbers in _OUTFITS.get(clothing, ()) if in_head == head
+    ]
     return rows + [(-1.0, 0, 0, 0, 1, 1, 1, 0)] * (slots - len(rows))
 
 
@@ -209,7 +211,10 @@ def skin_volumes(genes: dict[str, Tensor], face: Face) -> tuple[Tensor, Tensor]:
         ((0 * one, face.chin_y + 0.17, 0.36 * one), (chin_w, 0.19 * one, 0.27 * one)),
         ((-0.46 * w, -0.20 * one, 0.48 * one), (0.27 * cheek, 0.24 * cheek, 0.26 * cheek)),
         ((0.46 * w, -0.20 * one, 0.48 * one), (0.27 * cheek, 0.24 * cheek, 0.26 * cheek)),
-        ((0 * one, 0.5 * (face.nose_y + face.eye_y), 0.76 * one), (nose_w, 0.5 * (face.eye_y - face.nose_y) + 0.1, bridge)),
+        (
+            (0 * one, 0.5 * (face.nose_y + face.eye_y), 0.76 * one),
+            (nose_w, 0.5 * (face.eye_y - face.nose_y) + 0.1, bridge),
+        ),
         ((0 * one, face.nose_y, 0.80 + 0.6 * bridge), (tip, 0.85 * tip, tip)),
         ((-nose_w * 1.15, face.nose_y - 0.02, 0.80 * one), (0.75 * tip, 0.6 * tip, 0.10 * one)),
         ((nose_w * 1.15, face.nose_y - 0.02, 0.80 * one), (0.75 * tip, 0.6 * tip, 0.10 * one)),
@@ -232,12 +237,18 @@ def build(genes: dict[str, Tensor], face: Face, clothings: list[str]) -> Parts:
         rows.append(((side * (w + 0.02), -0.02 * one, -0.08 * one), (0.10 * ear, 0.20 * ear, 0.13 * ear), EAR, True))
     for side in (-1, 1):
         eye = face.eye_r
-        rows.append(((side * face.eye_x, face.eye_y, 0.86 - 0.95 * eye - 0.30 * face.eye_x), (eye, eye, eye), EYE, True))
-    rows.append(((0 * one, -1.15 * one, -0.14 * one), (0.34 + 0.05 * genes["kind=man"], 0.7 * one, 0.36 * one), NECK, False))
+        rows.append(
+            ((side * face.eye_x, face.eye_y, 0.86 - 0.95 * eye - 0.30 * face.eye_x), (eye, eye, eye), EYE, True)
+        )
+    rows.append(
+        ((0 * one, -1.15 * one, -0.14 * one), (0.34 + 0.05 * genes["kind=man"], 0.7 * one, 0.36 * one), NECK, False)
+    )
     body = 1.02 + 0.16 * genes["kind=man"] - 0.10 * genes["kind=child"]
     rows.append(((0 * one, -2.20 * one, -0.12 * one), (body, 0.92 * one, 0.66 * one), CLOTH, False))
     for side in (-1, 1):
-        rows.append(((side * 0.80 * body, -1.98 * one, -0.12 * one), (0.42 * one, 0.46 * one, 0.44 * one), CLOTH, False))
+        rows.append(
+            ((side * 0.80 * body, -1.98 * one, -0.12 * one), (0.42 * one, 0.46 * one, 0.44 * one), CLOTH, False)
+        )
     skin_centre, skin_radii = skin_volumes(genes, face)
     centre = torch.cat((skin_centre, torch.stack([torch.stack(c, 1) for c, *_ in rows], 1)), 1)
     radii = torch.cat((skin_radii, torch.stack([torch.stack(r, 1) for _, r, *_ in rows], 1)), 1)
@@ -248,9 +259,12 @@ def build(genes: dict[str, Tensor], face: Face, clothings: list[str]) -> Parts:
 
     filler = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0)
     table = torch.tensor(
-        [[*_HAIR_TABLE[name], *[filler] * (_HAIR_SLOTS - len(_HAIR_TABLE[name]))] for name in HAIR_STYLES], device=device
+        [[*_HAIR_TABLE[name], *[filler] * (_HAIR_SLOTS - len(_HAIR_TABLE[name]))] for name in HAIR_STYLES],
+        device=device,
     )
-    used = torch.tensor([[k < len(_HAIR_TABLE[name]) for k in range(_HAIR_SLOTS)] for name in HAIR_STYLES], device=device)
+    used = torch.tensor(
+        [[k < len(_HAIR_TABLE[name]) for k in range(_HAIR_SLOTS)] for name in HAIR_STYLES], device=device
+    )
     style = torch.stack([genes[f"hair={name}"] for name in HAIR_STYLES], 1).argmax(1)
     hats = torch.tensor([_outfit_rows(name, True, _HAT_SLOTS) for name in clothings], device=device)
     outfits = torch.tensor([_outfit_rows(name, False, _BODY_SLOTS) for name in clothings], device=device)
@@ -260,15 +274,17 @@ def build(genes: dict[str, Tensor], face: Face, clothings: list[str]) -> Parts:
     hair_active = used[style] & ~(hatted[:, None] & (hair[:, :, 1] > 0.5))
     stretch = torch.stack((w, one, one), 1).unsqueeze(1)
     groups = [
-        (hair[:, :, :3] * stretch, hair[:, :, 3:6] * stretch, hair[:, :, 6], torch.full_like(style[:, None], HAIR).expand(-1, _HAIR_SLOTS), hair_active, True),
-        (hats[:, :, 1:4] * stretch, hats[:, :, 4:7] * stretch, hats[:, :, 7], hats[:, :, 0].long(), hats[:, :, 0] >= 0, True),
-        (outfits[:, :, 1:4], outfits[:, :, 4:7], outfits[:, :, 7], outfits[:, :, 0].long(), outfits[:, :, 0] >= 0, False),
+        # centre, radii, tilt, material, active, in head frame
+        (hair[..., :3] * stretch, hair[..., 3:6] * stretch, hair[..., 6],
+         torch.full_like(hair[..., 0], HAIR), hair_active, True),
+        (hats[..., 1:4] * stretch, hats[..., 4:7] * stretch, hats[..., 7], hats[..., 0], hats[..., 0] >= 0, True),
+        (outfits[..., 1:4], outfits[..., 4:7], outfits[..., 7], outfits[..., 0], outfits[..., 0] >= 0, False),
     ]  # fmt: skip
     return Parts(
         centre=torch.cat((centre, *(g[0] for g in groups)), 1),
         radii=torch.cat((radii, *(g[1] for g in groups)), 1),
         tilt=torch.deg2rad(torch.cat((tilt, *(g[2] for g in groups)), 1)),
-        material=torch.cat((material, *(g[3] for g in groups)), 1),
+        material=torch.cat((material, *(g[3].long() for g in groups)), 1),
         active=torch.cat((active, *(g[4] for g in groups)), 1),
         in_head=torch.cat((in_head, *(torch.full((g[0].shape[1],), g[5], device=device) for g in groups))),
     )
@@ -311,7 +327,9 @@ def landmarks(genes: dict[str, Tensor], face: Face) -> tuple[Tensor, Tensor]:
     for side in (-1, 1):
         for t in (-1.0, -0.5, 0.0, 0.5, 1.0):  # from the image's left to its right
             inner = -side * t  # +1 at the end next to the nose
-            points.append(at(side * face.eye_x + t * face.brow_half, face.brow_y - face.brow_slope * inner * face.brow_half))
+            points.append(
+                at(side * face.eye_x + t * face.brow_half, face.brow_y - face.brow_slope * inner * face.brow_half)
+            )
     for t in (0.0, 1 / 3, 2 / 3, 1.0):
         points.append(at(zero, face.eye_y + t * (face.nose_y - face.eye_y)))
     for x in (-0.12, -0.06, 0.0, 0.06, 0.12):

@@ -27,14 +27,18 @@ HAIR_STYLES = (
 BEARDS = ("none", "stubble", "moustache", "goatee", "full")
 GLASSES = ("none", "round", "square", "tinted")
 
-CONTINUOUS = (
-    "skin_light skin_hue age size head_width head_height jaw_width chin_length chin_width cheek hairline "
-    "eye_size eye_spacing eye_height eye_tilt eye_open brow_thick brow_length brow_angle brow_height "
-    "nose_length nose_width nose_tip nose_bridge mouth_width lip_thick lip_red mouth_height ear_size "
-    "freckles mole_x mole_y beard_length hair_r hair_g hair_b eye_r eye_g eye_b rim_r rim_g rim_b"
-).split()
+CONTINUOUS = tuple(
+    " ".join(
+        (
+            "skin_light skin_hue age size head_width head_height jaw_width chin_length chin_width cheek hairline",
+            "eye_size eye_spacing eye_height eye_tilt eye_open brow_thick brow_length brow_angle brow_height",
+            "nose_length nose_width nose_tip nose_bridge mouth_width lip_thick lip_red mouth_height ear_size",
+            "freckles mole_x mole_y beard_length hair_r hair_g hair_b eye_r eye_g eye_b rim_r rim_g rim_b",
+        )
+    ).split()
+)
 CATEGORICAL = {"kind": KINDS, "hair": HAIR_STYLES, "beard": BEARDS, "glasses": GLASSES}
-GENES = tuple(CONTINUOUS) + tuple(f"{name}={value}" for name, values in CATEGORICAL.items() for value in values)
+GENES = CONTINUOUS + tuple(f"{name}={value}" for name, values in CATEGORICAL.items() for value in values)
 
 # Identity seeds are split once and for all, so that no person of one split is ever seen in another.
 SPLITS = {
@@ -77,7 +81,7 @@ class Identity:
 
     @property
     def kind(self) -> str:
-        """"man", "woman" or "child": the only trait that a caption may name."""
+        """ "man", "woman" or "child": the only trait that a caption may name."""
         start = GENES.index("kind=man")
         return KINDS[int(self.vector[start : start + len(KINDS)].argmax())]
 
@@ -113,7 +117,7 @@ def sample_identity(seed: int) -> Identity:
     grey = genes["age"] > 0.8 and rng.random() < 0.7
     hair = (0.78, 0.78, 0.80) if grey else rng.choice(_HAIR_COLOURS)
     for prefix, colour in (("hair", hair), ("eye", rng.choice(_EYE_COLOURS)), ("rim", rng.choice(_RIM_COLOURS))):
-        for channel, value in zip("rgb", colour):
+        for channel, value in zip("rgb", colour, strict=True):
             genes[f"{prefix}_{channel}"] = min(max(value + rng.uniform(-0.05, 0.05), 0.0), 1.0)
     if rng.random() < 0.7:
         genes["freckles"] = 0.0
@@ -127,4 +131,4 @@ def traits(vectors: Tensor) -> dict[str, Tensor]:
     """Identity vectors (P, len(GENES)) as a dict of columns (P,), by gene name."""
     if vectors.ndim != 2 or vectors.shape[1] != len(GENES):
         raise ValueError(f"identity vectors have shape {tuple(vectors.shape)}, expected (people, {len(GENES)})")
-    return dict(zip(GENES, vectors.unbind(1)))
+    return dict(zip(GENES, vectors.unbind(1), strict=True))

@@ -71,7 +71,9 @@ def cast(centre: Tensor, axes: Tensor, radii: Tensor, image: Tensor, batch: int,
     dy = 1 - (row + 0.5) / half - cy
     discriminant = xx * dx * dx + xy * dx * dy + yy * dy * dy + constant
     hit = (discriminant > 0).nonzero().squeeze(1)
-    part, dx, dy, discriminant, row, column = (v.index_select(0, hit) for v in (part, dx, dy, discriminant, row, column))
+    part, dx, dy, discriminant, row, column = (
+        v.index_select(0, hit) for v in (part, dx, dy, discriminant, row, column)
+    )
     pixel = (image.index_select(0, part) * size + row) * size + column
     slope_x, slope_y, a, z0 = (v.contiguous().index_select(0, part) for v in (q[:, 0, 2], q[:, 1, 2], a, centre[:, 2]))
     dz = (discriminant.sqrt() - slope_x * dx - slope_y * dy) / a

@@ -24,7 +24,9 @@ class Rendered(NamedTuple):
     depth: Tensor  # (B, size, size), image units, towards the viewer; FAR where there is only background
     masks: Tensor  # (B, MAX_PEOPLE, size, size) bool: visible pixels of each person
     boxes: list[Tensor]  # (people, 4) face boxes XYXY in pixels
-    landmarks5: list[Tensor]  # (people, 5, 2) pixels: left eye, right eye, nose, left and right mouth corner (image sides)
+    landmarks5: list[
+        Tensor
+    ]  # (people, 5, 2) pixels: left eye, right eye, nose, left and right mouth corner (image sides)
     landmarks68: list[Tensor]  # (people, 68, 2) pixels, 300-W order
 
 
@@ -59,7 +61,10 @@ def _face_box_points(genes: dict[str, Tensor], face: head.Face) -> Tensor:
 
 @torch.no_grad()
 def render(scenes: list[Scene], size: int = 128, device: torch.device | str = "cpu") -> Rendered:
-    """Render scenes to `size`² pixels (a multiple of 8, at least 32) on any device; the same scene gives the same picture."""
+    """Render scenes to `size`² pixels on any device; the same scene gives the same picture.
+
+    Raises ValueError unless `size` is a multiple of 8, at least 32.
+    """
     if size < 32 or size % 8:
         raise ValueError(f"size is {size}: choose a multiple of 8, at least 32")
     people = [(b, person) for b, scene in enumerate(scenes) for person in scene.people]
@@ -72,9 +77,9 @@ def render(scenes: list[Scene], size: int = 128, device: torch.device | str = "c
     face = head.measure(genes, [p.expression for _, p in people])
     clothings = [p.clothing for _, p in people]
     parts = head.build(genes, face, clothings)
-    yaw, pitch, roll, x, y, half = column(
-        *(v for _, p in people for v in (p.yaw, p.pitch, p.roll, p.x, p.y, p.scale))
-    ).view(-1, 6).unbind(1)
+    yaw, pitch, roll, x, y, half = (
+        column(*(v for _, p in people for v in (p.yaw, p.pitch, p.roll, p.x, p.y, p.scale))).view(-1, 6).unbind(1)
+    )
     half = half * (0.94 + 0.12 * genes["size"]) * (1 - 0.08 * genes["kind=child"])
     # People stand one behind the other, so that shoulders overlap instead of growing into each other.
     order = column(*(float(i % 2) for scene in scenes for i in range(len(scene.people))))
@@ -115,9 +120,11 @@ def render(scenes: list[Scene], size: int = 128, device: torch.device | str = "c
     normal[skin] = (turned.index_select(0, owner_of_skin) @ smooth.unsqueeze(2)).squeeze(2)
 
     lights = [scene.light for scene in scenes]
-    azimuth, elevation, ambient, warmth = column(
-        *(v for light in lights for v in (light.azimuth, light.elevation, light.ambient, light.warmth))
-    ).view(-1, 4).unbind(1)
+    azimuth, elevation, ambient, warmth = (
+        column(*(v for light in lights for v in (light.azimuth, light.elevation, light.ambient, light.warmth)))
+        .view(-1, 4)
+        .unbind(1)
+    )
     azimuth, elevation = torch.deg2rad(azimuth), torch.deg2rad(elevation)
     direction = torch.stack((azimuth.sin() * elevation.cos(), elevation.sin(), azimuth.cos() * elevation.cos()), 1)
     where = image.index_select(0, person)
@@ -160,4 +167,3 @@ def render(scenes: list[Scene], size: int = 128, device: torch.device | str = "c
         list(pixels[:, :5].split(counts)),
         list(pixels[:, 5:73].split(counts)),
     )
-

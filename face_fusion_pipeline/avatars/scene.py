@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,7 @@ def _checked(name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def sample_scene(seed: int, identities: list[int | Identity], **fixed: Any) -> Scene:
+def sample_scene(seed: int, identities: Sequence[int | Identity], **fixed: Any) -> Scene:
     """A random scene for one to three identities (seeds or `Identity`), left to right.
 
     `fixed` holds any of expression, clothing (one word, or one per person), background, style, yaw, pitch, roll,

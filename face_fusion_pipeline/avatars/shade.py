@@ -25,6 +25,9 @@ _FIXED = {
     GREY: (0.55, 0.57, 0.62),
 }
 
+# Strength and power of highlights.
+_GLOSS = {SKIN: (0.10, 18.0), EYE: (0.25, 40.0), HAIR: (0.22, 14.0), GOLD: (0.7, 20.0), SUIT_GLASS: (0.7, 30.0)}
+
 
 def skin_tone(genes: dict[str, Tensor]) -> Tensor:
     """Skin colour (P, 3) from the genes `skin_light` and `skin_hue`."""
@@ -85,7 +88,9 @@ def _glasses(colour: Tensor, p: Tensor, r: _Row) -> Tensor:
     distance = torch.where(r["glasses=round"] > 0, round_lens, square_lens) - size
     worn = 1 - r["glasses=none"]
     front = worn * (p[:, 2] > 0.1)
-    colour = _mix(colour, torch.full_like(colour, 0.07), 0.35 * r["glasses=tinted"] * front * _band(distance + 0.5, 0.5))
+    colour = _mix(
+        colour, torch.full_like(colour, 0.07), 0.35 * r["glasses=tinted"] * front * _band(distance + 0.5, 0.5)
+    )
     rim = _band(distance, 0.013)
     bridge = _band(up - 0.03, 0.013) * (p[:, 0].abs() < r["eye_x"] - size)
     arms = _band(up - 0.02, 0.02) * (side > size)
@@ -108,12 +113,16 @@ def paint_face(p: Tensor, r: _Row) -> Tensor:
     colour = _mix(colour, skin * torch.tensor((1.05, 0.72, 0.70), device=p.device), 0.35 * blush * front)
     spots = (torch.sin(x * 61.0) * torch.sin(y * 57.0 + 1.3) * torch.sin((x + y) * 23.0)).abs()
     where = torch.exp(-((y + 0.10).square() / 0.03 + (ax - 0.25).square() / 0.09)) * front
-    colour = _mix(colour, skin * 0.55, 0.9 * (spots > 0.42) * where * (r["freckles"] > 0) * (0.5 + 0.5 * r["freckles"]))
+    colour = _mix(
+        colour, skin * 0.55, 0.9 * (spots > 0.42) * where * (r["freckles"] > 0) * (0.5 + 0.5 * r["freckles"])
+    )
     old = ((r["age"] - 0.45) / 0.55).clamp(0, 1) * front
-    lines = torch.maximum(_band((y - 0.40).remainder(0.10) - 0.05, 0.010) * (y > 0.38) * (y < 0.68) * (ax < 0.42), torch.zeros_like(y))
+    lines = _band((y - 0.40).remainder(0.10) - 0.05, 0.010) * (y > 0.38) * (y < 0.68) * (ax < 0.42)
     t = ((r["nose_y"] - y) / (r["nose_y"] - r["mouth_y"] + 0.05)).clamp(0, 1)
     fold = _band(ax - (0.16 + t * (r["mouth_half"] - 0.08)), 0.014) * (y < r["nose_y"]) * (y > r["mouth_y"] - 0.06)
-    bags = _band((((ax - r["eye_x"]) / 0.16).square() + ((y - r["eye_y"]) / (1.5 * r["eye_r"])).square()).sqrt() - 1, 0.09) * (y < r["eye_y"])
+    bags = _band(
+        (((ax - r["eye_x"]) / 0.16).square() + ((y - r["eye_y"]) / (1.5 * r["eye_r"])).square()).sqrt() - 1, 0.09
+    ) * (y < r["eye_y"])
     colour = _mix(colour, skin * 0.62, (torch.maximum(lines, fold) + 0.6 * bags) * old)
     mole_x, mole_y = 1.1 * r["mole_x"] - 0.55, 0.6 * r["mole_y"] - 0.6
     mole = _band(((x - mole_x).square() + (y - mole_y).square()).sqrt(), 0.035) * (r["mole_x"] > 0) * front
@@ -121,12 +130,22 @@ def paint_face(p: Tensor, r: _Row) -> Tensor:
 
     # Beard: sideburns to chin, a moustache, a goatee; stubble is a thin full beard.
     edge = -0.36 + 0.42 * (ax / r["width"]).square() - 0.12 * (r["beard_length"] - 0.5)
-    full = ((edge - y) / 0.03).clamp(0, 1) * ((r["mouth_half"] + 0.08 - ax) / 0.03 + (r["mouth_y"] + 0.02 - y) / 0.03 + 1).clamp(0, 1).clamp(min=0)
+    full = ((edge - y) / 0.03).clamp(0, 1) * (
+        (r["mouth_half"] + 0.08 - ax) / 0.03 + (r["mouth_y"] + 0.02 - y) / 0.03 + 1
+    ).clamp(0, 1).clamp(min=0)
     full = torch.maximum(full, ((edge - y) / 0.03).clamp(0, 1) * (ax > r["mouth_half"] + 0.04))
     lip_top = r["mouth_y"] + r["mouth_open"] + r["lip"] + 0.005
-    moustache = _band(ax, r["mouth_half"] * 1.08, 0.03) * ((y - lip_top + 0.05 * ax) / 0.015).clamp(0, 1) * ((r["nose_y"] - 0.075 - 0.25 * ax - y) / 0.02).clamp(0, 1)
-    goatee = torch.maximum(moustache, _band(ax, 0.19, 0.03) * ((r["mouth_y"] - r["lip"] - 0.02 - y) / 0.02).clamp(0, 1))
-    beard = r["beard=full"] * torch.maximum(full, moustache) + r["beard=stubble"] * 0.45 * torch.maximum(full, moustache)
+    moustache = (
+        _band(ax, r["mouth_half"] * 1.08, 0.03)
+        * ((y - lip_top + 0.05 * ax) / 0.015).clamp(0, 1)
+        * ((r["nose_y"] - 0.075 - 0.25 * ax - y) / 0.02).clamp(0, 1)
+    )
+    goatee = torch.maximum(
+        moustache, _band(ax, 0.19, 0.03) * ((r["mouth_y"] - r["lip"] - 0.02 - y) / 0.02).clamp(0, 1)
+    )
+    beard = r["beard=full"] * torch.maximum(full, moustache) + r["beard=stubble"] * 0.45 * torch.maximum(
+        full, moustache
+    )
     beard = beard + r["beard=moustache"] * moustache + r["beard=goatee"] * goatee
     colour = _mix(colour, dark_hair, beard * (z > -0.25))
 
@@ -148,9 +167,17 @@ def paint_face(p: Tensor, r: _Row) -> Tensor:
     socket = ((ax - r["eye_x"]).square() + (y - r["eye_y"]).square()).sqrt() - r["eye_r"]
     colour = _mix(colour, skin * 0.6, _band(socket, 0.03) * 0.55 * front)
     t = (ax - r["eye_x"]) / r["brow_half"]
-    brow = _band(y - (r["brow_y"] + r["brow_slope"] * t * r["brow_half"] - 0.03 * t * t), r["brow_thick"] * (1 - 0.45 * t.clamp(min=0)))
+    brow = _band(
+        y - (r["brow_y"] + r["brow_slope"] * t * r["brow_half"] - 0.03 * t * t),
+        r["brow_thick"] * (1 - 0.45 * t.clamp(min=0)),
+    )
     colour = _mix(colour, dark_hair * 0.85, brow * (t.abs() < 1) * front * 0.95)
-    streak = _band(ax - r["eye_x"] - 0.03, 0.045) * (y < r["eye_y"] - 0.5 * r["eye_r"]) * (y > r["mouth_y"] - 0.05) * r["tears"]
+    streak = (
+        _band(ax - r["eye_x"] - 0.03, 0.045)
+        * (y < r["eye_y"] - 0.5 * r["eye_r"])
+        * (y > r["mouth_y"] - 0.05)
+        * r["tears"]
+    )
     colour = _mix(colour, torch.stack((0.45 + 0 * y, 0.75 + 0 * y, 1.0 + 0 * y), 1), 0.85 * streak * front)
 
     # Scalp: skin above the hairline is hair, whatever volume lies on it.
@@ -212,7 +239,7 @@ def paint(material: Tensor, local: Tensor, person: Tensor, table: Tensor, names:
     colour += lookup[material]
 
     def rows(*kinds: int) -> tuple[Tensor, _Row]:
-        chosen = sum((material == kind for kind in kinds[1:]), material == kinds[0]).nonzero().squeeze(1)
+        chosen = torch.stack([material == kind for kind in kinds]).any(0).nonzero().squeeze(1)
         return chosen, _Row(table, names, person.index_select(0, chosen))
 
     chosen, r = rows(SKIN)
@@ -233,7 +260,13 @@ def paint(material: Tensor, local: Tensor, person: Tensor, table: Tensor, names:
 
 
 def light_up(
-    colour: Tensor, normal: Tensor, material: Tensor, direction: Tensor, ambient: Tensor, warmth: Tensor, shadow: Tensor
+    colour: Tensor,
+    normal: Tensor,
+    material: Tensor,
+    direction: Tensor,
+    ambient: Tensor,
+    warmth: Tensor,
+    shadow: Tensor,
 ) -> Tensor:
     """Lit colour (M, 3): wrapped diffuse light, a highlight by material, warm or cool light, soft shadow in [0, 1]."""
     facing = (normal * direction).sum(1)
@@ -242,8 +275,8 @@ def light_up(
     amount = ambient * (0.75 + 0.35 * sky) + (1.08 - ambient) * diffuse
     half = torch.nn.functional.normalize(direction + torch.tensor((0.0, 0.0, 1.0), device=colour.device), dim=1)
     shine = torch.zeros(16, 2, device=colour.device)
-    for kind, strength, power in ((SKIN, 0.10, 18.0), (EYE, 0.25, 40.0), (HAIR, 0.22, 14.0), (GOLD, 0.7, 20.0), (SUIT_GLASS, 0.7, 30.0)):
-        shine[kind] = torch.tensor((strength, power), device=colour.device)
+    for kind, gloss in _GLOSS.items():
+        shine[kind] = torch.tensor(gloss, device=colour.device)
     strength, power = shine[material].unbind(1)
     highlight = strength * (normal * half).sum(1).clamp(min=1e-4) ** power.clamp(min=1) * (1 - shadow)
     tint = 1 + 0.07 * warmth.unsqueeze(1) * torch.tensor((1.0, 0.1, -1.0), device=colour.device)

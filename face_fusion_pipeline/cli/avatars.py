@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="whose identities")
     parser.add_argument("--seed", type=int, default=0, help="the first person of the split (default: %(default)s)")
     parser.add_argument("--size", type=int, default=128, help="pixels a side of a picture, a multiple of 8")
-    parser.add_argument("--portrait", type=int, metavar="SEED", help="draw only the reference portrait of this identity")
+    parser.add_argument(
+        "--portrait", type=int, metavar="SEED", help="draw only the reference portrait of this identity"
+    )
     parser.add_argument("--json", action="store_true", help="print the path as JSON")
 
 
@@ -29,7 +31,10 @@ def run(args: argparse.Namespace) -> int:
         raise FaceFusionError(f"--people {args.people} --per-person {args.per_person}: each must be 1 to 100")
     try:
         if args.portrait is None:
-            name, image = "avatars.png", sheet.identity_grid(args.people, args.per_person, args.split, args.size, args.seed)
+            name, image = (
+                "avatars.png",
+                sheet.identity_grid(args.people, args.per_person, args.split, args.size, args.seed),
+            )
         else:
             name, image = "reference.png", sheet.portrait(args.portrait, max(args.size, 256))
     except ValueError as error:

@@ -11,7 +11,9 @@ HELP = "write a data set of avatars: images, captions, identities, boxes, landma
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="folder for images/ and metadata.jsonl (ImageFolder form)")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for images/ and metadata.jsonl (ImageFolder form)"
+    )
     parser.add_argument("--count", type=int, default=1000, help="number of pictures (default: %(default)s)")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="train", help="whose identities")
     parser.add_argument("--size", type=int, default=128, help="pixels a side, a multiple of 8 (default: %(default)s)")
@@ -27,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.count < 1 or args.per_identity < 1 or args.workers < 1:
         raise FaceFusionError(
-            f"--count {args.count}, --per-identity {args.per_identity}, --workers {args.workers}: each must be at least 1"
+            f"--count {args.count}, --per-identity {args.per_identity}, --workers {args.workers}: "
+            "each must be at least 1"
         )
     try:
         written = dataset.write(

@@ -1,4 +1,4 @@
-"""A small CLIP tokenizer: byte-level BPE learnt from the captions. Any text can be tokenised, byte by byte if need be."""
+"""A small CLIP tokenizer: byte-level BPE learnt from the captions. Any text can be tokenised, at worst by bytes."""
 
 from __future__ import annotations
 

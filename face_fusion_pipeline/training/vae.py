@@ -1,7 +1,7 @@
 """The autoencoder: `AutoencoderTiny`, factor 8, trained on crops, at the end on whole images.
 
 Loss: |x − x̂| + 5 (x − x̂)² + ½ |∇x − ∇x̂| + 0.01 ((std z − 1)² + mean(z)²), the mean by channel. Latents get noise
-of up to a fifth of their standard deviation before decoding, so that the decoder forgives the small errors of a
+of up to a tenth of their standard deviation before decoding, so that the decoder forgives the small errors of a
 diffusion model.
 """
 
@@ -22,17 +22,19 @@ from .loop import Batch, Task
 
 CROP = 64
 WHOLE_IMAGES_FROM = 0.8  # progress
-LATENT_NOISE = 0.2
+LATENT_NOISE = 0.1
 
 
-def create_vae(encoder_width: int, decoder_width: int, blocks: tuple[int, int, int, int]) -> AutoencoderTiny:
+def create_vae(
+    encoder_width: int, decoder_width: int, blocks: tuple[int, int, int, int], latent_channels: int = 8
+) -> AutoencoderTiny:
     """`blocks` residual blocks from full resolution down to an eighth of it."""
     vae = AutoencoderTiny(
         encoder_block_out_channels=(encoder_width,) * 4,
         decoder_block_out_channels=(decoder_width,) * 4,
         num_encoder_blocks=blocks,
         num_decoder_blocks=blocks[::-1],
-        latent_channels=8,
+        latent_channels=latent_channels,
     )
     initialise(vae)
     return vae
@@ -62,11 +64,16 @@ class VaeTask(Task):
     """Trains `vae`, or with `decoder_only` its decoder, so that latents made before stay valid."""
 
     def __init__(
-        self, vae: AutoencoderTiny, train: AvatarImages, validation: AvatarImages, decoder_only: bool = False
+        self,
+        vae: AutoencoderTiny,
+        train: AvatarImages,
+        validation: AvatarImages,
+        decoder_only: bool = False,
+        latent_noise: float = LATENT_NOISE,
     ) -> None:
         super().__init__()
         self.name = "vae-decoder" if decoder_only else "vae"
-        self.vae, self.decoder_only = vae, decoder_only
+        self.vae, self.decoder_only, self.latent_noise = vae, decoder_only, latent_noise
         self.data, self.validation, self.size = train, validation, len(train)
         self.centres = (train.first_boxes[:, :2] + train.first_boxes[:, 2:]) / 2
         vae.requires_grad_(True)
@@ -96,7 +103,7 @@ class VaeTask(Task):
             flip = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device) < 0.5
             images = torch.where(flip, images.flip(3), images)
         shape = (len(images), self.vae.config.latent_channels, images.shape[2] // 8, images.shape[3] // 8)
-        strength = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device) * LATENT_NOISE
+        strength = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device) * self.latent_noise
         noise = strength * torch.randn(shape, generator=generator, device=generator.device)
         return {"images": images, "noise": noise}
 
