@@ -44,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--data", type=Path, required=True, help="dataset folder with train and validation")
     train.add_argument("--out", type=Path, required=True, help="folder for the judges")
     train.add_argument("--steps", type=_positive, default=1200, help="batches (default: 1200)")
+    train.add_argument(
+        "--only",
+        nargs="+",
+        metavar="JUDGE",
+        choices=("locator", "scene", "expression", "recogniser"),
+        help="train only these and keep the others that are in --out (locator, scene, expression, recogniser)",
+    )
     train.add_argument("--limit", type=_positive, default=20000, help="images to use at most (default: 20000)")
     train.add_argument("--seed", type=int, default=0)
 
@@ -182,7 +189,8 @@ def _train(args: argparse.Namespace) -> tuple[dict, str]:
     from ..evaluation.judge_training import train_judges
     from ..evaluation.reports import markdown_table
 
-    result = train_judges(args.data, args.out, steps=args.steps, limit=args.limit, seed=args.seed)
+    only = {"only": args.only} if args.only else {}
+    result = train_judges(args.data, args.out, steps=args.steps, limit=args.limit, seed=args.seed, **only)
     rows = [[f"{trait} right", value] for trait, value in result["accuracy"].items()]
     rows += [["landmark error, pixels", result["landmark_error_pixels"]], ["recogniser AUC", result["recogniser_auc"]]]
     return result, markdown_table(["judges on held-out people", "value"], rows)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..face_errors import FaceFusionError
-from .judges import IMAGE_SIZE, SCENE_TRAITS, TRAITS, Judges, decidable, heatmap_cells, load_judges
+from .judges import IMAGE_SIZE, JUDGE_NAMES, SCENE_TRAITS, TRAITS, Judges, decidable, heatmap_cells, load_judges
 from .metrics import verification_auc
 from .renders import Renders, load_renders
 from .reports import circumstances
@@ -28,26 +29,42 @@ TEMPERATURE = 0.1
 Loss = Callable[[torch.Tensor], torch.Tensor]  # of the rows of a batch
 
 
-def train_judges(data: str | Path, out: str | Path, *, steps: int = 1200, limit: int = 20000, seed: int = 0) -> dict:
+def train_judges(
+    data: str | Path,
+    out: str | Path,
+    *,
+    steps: int = 1200,
+    limit: int = 20000,
+    seed: int = 0,
+    only: Sequence[str] = JUDGE_NAMES,
+) -> dict:
     """Train all four judges on DATA/train, write them to `out` and return their figures on DATA/validation.
 
     `steps` batches for each, half of them for the recogniser. What looks at aligned faces is trained on faces
-    as the locator finds them. The figures are also written to `out/report.json`.
+    as the locator finds them. With `only` a few of the names, the others are those already in `out`. The figures are
+    also written to `out/report.json`.
     """
     torch.manual_seed(seed)
     renders = load_renders(data, "train", limit)
     singles = renders.where(people=1)
     labels = {trait: sorted({str(record[trait]) for record in renders.records}) for trait in TRAITS}
     judges = Judges.new(labels)
+    if set(only) != set(JUDGE_NAMES):
+        trained = load_judges(out)
+        judges = replace(trained, **{name: getattr(judges, name) for name in only})
     rng = np.random.default_rng(seed)
-    _fit(judges.locator, _locator_loss(judges, singles), _random(singles, rng, IMAGES), steps)
+    if "locator" in only:
+        _fit(judges.locator, _locator_loss(judges, singles), _random(singles, rng, IMAGES), steps)
     found = torch.cat([judges.locate(singles.floats(rows)) for rows in torch.arange(len(singles)).split(256)])
-    _fit(judges.scene, _scene_loss(judges, renders), _random(renders, rng, IMAGES), steps)
-    _fit(judges.expression, _expression_loss(judges, singles, found), _random(singles, rng, FACES), steps)
-    _fit(judges.recogniser, _recogniser_loss(judges, singles, found), _people(singles, rng), steps // 2)
+    if "scene" in only:
+        _fit(judges.scene, _scene_loss(judges, renders), _random(renders, rng, IMAGES), steps)
+    if "expression" in only:
+        _fit(judges.expression, _expression_loss(judges, singles, found), _random(singles, rng, FACES), steps)
+    if "recogniser" in only:
+        _fit(judges.recogniser, _recogniser_loss(judges, singles, found), _people(singles, rng), steps // 2)
     judges.save(out)
     figures = report(load_judges(out), load_renders(data, "validation", limit))
-    figures |= {"trained_on": len(renders), "steps": steps, "seed": seed, **circumstances()}
+    figures |= {"trained_on": len(renders), "steps": steps, "trained": list(only), "seed": seed, **circumstances()}
     (Path(out) / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 

@@ -19,6 +19,7 @@ from ..face_errors import ModelNotFoundError
 from .alignment import align_faces
 
 
+JUDGE_NAMES = ("locator", "scene", "expression", "recogniser")
 IMAGE_SIZE = 128
 SCENE_TRAITS = ("clothing", "background", "style", "people")
 TRAITS = ("expression", *SCENE_TRAITS)
@@ -140,8 +141,7 @@ class Judges:
     @property
     def networks(self) -> nn.ModuleDict:
         """All networks, under the names that their weights carry in the file."""
-        names = ("locator", "scene", "expression", "recogniser")
-        return nn.ModuleDict({name: getattr(self, name) for name in names})
+        return nn.ModuleDict({name: getattr(self, name) for name in JUDGE_NAMES})
 
     @torch.inference_mode()
     def locate(self, images: torch.Tensor) -> torch.Tensor:
