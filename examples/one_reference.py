@@ -10,9 +10,7 @@ import sys
 
 import torch
 
-from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
-from face_fusion_pipeline.cli.generate import embedded_model
-from face_fusion_pipeline.face_images import prepare_face
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model, prepare_face
 
 
 BASE = embedded_model()

@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
+from face_fusion_pipeline.avatars.dataset import write
 from face_fusion_pipeline.face_adapter import AdapterMetadata, load_adapter, read_tensors
-from face_fusion_pipeline.training.data import crop_boxes, load_avatars
+from face_fusion_pipeline.training.data import crop_boxes, load_avatars, render_avatars
 from face_fusion_pipeline.training.loop import LoopOptions, Task, TrainingError, data_order, learning_rate, train
 
 
@@ -163,6 +164,14 @@ def test_pixels_are_cached_until_the_metadata_change(dataset, tmp_path):
     assert masks[0, 0].sum() == 4 and masks[0, 0, 1:3, 1:3].all()
     with pytest.raises(TrainingError, match="avatars-dataset"):
         load_avatars(tmp_path, "train")
+
+
+def test_rendered_data_equal_a_dataset_on_disk(tmp_path):
+    write(tmp_path / "disk" / "test", "test", 10, size=32, progress=False)
+    disk = load_avatars(tmp_path / "disk", "test")
+    memory = render_avatars(tmp_path / "memory", "test", 10, "cpu", size=32)
+    assert torch.equal(disk.pixels, memory.pixels)
+    assert disk.captions == memory.captions and torch.equal(disk.first_boxes, memory.first_boxes)
 
 
 def test_tokenizer_takes_any_text_and_survives_saving(tmp_path):

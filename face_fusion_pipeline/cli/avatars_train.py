@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="model folder; logs go to its logs/")
     parser.add_argument("--preset", choices=("cpu", "gpu"), default="cpu", help="sizes and options (default: cpu)")
     parser.add_argument("--images", type=int, help="use only the first so many training images")
+    parser.add_argument(
+        "--render", type=int, metavar="N", help="render N training images on the device instead; --data takes caches"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch decides)")
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on from a checkpoint if any")
     parser.add_argument("--continue-from", type=Path, metavar="MODEL", help="start from the weights of this folder")
@@ -68,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from ..training.data import load_avatars
+    from ..training.data import load_avatars, render_avatars
     from ..training.loop import train
     from ..training.presets import PRESETS
 
@@ -77,8 +80,13 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed or 0)  # the initial weights
     preset = PRESETS[args.stage][args.preset]
     options = loop_options(preset.loop, args)
-    data = load_avatars(args.data, "train", args.images)
-    validation = load_avatars(args.data, "validation")
+    if args.render:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        data = render_avatars(args.data, "train", args.render, device)
+        validation = render_avatars(args.data, "validation", min(args.render, 2000), device)
+    else:
+        data = load_avatars(args.data, "train", args.images)
+        validation = load_avatars(args.data, "validation")
     task = create_task(args, preset, data, validation)
     record = train(task, options, args.out, export_only=args.export_only)
     print(f"{args.stage}: {record['steps']} steps in {record['seconds'] / 60:.1f} minutes, written to {args.out}")

@@ -4,10 +4,10 @@ import argparse
 import json
 import re
 import sys
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..avatar_model import embedded_model
 from ..face_errors import FaceFusionError, InvalidPromptError, ModelNotFoundError
 
 
@@ -120,17 +120,6 @@ def check_model(model: str) -> None:
         raise ModelNotFoundError(f"{model} is a file: --model takes a diffusers folder or a Hub id (owner/name)")
     if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ModelNotFoundError(f"there is no folder {model}, and it is no Hub id (owner/name) either")
-
-
-def embedded_model() -> Path:
-    """Folder of the avatar model that comes with the package. Raises [`ModelNotFoundError`] if it was left out."""
-    folder = Path(str(resources.files("face_fusion_pipeline"))) / "embedded"
-    if not (folder / "model_index.json").is_file():
-        raise ModelNotFoundError(
-            f"this installation has no embedded avatar model in {folder}: name one with --model, "
-            "for example --model stable-diffusion-v1-5/stable-diffusion-v1-5"
-        )
-    return folder
 
 
 def read_faces(args: argparse.Namespace) -> "list[FacePhoto] | Any":

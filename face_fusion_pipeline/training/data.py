@@ -18,7 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
+from ..avatars import render
+from ..avatars.dataset import describe, plan
 from .loop import TrainingError
 
 
@@ -85,6 +88,24 @@ def load_avatars(folder: Path, split: str, limit: int | None = None) -> AvatarIm
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
     return AvatarImages(cached(cache, key, decode), records, cache.parent, key)
+
+
+def render_avatars(
+    folder: Path, split: str, count: int, device: torch.device | str, size: int = 128, per_identity: int = 5
+) -> AvatarImages:
+    """The first `count` images of a split, rendered on `device` and kept in memory instead of read from disk.
+
+    The same scenes as `avatars.dataset.write` draws. `folder/split` only takes caches of what is computed from them.
+    """
+    pixels = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    records: list[dict[str, Any]] = []
+    for start in tqdm(range(0, count, 256), desc=f"rendering {split}", unit="batch"):
+        scenes = [plan(split, index, per_identity) for index in range(start, min(start + 256, count))]
+        rendered = render(scenes, size, device)
+        pixels[start : start + len(scenes)] = (rendered.images * 255).round().byte().cpu()
+        records += [describe(scene, rendered, row) for row, scene in enumerate(scenes)]
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    return AvatarImages(pixels, records, folder / split, f"rendered {split} {count} {size} {per_identity}")
 
 
 def cached(path: Path, key: str, make: Callable[[], Tensor]) -> Tensor:

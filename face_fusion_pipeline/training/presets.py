@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
             LoopOptions(batch_size=8, lr=1.2e-3, steps=12000, warmup=100, ema_decay=0.998),
         ),
         "gpu": Preset(
-            {"encoder_width": 64, "decoder_width": 64, "blocks": (1, 2, 3, 3)},
+            {"encoder_width": 64, "decoder_width": 64, "blocks": (1, 2, 3, 3), "latent_channels": 16},
             LoopOptions(batch_size=128, lr=1e-3, steps=20000, precision="bf16", compile=True),
         ),
     },

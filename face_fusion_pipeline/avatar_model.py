@@ -1,0 +1,17 @@
+"""Where the avatar model that comes with the package lies."""
+
+from importlib import resources
+from pathlib import Path
+
+from .face_errors import ModelNotFoundError
+
+
+def embedded_model() -> Path:
+    """Folder of the avatar model that comes with the package. Raises [`ModelNotFoundError`] if it was left out."""
+    folder = Path(str(resources.files("face_fusion_pipeline"))) / "embedded"
+    if not (folder / "model_index.json").is_file():
+        raise ModelNotFoundError(
+            f"this installation has no embedded avatar model in {folder}: name one with --model, "
+            "for example --model stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
+    return folder
