@@ -168,7 +168,7 @@ def test_dataset_resumes_and_equals_an_uninterrupted_one(tmp_path):
 
 def test_grid_is_labelled():
     grid = sheet.identity_grid(2, 3, size=32)
-    assert grid.size == (84 + 3 * 36, 2 * 62)
+    assert grid.size == (92 + 3 * 36, 2 * 62)
     assert np.asarray(grid).min() < 60
 
 

@@ -36,7 +36,7 @@ def labelled_grid(
     """Pictures of one size in a grid, each with a caption of up to two lines below and a name left of each row."""
     font = ImageFont.load_default(size=11)
     width, height = pictures[0].size
-    margin, text = (84 if rows else 0), 30
+    margin, text = (92 if rows else 0), 30
     lines = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (margin + columns * (width + 4), lines * (height + text)), "white")
     draw = ImageDraw.Draw(sheet)
