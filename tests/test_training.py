@@ -308,3 +308,30 @@ def test_stages_name_what_is_missing(tmp_path):
         load_frozen(tmp_path)
     with pytest.raises(TrainingError, match="train the stage `unet` first"):
         load_unet(tmp_path)
+
+
+def test_presets_fit_what_may_be_shipped():
+    """float16 weights of all parts of a preset, without training them: below the limit of `publish`."""
+    import types
+
+    from accelerate import init_empty_weights
+
+    from face_fusion_pipeline.face_adapter import create_adapter
+    from face_fusion_pipeline.training.clip import create_clip
+    from face_fusion_pipeline.training.presets import PRESETS
+    from face_fusion_pipeline.training.publish import SIZE_LIMIT
+    from face_fusion_pipeline.training.tokenizer import train_tokenizer
+    from face_fusion_pipeline.training.unet import create_unet
+    from face_fusion_pipeline.training.vae import create_vae
+
+    tokenizer = train_tokenizer(["a person in a red shirt"] * 4)
+    for name in ("cpu", "gpu"):
+        with init_empty_weights():
+            vae = create_vae(**PRESETS["vae"][name].network)
+            clip = create_clip(tokenizer, 128, **PRESETS["clip"][name].network)
+            frozen = types.SimpleNamespace(vae=vae, text_encoder=clip.text_model)
+            unet = create_unet(frozen, 128, **PRESETS["unet"][name].network)
+            adapter = create_adapter(unet, "xavier")
+        # The text tower is there twice, as text encoder and for scores; the adapter's file may be float32.
+        modules = (vae, clip, clip.text_model, unet, adapter, adapter)
+        assert 2 * sum(p.numel() for module in modules for p in module.parameters()) < SIZE_LIMIT, name

@@ -26,6 +26,7 @@ from .tokenizer import load_tokenizer
 
 TEXT_DROPOUT = 0.1
 SNR_GAMMA = 5.0
+SHARD_SIZE = "15MB"  # of the weights, so that no file in the repository is large
 
 
 @dataclass
@@ -248,5 +249,5 @@ class UnetTask(Task):
 def save_pipeline(frozen: Frozen, unet: UNet2DConditionModel, folder: Path) -> None:
     """Write the whole `StableDiffusionPipeline` in float16."""
     pipe = copy.deepcopy(frozen.pipeline(unet))
-    pipe.to("cpu", torch.float16, silence_dtype_warnings=True).save_pretrained(folder)
+    pipe.to("cpu", torch.float16, silence_dtype_warnings=True).save_pretrained(folder, max_shard_size=SHARD_SIZE)
     run_in_float32(folder)
