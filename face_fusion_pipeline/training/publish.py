@@ -36,9 +36,18 @@ def publish(model: Path, out: Path, tables: list[Path], note: str = "") -> int:
             shutil.copytree(path, out / path.name)
         else:
             shutil.copyfile(path, out / path.name)
+    for config in out.rglob("*.json"):
+        forget_origin(config)
     records = json.loads((model / "training.json").read_text())
     (out / "README.md").write_text(card(records, [path.read_text() for path in tables], size, note))
     return size
+
+
+def forget_origin(config: Path) -> None:
+    """Drop `_name_or_path` from a config: the folder that a part was loaded from means nothing elsewhere."""
+    content = json.loads(config.read_text())
+    if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+        config.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def card(records: dict[str, dict[str, Any]], tables: list[str], size: int, note: str) -> str:

@@ -1,0 +1,62 @@
+"""Publishing a trained model: the parts without logs, a card with the records, and nothing half done."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from face_fusion_pipeline.cli import main
+from face_fusion_pipeline.training import publish
+
+
+RECORD = {
+    "steps": 1234,
+    "options": {"batch_size": 8, "seed": 5},
+    "trained_parameters": 99_000,
+    "seconds": 90,
+    "threads": 2,
+    "machine": "a machine",
+    "date": "2026-01-02T03:04:05",
+    "versions": {"torch": "2.13.0"},
+}
+
+
+@pytest.fixture
+def trained(tmp_path):
+    model = tmp_path / "model"
+    for part in publish.PARTS:
+        (model / part).mkdir(parents=True)
+        (model / part / "config.json").write_text(json.dumps({"_name_or_path": "elsewhere", "size": 1}))
+    save_file({"w": torch.zeros(10)}, model / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file({"w": torch.zeros(10)}, model / "face_fusion_adapter.safetensors")
+    (model / "model_index.json").write_text("{}")
+    (model / "training.json").write_text(json.dumps({"unet": RECORD, "adapter": RECORD}))
+    (model / "logs").mkdir()
+    return model
+
+
+def test_copies_parts_and_writes_the_card(trained, tmp_path):
+    table = tmp_path / "table.md"
+    table.write_text("| measured |\n")
+    out = tmp_path / "out"
+    size = publish.publish(trained, out, [table], "A note.")
+    assert size == sum(path.stat().st_size for path in trained.rglob("*.safetensors"))
+    assert not (out / "logs").exists()
+    assert json.loads((out / "unet" / "config.json").read_text()) == {"size": 1}
+    card = (out / "README.md").read_text()
+    for words in ("1,234 × 8", "99,000", "1.5 min", "a machine", "2026-01-02", "| measured |", "A note."):
+        assert words in card
+    assert card.startswith("---\nlicense: apache-2.0\n")
+
+
+def test_missing_part_or_too_large_leaves_everything_as_it_was(trained, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    (trained / "model_index.json").rename(trained / "elsewhere.json")
+    assert main(["avatars-publish", "--model", str(trained), "--out", str(out)]) == 2
+    assert "model_index.json" in capsys.readouterr().err
+    (trained / "elsewhere.json").rename(trained / "model_index.json")
+    monkeypatch.setattr(publish, "SIZE_LIMIT", 10)
+    assert main(["avatars-publish", "--model", str(trained), "--out", str(out)]) == 2
+    assert "MB" in capsys.readouterr().err
+    assert not out.exists()
