@@ -58,8 +58,9 @@ def card(records: dict[str, dict[str, Any]], tables: list[str], size: int, note:
             if name.split("-")[0] != stage:
                 continue
             options = record["options"]
+            part = title if name == stage else f"{title} ({name.removeprefix(stage).lstrip('-')} alone)"
             rows.append(
-                f"| {title} | {record['trained_parameters']:,} | {record['steps']:,} × {options['batch_size']} "
+                f"| {part} | {record['trained_parameters']:,} | {record['steps']:,} × {options['batch_size']} "
                 f"| {record['seconds'] / 60:.1f} min, {record['threads']} threads | {record['machine']} "
                 f"| {options['seed']} | {record['date'][:10]} |"
             )
