@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .face_detectors import DetectorName, Face, FaceDetector, load_detector
 from .face_errors import FaceTooSmallError, NoFaceError, SeveralFacesError, UnreadableImageError
@@ -57,6 +57,8 @@ def load_image(source: ImageSource) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except UnreadableImageError:
         raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(f"{name} is not a picture: give a JPEG, PNG, WebP or another image file") from error
     except Exception as error:  # PIL's plug-ins raise anything from OSError to struct.error on a broken file
         raise UnreadableImageError(f"{name} is not a picture that can be read: {error}") from error
 

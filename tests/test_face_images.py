@@ -241,3 +241,10 @@ def test_two_people_in_one_photo(test_data: Path) -> None:
     with pytest.raises(SeveralFacesError):
         find_face(both, HaarDetector())
     assert find_face(both, HaarDetector(), face_index=1).box[0] > 400
+
+
+def test_a_file_that_is_no_picture_is_named_without_internals(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not a picture")
+    with pytest.raises(UnreadableImageError, match=r"notes\.txt is not a picture: give a JPEG") as caught:
+        load_image(tmp_path / "notes.txt")
+    assert "BytesIO" not in str(caught.value)
