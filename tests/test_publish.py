@@ -31,7 +31,8 @@ def trained(tmp_path):
     save_file({"w": torch.zeros(10)}, model / "unet" / "diffusion_pytorch_model.safetensors")
     save_file({"w": torch.zeros(10)}, model / "face_fusion_adapter.safetensors")
     (model / "model_index.json").write_text("{}")
-    (model / "training.json").write_text(json.dumps({"unet": RECORD, "adapter": RECORD}))
+    continued = {**RECORD, "steps": 77, "continues": RECORD}
+    (model / "training.json").write_text(json.dumps({"unet": continued, "adapter": RECORD}))
     (model / "logs").mkdir()
     return model
 
@@ -45,6 +46,7 @@ def test_copies_parts_and_writes_the_card(trained, tmp_path):
     assert not (out / "logs").exists()
     assert json.loads((out / "unet" / "config.json").read_text()) == {"size": 1}
     card = (out / "README.md").read_text()
+    assert card.index("| UNet | 99,000 | 1,234 × 8") < card.index("| UNet | 99,000 | 77 × 8"), "earlier runs first"
     for words in ("1,234 × 8", "99,000", "1.5 min", "a machine", "2026-01-02", "| measured |", "A note."):
         assert words in card
     assert card.startswith("---\nlicense: apache-2.0\n")

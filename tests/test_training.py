@@ -117,6 +117,16 @@ def test_a_finished_run_given_again_trains_no_further(tmp_path):
     assert again.seen == 0
 
 
+def test_a_continued_run_keeps_the_record_of_the_first(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(Regression(), OPTIONS, first)
+    again = dataclasses.replace(OPTIONS, steps=3)
+    record = train(Regression(), again, second, source=first)
+    assert record["steps"] == 3 and record["continues"]["steps"] == OPTIONS.steps
+    assert json.loads((second / "training.json").read_text())["regression"]["continues"]["steps"] == OPTIONS.steps
+    assert "continues" not in train(Regression(), again, second, source=second), "the same finished run, given again"
+
+
 def test_wrong_resume_and_bad_loss_are_refused(tmp_path):
     with pytest.raises(TrainingError, match="--steps or --minutes"):
         train(Regression(), dataclasses.replace(OPTIONS, steps=None), tmp_path)

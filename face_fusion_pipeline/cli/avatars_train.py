@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         data = load_avatars(args.data, "train", args.images)
         validation = load_avatars(args.data, "validation")
     task = create_task(args, preset, data, validation)
-    record = train(task, options, args.out, export_only=args.export_only)
+    record = train(task, options, args.out, export_only=args.export_only, source=args.continue_from)
     print(f"{args.stage}: {record['steps']} steps in {record['seconds'] / 60:.1f} minutes, written to {args.out}")
     return 0
 

@@ -138,11 +138,16 @@ def learning_rate(options: LoopOptions, step: int, progress: float) -> float:
     return options.lr * min(1.0, (step + 1) / max(options.warmup, 1)) * decay
 
 
-def train(task: Task, options: LoopOptions, folder: Path, *, export_only: bool = False) -> dict[str, Any]:
+def train(
+    task: Task, options: LoopOptions, folder: Path, *, export_only: bool = False, source: Path | None = None
+) -> dict[str, Any]:
     """Train `task`, export it into `folder` and return the record that was added to `folder/training.json`.
 
     Checkpoint, metrics and sample images are under `folder/logs/<task name>/`. `export_only` skips the training and
-    exports the last checkpoint. Raises `TrainingError` where the loss is not finite or a checkpoint does not fit.
+    exports the last checkpoint. `source` is the model folder whose weights the run starts from, if any: its record
+    is kept inside the new one as "continues", so that the whole training stays known.
+
+    Raises `TrainingError` where the loss is not finite or a checkpoint does not fit.
     """
     if options.steps is None and options.minutes is None:
         raise TrainingError("the length of the training is open: give --steps or --minutes")
@@ -227,6 +232,10 @@ def train(task: Task, options: LoopOptions, folder: Path, *, export_only: bool =
         sample()
     record = describe_run(task, options, step, time.monotonic() - started if not export_only else used, accelerator)
     if accelerator.is_main_process:
+        if source is not None and (source / "training.json").is_file():
+            earlier = json.loads((source / "training.json").read_text()).get(task.name)
+            same = earlier is not None and all(earlier[key] == record[key] for key in ("steps", "options"))
+            record |= {"continues": earlier} if earlier and not same else {}  # a finished run may be given again
         with ema.applied(), torch.no_grad():
             task.eval()
             task.export(folder)

@@ -57,13 +57,11 @@ def card(records: dict[str, dict[str, Any]], tables: list[str], size: int, note:
         for name, record in records.items():
             if name.split("-")[0] != stage:
                 continue
-            options = record["options"]
             part = title if name == stage else f"{title} ({name.removeprefix(stage).lstrip('-')} alone)"
-            rows.append(
-                f"| {part} | {record['trained_parameters']:,} | {record['steps']:,} × {options['batch_size']} "
-                f"| {record['seconds'] / 60:.1f} min, {record['threads']} threads | {record['machine']} "
-                f"| {options['seed']} | {record['date'][:10]} |"
-            )
+            runs = [record]  # the last one first, then those that it went on from
+            while earlier := runs[-1].get("continues"):
+                runs.append(earlier)
+            rows += [_row(part, run) for run in reversed(runs)]
     versions = next(iter(records.values()))["versions"]
     return "\n".join(
         [
@@ -97,4 +95,13 @@ def card(records: dict[str, dict[str, Any]], tables: list[str], size: int, note:
             "Training, validation and test people are disjoint; nothing was chosen on test people.",
             "",
         ]
+    )
+
+
+def _row(part: str, record: dict[str, Any]) -> str:
+    options = record["options"]
+    return (
+        f"| {part} | {record['trained_parameters']:,} | {record['steps']:,} × {options['batch_size']} "
+        f"| {record['seconds'] / 60:.1f} min, {record['threads']} threads | {record['machine']} "
+        f"| {options['seed']} | {record['date'][:10]} |"
     )
