@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     vae = parser.add_argument_group("vae")
     vae.add_argument("--decoder-only", action="store_true", help="train the decoder on, latents stay as they are")
-    vae.add_argument("--latent-noise", type=float, default=0.2, help="largest noise on latents, over their deviation")
+    vae.add_argument("--latent-noise", type=float, help="largest noise on latents, over their deviation")
 
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--init", choices=("attn1", "zero_v", "xavier"), default="attn1")
@@ -111,7 +111,8 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
         if args.decoder_only:
             source = source or args.out
         vae = AutoencoderTiny.from_pretrained(source / "vae") if source else create_vae(**preset.network)
-        return VaeTask(vae, data, validation, decoder_only=args.decoder_only, latent_noise=args.latent_noise)
+        noise = {} if args.latent_noise is None else {"latent_noise": args.latent_noise}
+        return VaeTask(vae, data, validation, decoder_only=args.decoder_only, **noise)
     if args.stage == "clip":
         from ..training.clip import ClipTask, create_clip, load_clip
         from ..training.tokenizer import load_tokenizer, train_tokenizer

@@ -92,7 +92,7 @@ def card(records: dict[str, dict[str, Any]], tables: list[str], size: int, note:
             "## Measured",
             "",
             *tables,
-            "Training, validation and test people are disjoint; nothing was chosen on test people.",
+            "Training, validation and test people are disjoint.",
             "",
         ]
     )
