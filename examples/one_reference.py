@@ -17,7 +17,7 @@ BASE = embedded_model()
 ADAPTER = BASE  # folder with face_fusion_adapter.safetensors; None: training-free mode
 
 
-def main(photo: str, prompt: str) -> None:
+def main(photo: str, prompt: str, steps: int = 25) -> None:
     pipe = StableDiffusionFaceFusionPipeline.from_pretrained(BASE, dtype=torch.float32)
     if ADAPTER is not None:
         pipe.load_face_fusion_adapter(ADAPTER)
@@ -26,7 +26,7 @@ def main(photo: str, prompt: str) -> None:
     identity = pipe.encode_face(face)  # once; identity.save("me.safetensors") keeps it
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
-        image = pipe(prompt, face_image=identity, num_inference_steps=25, generator=generator).images[0]
+        image = pipe(prompt, face_image=identity, num_inference_steps=steps, generator=generator).images[0]
         image.save(f"one_reference_{seed}.png")
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .face_attention import (
+    Cast,
     FaceFusionAttnProcessor,
-    FusionSwitch,
+    PersonKeys,
     attention_layers,
     installed_processors,
     reference_log_weights,
@@ -346,7 +347,7 @@ def face_fused_unet(
     log_weights = reference_log_weights(weights.float(), drop)
     log_weights = None if log_weights is None else log_weights.to(tokens.device)
     processors = {
-        name: FaceFusionAttnProcessor(key, value, log_weights, scale, token_count_bias, FusionSwitch())
+        name: FaceFusionAttnProcessor([Cast((PersonKeys(key, value, log_weights, scale, token_count_bias),))])
         for name, (key, value) in adapter(identity_tokens).items()
     }
     with installed_processors(unet, processors):

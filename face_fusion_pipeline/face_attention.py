@@ -1,7 +1,7 @@
 """Joint attention over text and face (Eq. 1-7) and the attention processor that runs it inside a UNet."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from diffusers.models.attention_processor import (
 from torch import Tensor
 
 from .face_errors import FaceFusionError, InvalidScaleError
+from .face_layout import Regions
 
 
 PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
@@ -125,21 +126,15 @@ class FusionSwitch:
     guided: bool = False
 
 
-class FaceFusionAttnProcessor:
-    """Attention whose keys and values are joined by those of a face; drop-in for `AttnProcessor2_0`.
-
-    At `attn2` the face joins the text (the paper); at `attn1` it joins the image itself (training-free). It holds no
-    weights: keys and values are projected once, before the denoising loop, so nothing can leak into a saved UNet.
+class PersonKeys:
+    """The face of one person at one layer.
 
     Args:
         key, value: `(B or 1, n_refs, N_f, inner)`.
         log_weights: `(B or 1, n_refs)` from [`reference_log_weights`].
-        scale: strength > 0 of the face at this layer.
+        scale: strength > 0 of this face at this layer.
         token_count_bias: see [`constant_bias`].
-        switch: shared state of the call. With guidance the first half of the batch is computed without the face.
     """
-
-    is_face_fusion_processor = True
 
     def __init__(
         self,
@@ -148,7 +143,6 @@ class FaceFusionAttnProcessor:
         log_weights: Tensor | None = None,
         scale: float = 1.0,
         token_count_bias: bool = False,
-        switch: FusionSwitch | None = None,
     ) -> None:
         self.tokens_per_reference = key.shape[2]
         self.key, self.value = key.flatten(1, 2), value.flatten(1, 2)
@@ -157,6 +151,62 @@ class FaceFusionAttnProcessor:
         )
         self.scale = scale
         self.token_count_bias = token_count_bias
+
+    def bias(self, text_tokens: int) -> Tensor | None:
+        """M of Eq. 4 on these keys, `(B or 1, 1, 1, K_f)`, or `None` where it is zero."""
+        constant = constant_bias(self.scale, self.tokens_per_reference, text_tokens, self.token_count_bias)
+        if self.reference_bias is not None:
+            return self.reference_bias + constant
+        return None if constant == 0.0 else self.key.new_full((1, 1, 1, self.key.shape[1]), constant)
+
+
+def join_people(people: Sequence[PersonKeys], text_tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values `(B or 1, K_f, inner)` of several people one after another, and their bias."""
+    biases = [person.bias(text_tokens) for person in people]
+    if len(people) == 1:
+        return people[0].key, people[0].value, biases[0]
+    batch = max(person.key.shape[0] for person in people)
+    keys, values = (torch.cat([t.expand(batch, -1, -1) for t in kv], dim=1) for kv in _columns(people))
+    if all(bias is None for bias in biases):
+        return keys, values, None
+    columns = [
+        person.key.new_zeros(1, 1, 1, person.key.shape[1]) if bias is None else bias
+        for person, bias in zip(people, biases, strict=True)
+    ]
+    rows = max(column.shape[0] for column in columns)
+    return keys, values, torch.cat([column.expand(rows, -1, -1, -1) for column in columns], dim=-1)
+
+
+def _columns(people: Sequence[PersonKeys]) -> tuple[list[Tensor], list[Tensor]]:
+    return [person.key for person in people], [person.value for person in people]
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The people of a picture at one layer; `regions` says by number of queries which of them each query sees.
+
+    Without regions every query sees everybody.
+    """
+
+    people: tuple[PersonKeys, ...]
+    regions: Mapping[int, Regions] | None = None
+
+
+class FaceFusionAttnProcessor:
+    """Attention whose keys and values are joined by those of faces; drop-in for `AttnProcessor2_0`.
+
+    At `attn2` the faces join the text (the paper); at `attn1` they join the image itself (training-free). It holds no
+    weights: keys and values are projected once, before the denoising loop, so nothing can leak into a saved UNet.
+
+    Args:
+        casts: one for the whole batch, or one for each equal share of it in order (one a prompt, or one an image).
+        switch: shared state of the call. With guidance the first half of the batch is computed without faces.
+    """
+
+    is_face_fusion_processor = True
+
+    def __init__(self, casts: Sequence[Cast], switch: FusionSwitch | None = None) -> None:
+        self.casts = tuple(casts)
         self.switch = switch or FusionSwitch()
         self.additive: Any = None
         self._attention_backend: Any = None
@@ -167,13 +217,6 @@ class FaceFusionAttnProcessor:
         self.additive = original if is_ip_adapter_processor(original) else None
         self._attention_backend = getattr(original, "_attention_backend", None)
         self._parallel_config = getattr(original, "_parallel_config", None)
-
-    def face_bias(self, text_tokens: int) -> Tensor | None:
-        """M of Eq. 4 on the face keys, `(B or 1, 1, 1, K_f)`, or `None` where it is zero."""
-        constant = constant_bias(self.scale, self.tokens_per_reference, text_tokens, self.token_count_bias)
-        if self.reference_bias is not None:
-            return self.reference_bias + constant
-        return None if constant == 0.0 else self.key.new_full((1, 1, 1, self.key.shape[1]), constant)
 
     def __call__(
         self,
@@ -226,33 +269,58 @@ class FaceFusionAttnProcessor:
         return hidden_states / attn.rescale_output_factor + added
 
     def _attend(self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        dispatch = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
-        face = (self.key, self.value)
-        face_key, face_value = (x.to(query.dtype).unflatten(-1, (attn.heads, -1)) for x in face)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
-            key, face_key = attn.norm_k(key), attn.norm_k(face_key)
-
-        plain = query.shape[0] if not self.switch.active else query.shape[0] // 2 if self.switch.guided else 0
-        parts = []
-        if plain:
-            rows_mask = None if mask is None else mask[:plain]
-            parts.append(dispatch_attention_fn(query[:plain], key[:plain], value[:plain], rows_mask, **dispatch))
-        if plain < query.shape[0]:
-            parts.append(
-                joint_attention(
-                    query[plain:],
-                    key[plain:],
-                    value[plain:],
-                    face_key,
-                    face_value,
-                    self.face_bias(key.shape[1]),
-                    None if mask is None else mask[plain:],
-                    **dispatch,
-                )
-            )
+            key = attn.norm_k(key)
+        batch = query.shape[0]
+        plain = batch if not self.switch.active else batch // 2 if self.switch.guided else 0
+        bounds = [plain + (batch - plain) * i // len(self.casts) for i in range(len(self.casts) + 1)]
+        rows = [(0, plain, None), *zip(bounds, bounds[1:], self.casts, strict=False)]
+        parts = [
+            self._attend_rows(attn, query[a:b], key[a:b], value[a:b], None if mask is None else mask[a:b], cast)
+            for a, b, cast in rows
+            if a < b
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_rows(
+        self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cast: Cast | None
+    ) -> Tensor:
+        if cast is None or cast.regions is None:
+            return self._attend_people(attn, query, key, value, mask, () if cast is None else cast.people)
+        if query.shape[1] not in cast.regions:
+            raise FaceFusionError(
+                f"a layer has {query.shape[1]} queries, the masks are for {sorted(cast.regions)}: "
+                "this UNet does not halve its latents from level to level, so people cannot be placed in it"
+            )
+        regions = cast.regions[query.shape[1]]
+        parts = [
+            self._attend_people(
+                attn, query[:, part.queries], key, value, mask, tuple(cast.people[i] for i in part.people)
+            )
+            for part in regions.parts
+        ]
+        return torch.cat(parts, dim=1)[:, regions.order]
+
+    def _attend_people(
+        self,
+        attn: Attention,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        people: tuple[PersonKeys, ...],
+    ) -> Tensor:
+        dispatch = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
+        people = tuple(person for person in people if person.scale > 0)
+        if not people:
+            return dispatch_attention_fn(query, key, value, mask, **dispatch)
+        face_key, face_value, bias = join_people(people, key.shape[1])
+        face_key, face_value = (x.to(query.dtype).unflatten(-1, (attn.heads, -1)) for x in (face_key, face_value))
+        if attn.norm_k is not None:
+            face_key = attn.norm_k(face_key)
+        return joint_attention(query, key, value, face_key, face_value, bias, mask, **dispatch)
 
 
 def is_ip_adapter_processor(processor: Any) -> bool:
@@ -278,11 +346,23 @@ def attention_layers(unet: Any, kind: str) -> dict[str, Attention]:
 
 def check_replaceable(name: str, processor: Any) -> None:
     """Raise [`FaceFusionError`] unless Face Fusion can stand in for `processor` at layer `name`."""
+    if getattr(processor, "is_face_fusion_processor", False):
+        raise FaceFusionError(
+            "this UNet is in use by another call with faces: let calls on one UNet follow each other, or give each "
+            "thread a UNet of its own"
+        )
     if not isinstance(processor, PLAIN_PROCESSORS) and not is_ip_adapter_processor(processor):
         raise FaceFusionError(
             f"{name} uses {type(processor).__name__}, which Face Fusion cannot be combined with; "
             "unload what installed it, or call `unet.set_attn_processor(AttnProcessor2_0())`"
         )
+
+
+def check_idle(unet: Any) -> None:
+    """Raise [`FaceFusionError`] while another call has its faces in this UNet: they would show in any image."""
+    for name, layer in (*attention_layers(unet, "attn1").items(), *attention_layers(unet, "attn2").items()):
+        if getattr(layer.processor, "is_face_fusion_processor", False):
+            check_replaceable(name, layer.processor)
 
 
 @contextmanager

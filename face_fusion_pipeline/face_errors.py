@@ -39,3 +39,11 @@ class InvalidPromptError(FaceFusionError):
 
 class ModelNotFoundError(FaceFusionError):
     """A model or weights file that is not where it was said to be."""
+
+
+class InvalidLayoutError(FaceFusionError):
+    """Face boxes, masks, or their number, that do not fit the image or the people."""
+
+
+class FaceAxesError(FaceFusionError):
+    """Prompts, people, references or values for them whose numbers do not go together."""

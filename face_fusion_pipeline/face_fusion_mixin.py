@@ -1,41 +1,27 @@
-"""Face Fusion for any Stable Diffusion pipeline: encode the face, install processors, call the pipeline, restore."""
+"""Face Fusion for any Stable Diffusion pipeline: encode the faces, install processors, call the pipeline, restore."""
 
 import inspect
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils.hub_utils import _get_model_file
 from torch import Tensor
 
-from .face_adapter import (
-    ADAPTER_WEIGHTS_NAME,
-    AdapterMetadata,
-    FaceFusionAdapter,
-    adapter_fingerprint,
-    load_adapter,
-    read_tensors,
-    save_adapter,
-    unet_fingerprint,
-)
+from .face_adapter import unet_fingerprint
 from .face_attention import (
+    Cast,
     FaceFusionAttnProcessor,
     FusionSwitch,
-    attention_layers,
+    PersonKeys,
+    check_idle,
     installed_processors,
     reference_log_weights,
 )
-from .face_errors import (
-    AdapterMismatchError,
-    FaceFusionError,
-    IdentityMismatchError,
-    InvalidPromptError,
-    InvalidScaleError,
-    ModelNotFoundError,
-)
+from .face_axes import face_axes, is_identity, per_person
+from .face_errors import FaceAxesError, FaceFusionError, IdentityMismatchError, InvalidPromptError, InvalidScaleError
 from .face_identity import (
     FaceIdentity,
     capture_hidden_states,
@@ -44,132 +30,41 @@ from .face_identity import (
     noise_latents,
     self_attention_projections,
 )
+from .face_layout import (
+    Background,
+    Box,
+    Layout,
+    Overlap,
+    Placement,
+    assign_boxes,
+    even_boxes,
+    given_masks,
+    layer_regions,
+    layout_from_boxes,
+    scale_boxes,
+)
+from .face_loader_mixin import FaceLoaderMixin, check_scale
 
 
-MAX_FACE_SCALE = 100.0
-HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
-BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
+logger = logging.getLogger(__name__)
 
 
-def check_scale(scale: Any, name: str = "face_scale") -> float:
-    """`scale` as a float in [0, 100]; raises [`InvalidScaleError`] otherwise."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= MAX_FACE_SCALE:
-        raise InvalidScaleError(f"{name} must be a number from 0 (off) over 1 (the paper) to 100, got {scale!r}")
-    return float(scale)
-
-
-def flatten_scales(scales: Mapping[str, Any]) -> dict[str, float]:
-    """`{"up": {"block_1": [0, .5]}}` or `{"up_blocks.1": .5}` -> `{layer-name prefix: scale}`."""
-    flat: dict[str, float] = {}
-    for key, value in scales.items():
-        prefix = BLOCKS.get(key, key.removeprefix("block_"))
-        if isinstance(value, list):
-            value = {f"attentions.{index}": item for index, item in enumerate(value)}
-        if isinstance(value, Mapping):
-            flat |= {f"{prefix}.{rest}": scale for rest, scale in flatten_scales(value).items()}
-        else:
-            flat[prefix] = check_scale(value, f"the face scale of {key!r}")
-    return flat
-
-
-class FaceFusionMixin:
+class FaceFusionMixin(FaceLoaderMixin):
     """Adds faces to a diffusers pipeline that has `unet`, `vae`, `scheduler` and `encode_prompt`.
 
     Put it before the pipeline class: `class Mine(FaceFusionMixin, StableDiffusionPipeline)`. Without a face, or with
     scale 0, a call is exactly the pipeline's own.
     """
 
-    unet: Any
     vae: Any
     scheduler: Any
     encode_prompt: Any
     maybe_free_model_hooks: Any
+    image_processor: Any
     vae_scale_factor: int
     do_classifier_free_guidance: bool
     _guidance_scale: float
     _execution_device: torch.device
-
-    _face_adapter: FaceFusionAdapter | None = None
-    _face_layer_scales: float | dict[str, float] = 1.0
-
-    # --- Weights -------------------------------------------------------------------------------------------------
-
-    def load_face_fusion_adapter(
-        self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
-        subfolder: str | None = None,
-        weight_name: str = ADAPTER_WEIGHTS_NAME,
-        **kwargs: Any,
-    ) -> None:
-        """Load trained `to_k_face`, `to_v_face` weights; they replace those loaded before.
-
-        Args:
-            pretrained_model_name_or_path_or_dict: Hub id, folder, `.safetensors` file, or a state dict (which is
-                taken to have the default metadata).
-            kwargs: `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token`, `revision`.
-
-        Raises:
-            ModelNotFoundError: no such file.
-            AdapterMismatchError: other base family, format version, keys or shapes; not safetensors.
-        """
-        if unknown := kwargs.keys() - set(HUB_ARGUMENTS):
-            raise TypeError(f"load_face_fusion_adapter() got unexpected arguments {sorted(unknown)}")
-        source, metadata = pretrained_model_name_or_path_or_dict, None
-        if not isinstance(source, Mapping):
-            name = str(source) if os.path.isfile(source) else weight_name
-            if not name.endswith(".safetensors"):
-                raise AdapterMismatchError(f"adapter weights are .safetensors files only, got {name!r}")
-            try:
-                path = _get_model_file(str(source), weights_name=weight_name, subfolder=subfolder, **kwargs)
-            except (OSError, ValueError) as error:
-                raise ModelNotFoundError(f"no adapter {weight_name!r} found in {str(source)!r}: {error}") from error
-            source, strings = read_tensors(path)
-            metadata = AdapterMetadata.from_strings(strings)
-        self.set_face_fusion_adapter(load_adapter(self.unet, source, metadata))
-
-    def set_face_fusion_adapter(self, adapter: FaceFusionAdapter) -> None:
-        """Use an adapter that is in memory, for example one in training."""
-        self._face_adapter = adapter
-
-    def save_face_fusion_adapter(
-        self, save_directory: str | os.PathLike[str], weight_name: str = ADAPTER_WEIGHTS_NAME
-    ) -> None:
-        """Write the loaded adapter to `save_directory/weight_name`. Raises [`FaceFusionError`] if there is none."""
-        if self._face_adapter is None:
-            raise FaceFusionError("no adapter to save; load one with `load_face_fusion_adapter(...)`")
-        save_adapter(self._face_adapter, os.path.join(save_directory, weight_name))
-
-    def unload_face_fusion_adapter(self) -> None:
-        """Forget adapter and layer scales; faces then use the training-free mode."""
-        self._face_adapter = None
-        self._face_layer_scales = 1.0
-
-    def set_face_fusion_scale(self, scale: float | Mapping[str, Any]) -> None:
-        """Strength per layer for all later calls; multiplies `face_scale`.
-
-        Args:
-            scale: a float in [0, 100], or a dict as in `set_ip_adapter_scale`, `{"up": {"block_1": [0.0, 1.0]}}`, or
-                by layer-name prefix, `{"up_blocks.1": 0.5, "mid_block": 1.0}`. The longest matching prefix counts;
-                layers that no prefix matches get 0.
-
-        Raises:
-            InvalidScaleError: out of range, or a prefix that no layer has.
-        """
-        if not isinstance(scale, Mapping):
-            self._face_layer_scales = check_scale(scale)
-            return
-        flat = flatten_scales(scale)
-        layers = [*attention_layers(self.unet, "attn1"), *attention_layers(self.unet, "attn2")]
-        for prefix in flat:
-            if not any(f"{name}.".startswith(f"{prefix}.") for name in layers):
-                raise InvalidScaleError(f"no attention layer of this UNet is in {prefix!r}; layers: {layers}")
-        self._face_layer_scales = flat
-
-    def _layer_scale(self, name: str) -> float:
-        if not isinstance(self._face_layer_scales, dict):
-            return self._face_layer_scales
-        matching = [prefix for prefix in self._face_layer_scales if f"{name}.".startswith(f"{prefix}.")]
-        return self._face_layer_scales[max(matching, key=len)] if matching else 0.0
 
     # --- Identity ------------------------------------------------------------------------------------------------
 
@@ -240,11 +135,8 @@ class FaceFusionMixin:
         """Text states `(1, N_c, width)` of the reference pass."""
         return self.encode_prompt("", device, 1, False)[0]
 
-    def _adapter_fingerprint(self) -> str:
-        return "" if self._face_adapter is None else adapter_fingerprint(self._face_adapter)
-
     def _identity(self, face: Any, weights: Any, face_mode: str | None, resolution: int | None) -> FaceIdentity:
-        if not isinstance(getattr(face, "adapter_fingerprint", None), str):
+        if not is_identity(face):
             return self.encode_face(face, weights, face_mode, resolution)
         if face_mode is not None and face_mode != face.mode:
             raise IdentityMismatchError(f"the identity was encoded for {face.mode!r}, not {face_mode!r}")
@@ -262,27 +154,46 @@ class FaceFusionMixin:
         prompt: str | list[str] | None = None,
         *args: Any,
         face_image: Any = None,
-        face_scale: float = 1.0,
+        face_scale: float | Sequence[float] = 1.0,
         face_weights: Any = None,
         face_start: float = 0.0,
         face_end: float = 1.0,
         face_mode: str | None = None,
         face_resolution: int | None = None,
+        face_boxes: Any = None,
+        face_masks: Any = None,
+        face_layout: Any = None,
+        face_assign: Sequence[int] | None = None,
+        face_overlap: Overlap = "nearest",
+        face_background: Background = "none",
+        face_detector: Any = "auto",
         **kwargs: Any,
     ) -> Any:
-        """Generate as the underlying pipeline does, with a person's face fused in.
+        """Generate as the underlying pipeline does, with people's faces fused in.
 
         Args:
             prompt, args, kwargs: those of the underlying pipeline.
-            face_image: `None` (the plain pipeline), a [`FaceIdentity`], or one or several face crops of one person
-                (see [`encode_face`]). The face goes into every image of the batch.
-            face_scale: strength in [0, 100]: 1 is the paper, 0 is exactly the plain pipeline.
-            face_weights: one number for each image, see [`encode_face`].
-            face_start, face_end: step i of n sees the face where face_start <= i / n < face_end.
+            face_image: `None` (the plain pipeline), a [`FaceIdentity`], one or several face crops of one person (see
+                [`encode_face`]), or a list of these for several people: `[[ada_1, ada_2], [bob]]`. One level deeper,
+                each prompt has its own people. See `face_axes`.
+            face_scale: strength in [0, 100]: 1 is the paper, 0 is exactly the plain pipeline. One, or one a person.
+            face_weights: one number for each image, see [`encode_face`]; of several people a list of these.
+            face_start, face_end: step i of n sees the faces where face_start <= i / n < face_end.
             face_mode, face_resolution: see [`encode_face`].
+            face_boxes: where each person's face goes: XYXY in pixels of the output, one for each person, or one such
+                list for each prompt. The person's mask is the box enlarged 1.6 times.
+            face_masks: instead of boxes one mask for each person, image or array (H, W).
+            face_layout: instead of boxes a picture with as many faces, which are detected. Several people without
+                boxes, masks and layout: a draft without faces is generated first and takes its place.
+            face_assign: for each person the number of the face in the layout or draft that it takes, counted from 0
+                and from left to right. Default: people as given, from left to right.
+            face_overlap, face_background: what queries in several masks, and in none, see; see
+                `face_layout.visible_people`. `"literal"` and `"all"` are Eq. 7 of the paper.
+            face_detector: see `face_detectors.load_detector`.
 
         Returns:
-            What the underlying pipeline returns.
+            What the underlying pipeline returns; where people were placed, it also has `face_boxes`, for each image
+            the boxes used, in the order of the people (None for masks), and `face_boxes_source`.
 
         Raises:
             FaceFusionError: a subclass for each kind of bad input.
@@ -291,41 +202,200 @@ class FaceFusionMixin:
             isinstance(prompt, list) and all(isinstance(text, str) for text in prompt)
         ):
             raise InvalidPromptError(f"the prompt must be text or a list of texts, got {prompt!r}")
-        scale = check_scale(face_scale)
         if not 0 <= face_start < face_end <= 1:
             raise InvalidScaleError(f"need 0 <= face_start < face_end <= 1, got {face_start!r} and {face_end!r}")
-        scales = self._face_layer_scales
-        if face_image is None or scale == 0 or not any(scales.values() if isinstance(scales, dict) else [scales]):
-            return super().__call__(prompt, *args, **kwargs)  # type: ignore[misc]
-
-        identity = self._identity(face_image, face_weights, face_mode, face_resolution)
-        bound = inspect.signature(super().__call__).bind(prompt, *args, **kwargs)  # type: ignore[misc]
+        plain = super().__call__  # type: ignore[misc]
+        bound = inspect.signature(plain).bind(prompt, *args, **kwargs)
         bound.apply_defaults()
-        switch = self._follow_steps(bound.arguments, face_start, face_end)
-        with self._face_installed(identity, scale, switch):
-            return super().__call__(*bound.args, **bound.kwargs)  # type: ignore[misc]
+        prompts = prompt_count(bound.arguments)
+        faces = [] if face_image is None else face_axes(face_image, prompts)
+        scales = per_person(face_scale, faces or [[None]], "face_scale", check_scale)
+        layer_scales = self._face_layer_scales
+        off = not any(layer_scales.values() if isinstance(layer_scales, dict) else [layer_scales])
+        check_idle(self.unet)
+        if not faces or off or not any(map(any, scales)):
+            return plain(prompt, *args, **kwargs)
 
-    @contextmanager
-    def _face_installed(self, identity: FaceIdentity, scale: float, switch: FusionSwitch) -> Iterator[None]:
+        weights = [[face_weights]] if sum(map(len, faces)) == 1 else per_person(face_weights, faces, "face_weights")
+        people = [
+            [self._identity(f, w, face_mode, face_resolution) for f, w in zip(cast, cast_weights, strict=True)]
+            for cast, cast_weights in zip(faces, weights, strict=True)
+        ]
+        placement = Placement(
+            face_boxes, face_masks, face_layout, face_assign, face_overlap, face_background, face_detector
+        )
+        layouts = self._layouts(placement, [len(cast) for cast in people], bound, plain)
+        casts = self._casts(people, scales, layouts, placement, bound.arguments)
+        switch = self._follow_steps(bound.arguments, face_start, face_end)
+        images = prompts * (bound.arguments.get("num_images_per_prompt") or 1)
+        with self._faces_installed(casts, switch), self._layouts_applied(layouts, images):
+            result = plain(*bound.args, **bound.kwargs)
+        if layouts and hasattr(result, "images"):
+            result["face_boxes"] = [layouts[i * len(layouts) // images].boxes for i in range(images)]
+            result["face_boxes_source"] = layouts[0].source
+        return result
+
+    # --- Where people are ----------------------------------------------------------------------------------------
+
+    def _layouts(
+        self, placement: Placement, people: list[int], bound: inspect.BoundArguments, plain: Any
+    ) -> list[Layout]:
+        """One layout for all images, or one for each prompt or image; none if nobody has to be placed.
+
+        Args:
+            people: number of people, for all prompts or for each.
+            bound, plain: the call of the underlying pipeline, for a draft.
+        """
+        placement.check()
+        height, width = self._output_size(bound.arguments)
+        if placement.given is None:
+            if max(people) == 1 and not self._needs_layout():
+                return []
+            return self._draft_layouts(placement, people, bound, plain)
+        if placement.layout is not None:
+            from .face_images import load_image
+
+            picture = load_image(placement.layout)
+            found = self._detect_boxes(picture, placement.detector)
+            found = scale_boxes(found, picture.size, (width, height))
+            return [
+                layout_from_boxes(assign_boxes(found, count, placement.assign), height, width, "layout")
+                for count in people
+            ]
+        given = placement.per_prompt()
+        if len(given) not in (1, len(people)) and len(people) != 1:
+            raise FaceAxesError(f"{placement.given} for {len(given)} prompts, people for {len(people)}")
+        prompts = prompt_count(bound.arguments)
+        if len(given) not in (1, prompts):
+            raise FaceAxesError(f"{placement.given} for {len(given)} prompts, but there are {prompts}")
+        rows = max(len(given), len(people))
+        layouts = []
+        for row in range(rows):
+            places, count = given[row % len(given)], people[row % len(people)]
+            if len(places) != count:
+                raise FaceAxesError(
+                    f"{len(places)} of {placement.given} for {count} people: give one for each person; a flat list of "
+                    "images is one person with several references, [[image], [image]] is two people"
+                )
+            if placement.given == "face_boxes":
+                layouts.append(layout_from_boxes(places, height, width, "given"))
+            else:
+                layouts.append(Layout(given_masks(places, height, width), None, "given"))
+        return layouts
+
+    def _draft_layouts(
+        self, placement: Placement, people: list[int], bound: inspect.BoundArguments, plain: Any
+    ) -> list[Layout]:
+        """Generate without faces, from the same noise, and take the faces found there; one layout for each image."""
+        height, width = self._output_size(bound.arguments)
+        with repeatable_noise(bound.arguments):
+            changed = {"output_type": "pil", "return_dict": True, "callback_on_step_end": None}
+            draft = inspect.BoundArguments(bound.signature, type(bound.arguments)(bound.arguments | changed))
+            images = plain(*draft.args, **draft.kwargs).images
+        layouts = []
+        for index, image in enumerate(images):
+            count = people[index * len(people) // len(images)]
+            found = scale_boxes(self._detect_boxes(image, placement.detector), image.size, (width, height))
+            if len(found) >= count:
+                boxes, source = assign_boxes(found, count, placement.assign), "draft"
+            else:
+                logger.warning(
+                    "the draft of image %d shows %d faces for %d people: they are placed side by side; give "
+                    "face_boxes or face_layout for better places",
+                    *(index, len(found), count),
+                )
+                boxes, source = even_boxes(count, height, width), "even"
+            layouts.append(layout_from_boxes(boxes, height, width, source))
+        return layouts
+
+    def _needs_layout(self) -> bool:
+        """Whether the face of a single person has to be placed, too; for subclasses."""
+        return False
+
+    def _layouts_applied(self, layouts: list[Layout], images: int) -> AbstractContextManager[None]:
+        """What else the layouts mean while the underlying pipeline runs; for subclasses."""
+        return nullcontext()
+
+    def _detect_boxes(self, image: Any, detector: Any) -> list[Box]:
+        from .face_detectors import load_detector
+        from .face_images import detect_faces
+
+        return [face.box for face in detect_faces(image, load_detector(detector))]
+
+    def _output_size(self, arguments: dict[str, Any]) -> tuple[int, int]:
+        """(height, width) in pixels of the images that the underlying pipeline will make."""
+        height, width = arguments.get("height"), arguments.get("width")
+        image = arguments.get("image")
+        if image is not None and not (height and width):
+            image = image[0] if isinstance(image, (list, tuple)) else image
+            found = self.image_processor.get_default_height_width(image, height, width)
+            return int(found[0]), int(found[1])
+        default = self._default_resolution()
+        return height or default, width or default
+
+    def _casts(
+        self,
+        people: list[list[FaceIdentity]],
+        scales: list[list[float]],
+        layouts: list[Layout],
+        placement: Placement,
+        arguments: dict[str, Any],
+    ) -> dict[str, list[Cast]]:
+        """Layer name -> casts: one for the batch, or one for each prompt or image."""
+        modes = {person.mode for cast in people for person in cast}
+        if len(modes) > 1:
+            raise IdentityMismatchError(f"people of one call must be encoded in one mode, got {' and '.join(modes)}")
+        device, dtype = self._execution_device, self.unet.dtype
+        height, width = (side // self.vae_scale_factor for side in self._output_size(arguments))
+        regions = [
+            {
+                size: part.to(device)
+                for size, part in layer_regions(
+                    layout.masks, height, width, placement.overlap, placement.background
+                ).items()
+            }
+            for layout in layouts
+        ]
+        rows = max(len(people), len(regions))
+        at_layers = [
+            [self._person_at_layers(person.to(device, dtype), scale) for person, scale in zip(cast, s, strict=True)]
+            for cast, s in zip(people, scales, strict=True)
+        ]
+        names = dict.fromkeys(name for cast in at_layers for person in cast for name in person)
+        return {
+            name: [
+                Cast(
+                    tuple(person[name] for person in at_layers[row * len(at_layers) // rows]),
+                    regions[row * len(regions) // rows] if regions else None,
+                )
+                for row in range(rows)
+            ]
+            for name in names
+        }
+
+    def _person_at_layers(self, identity: FaceIdentity, scale: float) -> dict[str, PersonKeys]:
+        """Layer name -> keys of one person, for the layers whose scale is not 0."""
         used = identity.weights > 0  # log(0): such references are left out
-        identity = identity.to(self._execution_device, self.unet.dtype)
         log_weights = reference_log_weights(identity.weights[used])
         if log_weights is not None:
             log_weights = log_weights.to(self._execution_device)
         adapter = self._face_adapter if identity.mode == "adapter" else None
         token_count_bias = adapter is not None and adapter.metadata.token_count_bias
-        processors = {
-            name: FaceFusionAttnProcessor(
-                key=identity.keys[name][used.to(key.device)][None],
+        return {
+            name: PersonKeys(
+                key=key[used.to(key.device)][None],
                 value=identity.values[name][used.to(key.device)][None],
                 log_weights=log_weights,
                 scale=scale * self._layer_scale(name),
                 token_count_bias=token_count_bias,
-                switch=switch,
             )
             for name, key in identity.keys.items()
-            if scale * self._layer_scale(name) > 0
+            if self._layer_scale(name) > 0
         }
+
+    @contextmanager
+    def _faces_installed(self, casts: dict[str, list[Cast]], switch: FusionSwitch) -> Iterator[None]:
+        processors = {name: FaceFusionAttnProcessor(members, switch) for name, members in casts.items()}
         with installed_processors(self.unet, processors):
             yield
 
@@ -348,3 +418,27 @@ class FaceFusionMixin:
 
         arguments["callback_on_step_end"] = after_step
         return switch
+
+
+def prompt_count(arguments: dict[str, Any]) -> int:
+    """Number of prompts in a call."""
+    prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+    if isinstance(prompt, (list, tuple)):
+        return len(prompt)
+    return 1 if prompt is not None or embeds is None else int(embeds.shape[0])
+
+
+@contextmanager
+def repeatable_noise(arguments: dict[str, Any]) -> Iterator[None]:
+    """Generators in `arguments` are put back at the end; where there is none, one is added: a draft has to look like
+    the image that is then made of the same noise."""
+    if arguments.get("generator") is None:
+        arguments["generator"] = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    generators = arguments["generator"]
+    generators = generators if isinstance(generators, list) else [generators]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

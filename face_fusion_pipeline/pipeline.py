@@ -4,16 +4,29 @@ This one folder is a Python package, a diffusers `custom_pipeline` folder and a 
 copies exactly the siblings that this file names, so all that are needed are named here.
 """
 
-from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from typing import TYPE_CHECKING, Any
+
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from .face_adapter import FaceFusionAdapter, create_adapter, face_fused_unet
 from .face_attention import FaceFusionAttnProcessor
+from .face_axes import face_axes
+from .face_depth import ControlKind, DepthEstimator
 from .face_errors import FaceFusionError
 from .face_fusion_mixin import FaceFusionMixin
 from .face_identity import FaceIdentity, capture_hidden_states
+from .face_layout import layer_regions
+from .face_loader_mixin import FaceLoaderMixin
+from .pipeline_controlnet import call_with_control
+
+
+if TYPE_CHECKING:  # only needed where a layout is searched for faces, but the loader has to find their names here
+    from .face_detectors import load_detector  # noqa: F401
+    from .face_images import detect_faces  # noqa: F401
 
 
 __all__ = [
@@ -22,10 +35,13 @@ __all__ = [
     "FaceFusionError",
     "FaceFusionMixin",
     "FaceIdentity",
+    "FaceLoaderMixin",
     "StableDiffusionFaceFusionPipeline",
     "capture_hidden_states",
     "create_adapter",
+    "face_axes",
     "face_fused_unet",
+    "layer_regions",
 ]
 
 
@@ -42,6 +58,8 @@ class StableDiffusionFaceFusionPipeline(FaceFusionMixin, StableDiffusionPipeline
         >>> image = pipe("an astronaut on the moon", face_image=identity).images[0]
     """
 
+    _optional_components = [*StableDiffusionPipeline._optional_components, "controlnet"]
+
     def __init__(
         self,
         vae: AutoencoderKL | AutoencoderTiny,
@@ -52,6 +70,7 @@ class StableDiffusionFaceFusionPipeline(FaceFusionMixin, StableDiffusionPipeline
         safety_checker: StableDiffusionSafetyChecker | None = None,
         feature_extractor: CLIPImageProcessor | None = None,
         image_encoder: CLIPVisionModelWithProjection | None = None,
+        controlnet: ControlNetModel | MultiControlNetModel | None = None,
         requires_safety_checker: bool = True,
     ) -> None:
         super().__init__(
@@ -65,3 +84,32 @@ class StableDiffusionFaceFusionPipeline(FaceFusionMixin, StableDiffusionPipeline
             image_encoder=image_encoder,
             requires_safety_checker=requires_safety_checker,
         )
+        if isinstance(controlnet, (list, tuple)):  # from_pipe gives (None, None) for a component that was not there
+            nets = [net for net in controlnet if isinstance(net, ControlNetModel)]
+            controlnet = MultiControlNetModel(nets) if nets else None
+        self.register_modules(controlnet=controlnet)
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *args: Any,
+        control_image: Any = None,
+        control_kind: ControlKind = "auto",
+        depth_estimator: str | DepthEstimator = "auto",
+        **kwargs: Any,
+    ) -> Any:
+        """Text to image with people's faces, as [`FaceFusionMixin.__call__`]; and with the depth of a picture.
+
+        Args:
+            prompt, args, kwargs: those of `StableDiffusionPipeline` and of [`FaceFusionMixin.__call__`].
+            control_image: depth map (near is white) or photo that sets the pose, for the `controlnet`; one each if
+                there are several. Then the arguments of `StableDiffusionControlNetPipeline` are known too,
+                `controlnet_conditioning_scale`, `control_guidance_start` and so on, and `control_face_scale`: the
+                ControlNet's strength inside the face boxes.
+            control_kind, depth_estimator: see `face_depth.control_depth`.
+        """
+        if control_image is None:
+            return super().__call__(prompt, *args, **kwargs)
+        if args:
+            raise TypeError("with control_image all arguments after the prompt have to be named")
+        return call_with_control(self, prompt, control_image, control_kind, depth_estimator, **kwargs)

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_models import SD15_UNET, SDXL_UNET, TEXT_WIDTH, tiny_pipeline, tiny_unet
+from tiny_models import SD15_UNET, SDXL_UNET, TEXT_WIDTH, one_face, tiny_pipeline, tiny_unet
 
 from face_fusion_pipeline.face_adapter import (
     AdapterMetadata,
@@ -18,7 +18,7 @@ from face_fusion_pipeline.face_adapter import (
     same_fingerprint,
     unet_fingerprint,
 )
-from face_fusion_pipeline.face_attention import FaceFusionAttnProcessor, attention_layers, reference_log_weights
+from face_fusion_pipeline.face_attention import attention_layers, reference_log_weights
 from face_fusion_pipeline.face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError
 from face_fusion_pipeline.face_identity import capture_hidden_states
 
@@ -275,5 +275,5 @@ def test_capture_is_the_input_of_the_cross_attention(batch):
     assert isinstance(adapter, FaceFusionAdapter)
     key, value = adapter(captured)[name]
     torch.testing.assert_close(key, seen[0] @ adapter.get_submodule(name).to_k_face.weight.T)
-    processor = FaceFusionAttnProcessor(key[:, None], value[:, None], reference_log_weights(torch.ones(1)))
-    assert processor.tokens_per_reference == 64
+    processor = one_face(key[:, None], value[:, None], reference_log_weights(torch.ones(1)))
+    assert processor.casts[0].people[0].tokens_per_reference == 64

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from tiny_models import tiny_unet
+from tiny_models import one_face, tiny_unet
 
 from face_fusion_pipeline.face_attention import (
-    FaceFusionAttnProcessor,
     FusionSwitch,
     attention_layers,
     constant_bias,
@@ -74,8 +73,8 @@ def test_scale_one_and_one_reference_is_plain_concatenation_without_a_mask(monke
     q, tk, tv, fk, fv = tensors(*[(1, 4, 2, 8)] * 5)
     expected = explicit(q, torch.cat([tk, fk], 1), torch.cat([tv, fv], 1), lambda *_: 0.0)
     torch.testing.assert_close(joint_attention(q, tk, tv, fk, fv), expected, rtol=1e-10, atol=1e-12)
-    processor = FaceFusionAttnProcessor(*tensors(*[(1, 1, 4, 16)] * 2), reference_log_weights(torch.ones(1)))
-    assert processor.face_bias(text_tokens=4) is None  # fast kernels refuse any mask, even of zeros
+    processor = one_face(*tensors(*[(1, 1, 4, 16)] * 2), reference_log_weights(torch.ones(1)))
+    assert processor.casts[0].people[0].bias(text_tokens=4) is None  # fast kernels refuse any mask, even of zeros
 
 
 def test_query_inside_a_mask_puts_zero_weight_on_another_identity():
@@ -160,11 +159,11 @@ def test_switched_off_equals_the_stock_processor_bit_for_bit(config, spatial):
     text = torch.randn(2, 7, 12) if "cross_attention_dim" in config else None
     expected = AttnProcessor2_0()(attn, hidden, text)
     face = torch.randn(2, 1, 2, 4, 16)
-    off = FaceFusionAttnProcessor(*face, switch=FusionSwitch(active=False))
+    off = one_face(*face, switch=FusionSwitch(active=False))
     assert torch.equal(off(attn, hidden, text), expected)
-    on = FaceFusionAttnProcessor(*face)
+    on = one_face(*face)
     assert not torch.allclose(on(attn, hidden, text), expected)
-    guided = FaceFusionAttnProcessor(*face, switch=FusionSwitch(guided=True))(attn, hidden, text)
+    guided = one_face(*face, switch=FusionSwitch(guided=True))(attn, hidden, text)
     torch.testing.assert_close(guided[:1], expected[:1])
     torch.testing.assert_close(guided[1:], on(attn, hidden, text)[1:])
 
@@ -175,7 +174,7 @@ def test_text_mask_is_kept():
     hidden, text, face = torch.randn(2, 5, 16), torch.randn(2, 7, 12), torch.randn(2, 1, 1, 4, 16)
     mask = torch.zeros(2, 1, 7)
     mask[:, :, 3:] = -math.inf
-    processor = FaceFusionAttnProcessor(*face)
+    processor = one_face(*face)
     expected = processor(attn, hidden, text[:, :3])
     torch.testing.assert_close(processor(attn, hidden, text, attention_mask=mask), expected)
 
@@ -185,7 +184,7 @@ def test_dropped_face_equals_no_face():
     attn = Attention(16, heads=2, dim_head=8, cross_attention_dim=12).eval()
     hidden, text, face = torch.randn(2, 5, 16), torch.randn(2, 7, 12), torch.randn(2, 2, 3, 4, 16)
     log_weights = reference_log_weights(torch.ones(3), drop=torch.tensor([True, False]))
-    out = FaceFusionAttnProcessor(*face, log_weights)(attn, hidden, text)
+    out = one_face(*face, log_weights)(attn, hidden, text)
     plain = AttnProcessor2_0()(attn, hidden, text)
     torch.testing.assert_close(out[0], plain[0])
     assert not torch.allclose(out[1], plain[1])
@@ -195,7 +194,7 @@ def test_backend_of_the_replaced_processor_is_honoured():
     unet = tiny_unet()
     name, layer = next(iter(attention_layers(unet, "attn2").items()))
     layer.processor._attention_backend = "_native_math"
-    processor = FaceFusionAttnProcessor(*torch.randn(2, 1, 1, 4, 16))
+    processor = one_face(*torch.randn(2, 1, 1, 4, 16))
     with installed_processors(unet, {name: processor}):
         assert layer.processor is processor
         assert processor._attention_backend == "_native_math"
@@ -208,7 +207,7 @@ def test_foreign_processor_is_refused_and_a_lost_one_reported():
 
     unet = tiny_unet()
     name, layer = next(iter(attention_layers(unet, "attn2").items()))
-    mine = {name: FaceFusionAttnProcessor(*torch.randn(2, 1, 1, 4, 16))}
+    mine = {name: one_face(*torch.randn(2, 1, 1, 4, 16))}
     original = layer.processor
     with pytest.raises(FaceFusionError, match="replaced during the call"), installed_processors(unet, mine):
         layer.set_processor(AttnProcessor2_0())

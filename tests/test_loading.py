@@ -32,7 +32,7 @@ if way == "import":
     pipe = face_fusion_pipeline.StableDiffusionFaceFusionPipeline.from_pretrained(work + "/model")
 elif way == "folder":
     pipe = DiffusionPipeline.from_pretrained(work + "/model", custom_pipeline=package, **options)
-    base = StableDiffusionPipeline(**{**pipe.components, "requires_safety_checker": False})
+    base = StableDiffusionPipeline.from_pipe(pipe)
     pipe = StableDiffusionPipeline.from_pipe(base, custom_pipeline=package, **options)
 elif way == "file":
     pipe = DiffusionPipeline.from_pretrained(work + "/model", custom_pipeline=package + "/pipeline.py", **options)

@@ -7,7 +7,7 @@ import torch
 from diffusers import HeunDiscreteScheduler, StableDiffusionPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor
-from tiny_models import TEXT_WIDTH, face, generate, tiny_components, tiny_pipeline
+from tiny_models import TEXT_WIDTH, face, generate, one_face, tiny_components, tiny_pipeline
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
 from face_fusion_pipeline.face_adapter import create_adapter, face_fused_unet
@@ -55,7 +55,7 @@ def test_no_face_and_scale_zero_are_the_stock_pipeline_and_do_no_face_work(pipe,
     with_face = generate(pipe, face_image=face(), guidance_scale=guidance_scale)
     assert not torch.allclose(with_face, expected, atol=1e-3)
     monkeypatch.setattr(pipe, "encode_face", None)
-    monkeypatch.setattr(pipe, "_face_installed", None)
+    monkeypatch.setattr(pipe, "_faces_installed", None)
     assert torch.equal(generate(pipe, guidance_scale=guidance_scale), expected)
     assert torch.equal(generate(pipe, face_image=face(), face_scale=0, guidance_scale=guidance_scale), expected)
     for scale in (0.0, {"up": 0.0}):
@@ -148,9 +148,7 @@ def test_unconditional_rows_are_bit_for_bit_the_stock_ones():
         expected = pipe.unet(latents, 500, text).sample
         identity = pipe.encode_face(face())
         faced = {
-            name: FaceFusionAttnProcessor(
-                identity.keys[name][None], identity.values[name][None], switch=FusionSwitch(guided=True)
-            )
+            name: one_face(identity.keys[name][None], identity.values[name][None], switch=FusionSwitch(guided=True))
             for name in identity.keys
         }
         with installed_processors(pipe.unet, faced):

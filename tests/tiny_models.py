@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
+from face_fusion_pipeline.face_attention import Cast, FaceFusionAttnProcessor, FusionSwitch, PersonKeys
 
 
 torch.set_num_threads(1)  # several times faster at this size
@@ -95,6 +96,13 @@ def tiny_pipeline(seed: int = 0, **kwargs: Any) -> StableDiffusionFaceFusionPipe
     pipe = StableDiffusionFaceFusionPipeline(**tiny_components(seed, **kwargs))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def one_face(
+    key: Tensor, value: Tensor, *args: Any, switch: FusionSwitch | None = None, **kwargs: Any
+) -> FaceFusionAttnProcessor:
+    """A processor with the same person for all rows."""
+    return FaceFusionAttnProcessor([Cast((PersonKeys(key, value, *args, **kwargs),))], switch)
 
 
 def face(seed: int = 0, size: int = 16) -> Image.Image:

@@ -1,0 +1,135 @@
+"""Loading, saving and scaling of Face Fusion weights in a diffusers pipeline."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.utils.hub_utils import _get_model_file
+from torch import Tensor
+
+from .face_adapter import (
+    ADAPTER_WEIGHTS_NAME,
+    AdapterMetadata,
+    FaceFusionAdapter,
+    adapter_fingerprint,
+    load_adapter,
+    read_tensors,
+    save_adapter,
+)
+from .face_attention import attention_layers
+from .face_errors import AdapterMismatchError, FaceFusionError, InvalidScaleError, ModelNotFoundError
+
+
+MAX_FACE_SCALE = 100.0
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
+
+
+def check_scale(scale: Any, name: str = "face_scale") -> float:
+    """`scale` as a float in [0, 100]; raises [`InvalidScaleError`] otherwise."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= MAX_FACE_SCALE:
+        raise InvalidScaleError(f"{name} must be a number from 0 (off) over 1 (the paper) to 100, got {scale!r}")
+    return float(scale)
+
+
+def flatten_scales(scales: Mapping[str, Any]) -> dict[str, float]:
+    """`{"up": {"block_1": [0, .5]}}` or `{"up_blocks.1": .5}` -> `{layer-name prefix: scale}`."""
+    flat: dict[str, float] = {}
+    for key, value in scales.items():
+        prefix = BLOCKS.get(key, key.removeprefix("block_"))
+        if isinstance(value, list):
+            value = {f"attentions.{index}": item for index, item in enumerate(value)}
+        if isinstance(value, Mapping):
+            flat |= {f"{prefix}.{rest}": scale for rest, scale in flatten_scales(value).items()}
+        else:
+            flat[prefix] = check_scale(value, f"the face scale of {key!r}")
+    return flat
+
+
+class FaceLoaderMixin:
+    """`load_`, `save_`, `unload_` and `set_` methods named and ordered as diffusers' own for IP-Adapters."""
+
+    unet: Any
+
+    _face_adapter: FaceFusionAdapter | None = None
+    _face_layer_scales: float | dict[str, float] = 1.0
+
+    def load_face_fusion_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
+        subfolder: str | None = None,
+        weight_name: str = ADAPTER_WEIGHTS_NAME,
+        **kwargs: Any,
+    ) -> None:
+        """Load trained `to_k_face`, `to_v_face` weights; they replace those loaded before.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: Hub id, folder, `.safetensors` file, or a state dict (which is
+                taken to have the default metadata).
+            kwargs: `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token`, `revision`.
+
+        Raises:
+            ModelNotFoundError: no such file.
+            AdapterMismatchError: other base family, format version, keys or shapes; not safetensors.
+        """
+        if unknown := kwargs.keys() - set(HUB_ARGUMENTS):
+            raise TypeError(f"load_face_fusion_adapter() got unexpected arguments {sorted(unknown)}")
+        source, metadata = pretrained_model_name_or_path_or_dict, None
+        if not isinstance(source, Mapping):
+            name = str(source) if os.path.isfile(source) else weight_name
+            if not name.endswith(".safetensors"):
+                raise AdapterMismatchError(f"adapter weights are .safetensors files only, got {name!r}")
+            try:
+                path = _get_model_file(str(source), weights_name=weight_name, subfolder=subfolder, **kwargs)
+            except (OSError, ValueError) as error:
+                raise ModelNotFoundError(f"no adapter {weight_name!r} found in {str(source)!r}: {error}") from error
+            source, strings = read_tensors(path)
+            metadata = AdapterMetadata.from_strings(strings)
+        self.set_face_fusion_adapter(load_adapter(self.unet, source, metadata))
+
+    def set_face_fusion_adapter(self, adapter: FaceFusionAdapter) -> None:
+        """Use an adapter that is in memory, for example one in training."""
+        self._face_adapter = adapter
+
+    def save_face_fusion_adapter(
+        self, save_directory: str | os.PathLike[str], weight_name: str = ADAPTER_WEIGHTS_NAME
+    ) -> None:
+        """Write the loaded adapter to `save_directory/weight_name`. Raises [`FaceFusionError`] if there is none."""
+        if self._face_adapter is None:
+            raise FaceFusionError("no adapter to save; load one with `load_face_fusion_adapter(...)`")
+        save_adapter(self._face_adapter, os.path.join(save_directory, weight_name))
+
+    def unload_face_fusion_adapter(self) -> None:
+        """Forget adapter and layer scales; faces then use the training-free mode."""
+        self._face_adapter = None
+        self._face_layer_scales = 1.0
+
+    def set_face_fusion_scale(self, scale: float | Mapping[str, Any]) -> None:
+        """Strength per layer for all later calls; multiplies `face_scale`.
+
+        Args:
+            scale: a float in [0, 100], or a dict as in `set_ip_adapter_scale`, `{"up": {"block_1": [0.0, 1.0]}}`, or
+                by layer-name prefix, `{"up_blocks.1": 0.5, "mid_block": 1.0}`. The longest matching prefix counts;
+                layers that no prefix matches get 0.
+
+        Raises:
+            InvalidScaleError: out of range, or a prefix that no layer has.
+        """
+        if not isinstance(scale, Mapping):
+            self._face_layer_scales = check_scale(scale)
+            return
+        flat = flatten_scales(scale)
+        layers = [*attention_layers(self.unet, "attn1"), *attention_layers(self.unet, "attn2")]
+        for prefix in flat:
+            if not any(f"{name}.".startswith(f"{prefix}.") for name in layers):
+                raise InvalidScaleError(f"no attention layer of this UNet is in {prefix!r}; layers: {layers}")
+        self._face_layer_scales = flat
+
+    def _layer_scale(self, name: str) -> float:
+        if not isinstance(self._face_layer_scales, dict):
+            return self._face_layer_scales
+        matching = [prefix for prefix in self._face_layer_scales if f"{name}.".startswith(f"{prefix}.")]
+        return self._face_layer_scales[max(matching, key=len)] if matching else 0.0
+
+    def _adapter_fingerprint(self) -> str:
+        return "" if self._face_adapter is None else adapter_fingerprint(self._face_adapter)

@@ -1,0 +1,345 @@
+"""A good citizen of diffusers: every feature of a Stable Diffusion pipeline goes on working beside a face.
+
+Each test compares with the face against without, or against the same thing done another way: that a call does not
+raise would prove nothing.
+"""
+
+import threading
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.hooks import apply_group_offloading
+from diffusers.models import attention_dispatch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
+from test_several_people import LEFT, RIGHT, close, differ
+from tiny_models import TEXT_WIDTH, face, generate, tiny_components, tiny_pipeline, tiny_unet
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig
+
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
+from face_fusion_pipeline.face_adapter import create_adapter
+from face_fusion_pipeline.face_errors import FaceFusionError
+from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
+from face_fusion_pipeline.pipeline_inpaint import StableDiffusionInpaintFaceFusionPipeline
+
+
+A, B = face(0), face(1)
+
+
+def with_adapter(pipe):
+    torch.manual_seed(1)
+    pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata={"resolution": 16}))
+    return pipe
+
+
+@pytest.fixture
+def pipe():
+    return with_adapter(tiny_pipeline())
+
+
+# --- Arguments of the call -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        "DDIMScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LCMScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+        "DDPMScheduler",
+    ],
+)
+def test_schedulers(pipe, scheduler):
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    faced = generate(pipe, face_image=A, num_inference_steps=4)
+    assert torch.isfinite(faced).all()
+    assert differ(faced, generate(pipe, num_inference_steps=4))
+    identity = pipe.encode_face(A)  # the identity does not depend on the scheduler
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    again = pipe.encode_face(A)
+    assert all(torch.equal(identity.keys[name], again.keys[name]) for name in again.keys)
+
+
+def test_negative_prompt_and_guidance(pipe):
+    plain = generate(pipe, face_image=A)
+    assert differ(plain, generate(pipe, face_image=A, negative_prompt="a dog"))
+    unguided = generate(pipe, face_image=A, guidance_scale=1.0)
+    assert close(unguided, generate(pipe, face_image=A, guidance_scale=0.5))  # diffusers: no guidance up to 1
+
+
+@pytest.mark.parametrize(("output_type", "kind"), [("pil", Image.Image), ("np", np.ndarray), ("pt", torch.Tensor)])
+def test_output_types(pipe, output_type, kind):
+    faced, plain = (generate(pipe, face_image=f, output_type=output_type)[0] for f in (A, None))
+    assert isinstance(faced, kind)
+    assert not np.array_equal(np.asarray(faced), np.asarray(plain))
+
+
+def test_tuple_instead_of_output_object(pipe):
+    options = {"num_inference_steps": 2, "output_type": "latent", "face_image": [[A], [B]]}
+    options |= {"face_boxes": [LEFT, RIGHT]}
+    images, flags = pipe("a cat", generator=torch.Generator().manual_seed(0), return_dict=False, **options)
+    result = pipe("a cat", generator=torch.Generator().manual_seed(0), **options)
+    assert torch.equal(images, result.images)
+    assert flags is None
+
+
+def test_callback_may_change_latents(pipe):
+    def blank(pipe, step, timestep, tensors):
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    assert not generate(pipe, face_image=A, callback_on_step_end=blank).any()
+
+
+def test_custom_timesteps(pipe):
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    faced = generate(pipe, face_image=A, timesteps=[900, 500, 100], num_inference_steps=3)
+    assert differ(faced, generate(pipe, timesteps=[900, 500, 100], num_inference_steps=3))
+
+
+# --- Features of the pipeline --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["lora", "face"])
+def test_lora_before_and_after(pipe, first):
+    peft = pytest.importorskip("peft")
+    plain, faced = generate(pipe), generate(pipe, face_image=A)
+    if first == "face":
+        pipe.encode_face(A)
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    with_lora = generate(pipe, face_image=A)
+    assert differ(with_lora, faced)
+    assert differ(with_lora, generate(pipe))
+    pipe.unet.disable_adapters()
+    assert close(generate(pipe, face_image=A), faced)
+    assert close(generate(pipe), plain)
+
+
+def test_lora_names_do_not_touch_face_weights(pipe):
+    peft = pytest.importorskip("peft")
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k", "to_v"]))
+    assert not any("lora" in name for name, _ in pipe._face_adapter.named_parameters())
+    assert not any("face" in name for name, _ in pipe.unet.named_parameters())
+
+
+def test_textual_inversion(pipe):
+    plain = generate(pipe, "a b", face_image=A)
+    pipe.load_textual_inversion({"<b>": torch.full((TEXT_WIDTH,), 0.5)}, token="<b>")
+    assert differ(generate(pipe, "a <b>", face_image=A), plain)
+    assert close(generate(pipe, "a b", face_image=A), plain)
+
+
+def test_freeu_and_vae_switches():
+    pipe = with_adapter(tiny_pipeline())
+    plain = generate(pipe, face_image=A)
+    pipe.enable_freeu(s1=0.5, s2=0.5, b1=1.5, b2=1.5)
+    assert torch.isfinite(generate(pipe, face_image=A)).all()
+    pipe.disable_freeu()
+    assert close(generate(pipe, face_image=A), plain)
+    identity = pipe.encode_face(A)
+    pipe.vae.enable_tiling()
+    pipe.vae.enable_slicing()
+    assert torch.equal(pipe.encode_face(A).keys[next(iter(identity.keys))], next(iter(identity.keys.values())))
+    assert close(generate(pipe, face_image=A), plain)
+
+
+def test_safety_checker_sees_the_pictures_with_faces():
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**small, image_size=16, patch_size=8)
+    clip_config = diffusers.pipelines.stable_diffusion.safety_checker.CLIPConfig(
+        vision_config=config.to_dict(), projection_dim=8
+    )
+    checker = StableDiffusionSafetyChecker(clip_config).eval()
+    checker.concept_embeds_weights.data.fill_(-10.0)  # everything is above this threshold: all are refused
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    parts = {**tiny_components(), "safety_checker": checker, "feature_extractor": processor}
+    pipe = with_adapter(StableDiffusionFaceFusionPipeline(**{**parts, "requires_safety_checker": True}))
+    pipe.set_progress_bar_config(disable=True)
+    result = pipe("a cat", face_image=A, num_inference_steps=2, output_type="np")
+    assert result.nsfw_content_detected == [True]
+    assert not result.images.any()
+
+
+def test_stable_diffusion_2():
+    """v-prediction, linear projections, another text width and heads by size."""
+    parts = tiny_components()
+    torch.manual_seed(0)
+    parts["unet"] = tiny_unet(use_linear_projection=True, attention_head_dim=(2, 4))
+    parts["scheduler"] = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False, steps_offset=1)
+    pipe = with_adapter(StableDiffusionFaceFusionPipeline(**parts))
+    pipe.set_progress_bar_config(disable=True)
+    assert differ(generate(pipe, face_image=A), generate(pipe))
+    people = {"face_image": [[A], [B]], "face_boxes": [LEFT, RIGHT]}
+    assert torch.isfinite(generate(pipe, **people)).all()
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_attention_backends(pipe, backend, monkeypatch):
+    plain = generate(pipe, face_image=A)
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)  # set for the whole process below
+    pipe.unet.set_attention_backend(backend)
+    assert close(generate(pipe, face_image=A), plain)
+    used = []
+    original = attention_dispatch._AttentionBackendRegistry._backends[attention_dispatch.AttentionBackendName(backend)]
+    registry = {attention_dispatch.AttentionBackendName(backend): lambda *a, **k: used.append(1) or original(*a, **k)}
+    monkeypatch.setattr(
+        attention_dispatch._AttentionBackendRegistry,
+        "_backends",
+        {**attention_dispatch._AttentionBackendRegistry._backends, **registry},
+    )
+    with attention_dispatch.attention_backend(backend):
+        assert close(generate(pipe, face_image=A), plain)
+    assert used
+
+
+def test_attention_slicing_and_fused_projections(pipe):
+    plain = generate(pipe, face_image=A)
+    pipe.enable_attention_slicing(1)
+    assert close(generate(pipe, face_image=A), plain)
+    assert all(type(p).__name__ == "SlicedAttnProcessor" for p in pipe.unet.attn_processors.values())
+    pipe.disable_attention_slicing()
+    pipe.fuse_qkv_projections(vae=False)
+    try:
+        assert close(generate(pipe, face_image=A), plain)
+    except FaceFusionError as error:
+        assert "fuse" in str(error)
+    pipe.unfuse_qkv_projections(vae=False)
+    assert close(generate(pipe, face_image=A), plain)
+
+
+# --- Memory and precision ------------------------------------------------------------------------------------------
+
+
+def test_layerwise_casting(pipe):
+    plain = generate(pipe, face_image=A)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    cast = generate(pipe, face_image=A)
+    assert torch.isfinite(cast).all()
+    assert (cast - plain).abs().mean() < 0.2 * (generate(pipe) - plain).abs().mean()
+
+
+def test_group_offloading(pipe):
+    plain = generate(pipe, face_image=A)
+    for part in (pipe.unet, pipe.text_encoder):
+        apply_group_offloading(part, onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert close(generate(pipe, face_image=A), plain)
+
+
+@pytest.mark.parametrize("method", ["cpu_offload_with_hook", "cpu_offload"])
+def test_accelerate_offload_hooks(pipe, method):
+    """What `enable_model_cpu_offload` and `enable_sequential_cpu_offload` install, with the CPU as the device."""
+    import accelerate
+
+    plain = generate(pipe, face_image=A)
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        getattr(accelerate, method)(part, torch.device("cpu"))
+    assert close(generate(pipe, face_image=A), plain)
+    assert differ(generate(pipe, face_image=[[A], [B]], face_boxes=[LEFT, RIGHT]), plain)
+
+
+@pytest.mark.parametrize("people", [1, 2])
+def test_compile_repeated_blocks_without_graph_breaks(people):
+    pipe = with_adapter(tiny_pipeline())
+    faces = {"face_image": A} if people == 1 else {"face_image": [[A], [B]], "face_boxes": [LEFT, RIGHT]}
+    other = {"face_image": B} if people == 1 else {"face_image": [[B], [A]], "face_boxes": [LEFT, RIGHT]}
+    expected = [generate(pipe, **faces), generate(pipe, **other)]
+    torch.compiler.reset()
+    pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert close(generate(pipe, **faces), expected[0])
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert close(generate(pipe, **other), expected[1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    torch.compiler.reset()
+
+
+# --- Sharing -------------------------------------------------------------------------------------------------------
+
+
+def test_two_pipelines_share_a_unet_in_turn(pipe):
+    other = with_adapter(StableDiffusionFaceFusionPipeline(**tiny_components() | {"unet": pipe.unet}))
+    other.set_progress_bar_config(disable=True)
+    first, second = generate(pipe, face_image=A), generate(other, face_image=B)
+    assert close(generate(pipe, face_image=A), first)
+    assert differ(first, second)
+
+
+def test_two_threads_on_one_unet_refuse_clearly_or_work(pipe):
+    """The second call sees the first one's processors and says so; the first is not disturbed."""
+    expected = generate(pipe, face_image=A)
+    inside, done = threading.Event(), threading.Event()
+    outcome = []
+
+    def wait(pipe, step, timestep, tensors):
+        inside.set()
+        assert done.wait(30)
+        return tensors
+
+    def second():
+        inside.wait(30)
+        try:
+            for faces in ({"face_image": B}, {}):  # without a face the other's would show
+                try:
+                    outcome.append(generate(with_adapter(tiny_like(pipe)), **faces))
+                except FaceFusionError as error:
+                    outcome.append(error)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    first = generate(pipe, face_image=A, callback_on_step_end=wait)
+    thread.join()
+    assert close(first, expected)
+    assert len(outcome) == 2
+    assert all(isinstance(error, FaceFusionError) and "another call" in str(error) for error in outcome)
+    assert close(generate(pipe, face_image=A), expected)
+
+
+def tiny_like(pipe):
+    other = StableDiffusionFaceFusionPipeline(**tiny_components() | {"unet": pipe.unet})
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def test_from_pipe_both_ways(pipe):
+    stock = StableDiffusionPipeline.from_pipe(pipe)
+    assert stock.unet is pipe.unet
+    again = StableDiffusionFaceFusionPipeline.from_pipe(stock)
+    again.set_face_fusion_adapter(pipe._face_adapter)
+    again.set_progress_bar_config(disable=True)
+    assert close(generate(again, face_image=A), generate(pipe, face_image=A))
+
+
+# --- Other tasks ---------------------------------------------------------------------------------------------------
+
+
+def test_image_to_image(pipe):
+    other = with_adapter(StableDiffusionImg2ImgFaceFusionPipeline.from_pipe(pipe))
+    other.set_progress_bar_config(disable=True)
+    options = {"image": face(5), "strength": 0.7, "num_inference_steps": 6}
+    faced = generate(other, face_image=A, **options)
+    assert differ(faced, generate(other, **options))
+    placed = generate(other, face_image=[[A], [B]], face_boxes=[LEFT, RIGHT], **options)
+    assert differ(placed, faced)
+
+
+def test_inpainting(pipe):
+    other = with_adapter(StableDiffusionInpaintFaceFusionPipeline.from_pipe(pipe))
+    other.set_progress_bar_config(disable=True)
+    mask = np.zeros((16, 16), dtype=np.uint8)
+    mask[:, 8:] = 255
+    options = {"image": face(5), "mask_image": Image.fromarray(mask), "num_inference_steps": 6, "strength": 1.0}
+    options |= {"height": 16, "width": 16}
+    faced, plain = generate(other, face_image=A, **options), generate(other, **options)
+    assert differ(faced[..., 4:], plain[..., 4:])
+    assert close(faced[..., :4], plain[..., :4])  # what is kept is kept
