@@ -15,28 +15,37 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin, broadcast
+from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..face_errors import FaceFusionError
+from .checkpoints import (
+    CHECKPOINT,
+    cannot_write,
+    checkpoint_to_resume,
+    load_checkpoint,
+    numbered_state,
+    prune,
+    save_checkpoint,
+)
+from .errors import TrainingError
+from .optimizers import create_optimizer
 
 
 Batch = dict[str, Tensor]
-
-
-class TrainingError(FaceFusionError):
-    """Training cannot start or go on; the message says why and what to change."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +57,41 @@ class LoopOptions:
     steps: int | None = None
     minutes: float | None = None  # ends at whichever of `steps` and `minutes` comes first
     warmup: int = 200  # steps
-    schedule: str = "cosine"  # or "linear"; both decay to zero
+    schedule: str = "cosine"  # or "linear"; both decay to zero; or "constant"
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     seed: int = 0
     precision: str = "no"  # or "bf16", "fp16" (GPU)
+    channels_last: bool = False  # memory format of convolution weights; quicker for purely convolutional networks
     compile: bool = False
     log_every: int = 20  # steps
     checkpoint_minutes: float = 2.0
     sample_minutes: float = 5.0
-    resume: str = "auto"  # or "never"
+    resume: str = "auto"  # or "never", or the file or folder of a checkpoint
+    accumulation: int = 1  # parts in which a process computes its share of a batch, one after another
+    optimizer: str = "adamw"  # or "adamw-8bit"
+    beta2: float = 0.99
+    checkpoint_steps: int | None = None  # numbered checkpoints, see `checkpoints.py`, instead of one by time
+    checkpoint_limit: int | None = None  # how many of them are kept
+    sample_steps: int | None = None  # instead of `sample_minutes`
+    report_to: str | None = None  # a tracker of Accelerate: "tensorboard", "wandb", ... or "all"
+
+
+def process_group() -> PartialState:
+    """The processes of this run; without a GPU Accelerate has to be told that CPU processes belong together."""
+    return PartialState(cpu="RANK" in os.environ and not torch.cuda.is_available())
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows (B,) of a step's whole batch of `batch_size` that one process computes at a time, and their images."""
+
+    seed: int
+    step: int
+    batch_size: int
+    rows: Tensor
+    indices: Tensor
 
 
 class Task(nn.Module):
@@ -70,6 +103,14 @@ class Task(nn.Module):
     def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
         """Tensors of the training images `indices` (B,), with all random choices drawn from `generator`."""
         raise NotImplementedError
+
+    def part(self, part: Part, generator: torch.Generator, progress: float) -> Batch:
+        """Tensors of a part of a batch.
+
+        A task may draw its random choices from (seed, step, row) instead of from `generator`, which belongs to one
+        process: then the gradients do not depend on the number of processes.
+        """
+        return self.batch(part.indices, generator, progress)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and scalars to log beside it."""
@@ -135,6 +176,8 @@ def learning_rate(options: LoopOptions, step: int, progress: float) -> float:
     """Linear warm-up times the decay at `progress` in [0, 1]."""
     progress = min(progress, 1.0)
     decay = 1 - progress if options.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    if options.schedule == "constant":
+        decay = 1.0
     return options.lr * min(1.0, (step + 1) / max(options.warmup, 1)) * decay
 
 
@@ -143,72 +186,93 @@ def train(
 ) -> dict[str, Any]:
     """Train `task`, export it into `folder` and return the record that was added to `folder/training.json`.
 
-    Checkpoint, metrics and sample images are under `folder/logs/<task name>/`. `export_only` skips the training and
-    exports the last checkpoint. `source` is the model folder whose weights the run starts from, if any: its record
-    is kept inside the new one as "continues", so that the whole training stays known.
+    Checkpoint, metrics and sample images are under `folder/logs/<task name>/`, numbered checkpoints in `folder`, with
+    what the task exports at their step. `export_only` skips the training and exports the last checkpoint. `source` is
+    the model folder whose weights the run starts from, if any: its record is kept inside the new one as "continues",
+    so that the whole training stays known.
 
     Raises `TrainingError` where the loss is not finite or a checkpoint does not fit.
     """
     if options.steps is None and options.minutes is None:
         raise TrainingError("the length of the training is open: give --steps or --minutes")
-    accelerator = Accelerator(mixed_precision=options.precision)
+    process_group()
+    accelerator = create_accelerator(options, folder / "logs" / task.name)
     task = task.to(accelerator.device)
+    if options.channels_last:
+        task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     named = {name: p for name, p in task.named_parameters() if p.requires_grad}
     parameters = list(named.values())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.99), fused=True
-    )
+    optimizer = create_optimizer(parameters, options)
     ema = Ema(parameters, options.ema_decay)
     logs = folder / "logs" / task.name
     logs.mkdir(parents=True, exist_ok=True)
-    checkpoint = logs / "checkpoint.safetensors"
 
     step, used = 0, 0.0
-    if options.resume == "auto" and checkpoint.is_file():
-        step, used = load_checkpoint(checkpoint, named, optimizer, ema, options)
+    if (checkpoint := checkpoint_to_resume(options, folder, logs)) is not None:
+        step, used = load_checkpoint(checkpoint, named, optimizer, ema, options, accelerator.scaler)
     elif export_only:
-        raise TrainingError(f"no checkpoint to export: {checkpoint} does not exist")
-    metrics = Metrics(logs / "metrics.jsonl", step)
+        raise TrainingError(f"no checkpoint to export: {logs / CHECKPOINT} does not exist")
+    metrics = Metrics(logs / "metrics.jsonl", step, accelerator.is_main_process, accelerator.log)
     prepared, optimizer = accelerator.prepare(task, optimizer)
     if options.compile:
         prepared = torch.compile(prepared)
 
     started = time.monotonic() - used  # as if the earlier parts of a resumed run had just been done
     last_checkpoint = last_sample = time.monotonic()
+    sampled_at = -1
 
     def progress() -> float:
         by_steps = step / options.steps if options.steps else 0.0
         by_time = (time.monotonic() - started) / (60 * options.minutes) if options.minutes else 0.0
-        return max(by_steps, by_time)
+        done = max(by_steps, by_time)
+        if options.minutes and accelerator.num_processes > 1:  # the clocks differ, the decision to stop must not
+            done = float(broadcast(torch.tensor(done, device=accelerator.device)))
+        return done
 
     def save() -> None:
         if accelerator.is_main_process:
-            save_checkpoint(checkpoint, named, optimizer, ema, options, step, time.monotonic() - started)
+            path = numbered_state(folder, step) if options.checkpoint_steps else logs / CHECKPOINT
+            if options.checkpoint_steps:
+                try:
+                    with ema.applied(), torch.no_grad():
+                        task.export(path.parent)
+                except (SafetensorError, OSError) as error:
+                    raise cannot_write(path, error) from error
+            seconds = time.monotonic() - started
+            save_checkpoint(path, named, optimizer, ema, options, step, seconds, accelerator.scaler)
+            if options.checkpoint_steps:
+                prune(folder, options.checkpoint_limit)
 
     def sample() -> None:
         if accelerator.is_main_process:
             with ema.applied(), torch.no_grad():
                 task.eval()
                 metrics.write(step, task.sample(logs / f"sample_{step:07d}.png"))
+                log_image(accelerator, logs / f"sample_{step:07d}.png", step)
                 task.train()
 
     task.train()
-    bar = tqdm(total=options.steps, initial=step, desc=task.name, unit="step", disable=export_only)
+    silent = export_only or not accelerator.is_main_process
+    bar = tqdm(total=options.steps, initial=step, desc=task.name, unit="step", disable=silent)
     while (done := progress()) < 1 and not export_only:
         lr = learning_rate(options, step, done)
         for group in optimizer.param_groups:
             group["lr"] = lr
         indices = data_order(options.seed, step, options.batch_size, task.size)
-        indices = indices[accelerator.process_index :: accelerator.num_processes]
+        rows = torch.arange(options.batch_size)[accelerator.process_index :: accelerator.num_processes]
         generator = seeded(options.seed, step, f"noise {accelerator.process_index}", accelerator.device)
-        loss, extra = prepared(task.batch(indices, generator, done))
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, options.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for share in rows.chunk(options.accumulation):
+            part = Part(options.seed, step, options.batch_size, share, indices[share])
+            with accelerator.accumulate(prepared):
+                loss, extra = prepared(task.part(part, generator, done))
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(parameters, options.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            metrics.add(loss, extra, 1 / options.accumulation)
         step += 1
         ema.update(step)
-        metrics.add(loss, extra)
         bar.update()
 
         if step % options.log_every == 0:
@@ -218,18 +282,22 @@ def train(
                 raise TrainingError(f"the loss is {loss_now} after {step} steps: try a smaller --lr than {options.lr}")
             bar.set_postfix(loss=f"{logged['loss']:.4f}", images=f"{logged['images_per_second']:.0f}/s")
         now = time.monotonic()
-        if now - last_checkpoint > 60 * options.checkpoint_minutes:
+        if is_due(step, options.checkpoint_steps, now - last_checkpoint, options.checkpoint_minutes):
             save()
             last_checkpoint = time.monotonic()
-        if now - last_sample > 60 * options.sample_minutes:
+        if is_due(step, options.sample_steps, now - last_sample, options.sample_minutes):
             sample()
+            sampled_at = step
             metrics.restart_clock()
             last_sample = time.monotonic()
     bar.close()
 
     if not export_only:
         save()
-        sample()
+        if sampled_at != step:
+            sample()
+        for tracker in accelerator.trackers:
+            tracker.finish()
     record = describe_run(task, options, step, time.monotonic() - started if not export_only else used, accelerator)
     if accelerator.is_main_process:
         if source is not None and (source / "training.json").is_file():
@@ -243,92 +311,88 @@ def train(
     return record
 
 
-class Metrics:
-    """Means over the steps since the last line, one JSON object a line."""
+def create_accelerator(options: LoopOptions, logs: Path) -> Accelerator:
+    """The processes, precision and trackers of a run; refuses a batch that they cannot share evenly."""
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    accumulation = GradientAccumulationPlugin(options.accumulation, sync_with_dataloader=False)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=options.precision,
+            gradient_accumulation_plugin=accumulation,
+            log_with=options.report_to,
+            project_dir=logs,
+        )
+    except (ValueError, ImportError) as error:  # a precision or tracker that is not possible here
+        raise TrainingError(str(error)) from error
+    parts = accelerator.num_processes * options.accumulation
+    if options.accumulation > 1 and options.batch_size % parts:
+        raise TrainingError(
+            f"a batch of {options.batch_size} cannot be shared evenly by {accelerator.num_processes} processes in "
+            f"{options.accumulation} parts each: take a multiple of {parts}"
+        )
+    if options.report_to and not accelerator.log_with:
+        raise TrainingError(f"{options.report_to} cannot be reported to: pip install {options.report_to}")
+    if options.report_to:
+        simple = {key: value for key, value in asdict(options).items() if isinstance(value, (int, float, str))}
+        accelerator.init_trackers("face-fusion", simple)
+    return accelerator
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        # Lines after the checkpoint belong to steps that are about to be repeated.
-        lines = path.read_text().splitlines() if step and path.is_file() else []
-        write_atomic(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+
+def log_image(accelerator: Accelerator, path: Path, step: int) -> None:
+    """Show the picture at `path`, if there is one, in the trackers that take pictures."""
+    if path.is_file() and accelerator.trackers:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))[None]
+        for tracker in accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({"samples": pixels}, step)
+
+
+def is_due(step: int, every: int | None, seconds: float, minutes: float) -> bool:
+    """Whether something is due that happens every so many steps, or without `every` every so many minutes."""
+    return step % every == 0 if every else seconds > 60 * minutes
+
+
+class Metrics:
+    """Means over the steps since the last line, one JSON object a line; `log` shows them elsewhere too."""
+
+    def __init__(
+        self, path: Path, step: int, writes: bool = True, log: Callable[[dict[str, float], int], None] | None = None
+    ) -> None:
+        self.path, self.writes, self.log = path, writes, log
+        if writes:
+            # Lines after the checkpoint belong to steps that are about to be repeated.
+            lines = path.read_text().splitlines() if step and path.is_file() else []
+            write_atomic(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.count = 0.0
         self.restart_clock()
 
     def restart_clock(self) -> None:
         self.clock, self.counted_from = time.monotonic(), self.count
 
-    def add(self, loss: Tensor, extra: dict[str, Tensor]) -> None:
+    def add(self, loss: Tensor, extra: dict[str, Tensor], share: float = 1.0) -> None:
+        """Count values of one part of a step, the `share` of it."""
         for key, value in {"loss": loss, **extra}.items():
-            self.sums[key] = self.sums.get(key, 0) + value.detach().float()
-        self.count += 1
+            self.sums[key] = self.sums.get(key, 0) + value.detach().float() * share
+        self.count += share
 
     def flush(self, step: int, lr: float, batch_size: int) -> dict[str, float]:
         values = {key: float(value) / self.count for key, value in self.sums.items()}
         steps, seconds = self.count - self.counted_from, time.monotonic() - self.clock
         values |= {"lr": lr, "images_per_second": batch_size * steps / max(seconds, 1e-9)}
         self.write(step, values)
-        self.sums, self.count = {}, 0
+        self.sums, self.count = {}, 0.0
         self.restart_clock()
         return values
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        if values:
+        if values and self.writes:
             rounded = {key: round(value, 7) for key, value in values.items()}
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **rounded}) + "\n")
-
-
-def save_checkpoint(
-    path: Path,
-    named: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    ema: Ema,
-    options: LoopOptions,
-    step: int,
-    seconds: float,
-) -> None:
-    """Weights, average, optimiser state and counters in one safetensors file, replaced atomically."""
-    tensors = {f"model/{name}": p.detach() for name, p in named.items()}
-    tensors |= {f"ema/{name}": value for name, value in zip(named, ema.average, strict=True)}
-    state = optimizer.state_dict()["state"]
-    for index, name in enumerate(named):
-        tensors |= {f"optimizer/{key}/{name}": value for key, value in state.get(index, {}).items()}
-    counters = {"step": step, "seconds": seconds, "options": asdict(options)}
-    partial = path.with_suffix(".partial")
-    tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
-    save_file(tensors, partial, {"state": json.dumps(counters)})
-    os.replace(partial, path)
-
-
-def load_checkpoint(
-    path: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: Ema, options: LoopOptions
-) -> tuple[int, float]:
-    """Restore what `save_checkpoint` wrote; returns (steps, seconds) already done."""
-    with safe_open(path, "pt") as file:
-        counters = json.loads(file.metadata()["state"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a safetensors file is no dict
-    for key in ("seed", "batch_size"):
-        if counters["options"][key] != getattr(options, key):
-            raise TrainingError(
-                f"{path} was made with {key} {counters['options'][key]}, not {getattr(options, key)}: "
-                "give the same value, or --resume never to start again"
-            )
-    wrong = [n for n, p in named.items() if f"model/{n}" not in tensors or tensors[f"model/{n}"].shape != p.shape]
-    if wrong:
-        raise TrainingError(f"{path} is of another network ({wrong[0]} differs): use --resume never to start again")
-    copy_into(list(named.values()), [tensors[f"model/{name}"] for name in named])
-    for average, name in zip(ema.average, named, strict=True):
-        average.copy_(tensors[f"ema/{name}"])
-    state = optimizer.state_dict()
-    kinds = {key.split("/")[1] for key in tensors if key.startswith("optimizer/")}
-    state["state"] = {
-        index: {kind: tensors[f"optimizer/{kind}/{name}"] for kind in kinds}
-        for index, name in enumerate(named)
-        if f"optimizer/step/{name}" in tensors
-    }
-    optimizer.load_state_dict(state)
-    return counters["step"], counters["seconds"]
+            if self.log is not None:
+                self.log(rounded, step)
 
 
 def describe_run(

@@ -1,0 +1,159 @@
+"""The options of `face-fusion train`: their names, what can be wrong with them, and the command they came from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..face_errors import FaceFusionError
+from .prepare import add_hub_arguments, add_selection_arguments, add_source_arguments, check_selection
+
+
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train to_k_face and to_v_face for a Stable Diffusion model. A run that was killed goes on from its last "
+        "checkpoint when the same command is given again. OUT gets the weights, a model card, checkpoints and logs."
+    )
+    parser.add_argument("--model", "--pretrained-model-name-or-path", required=True, metavar="DIR_OR_HUB_ID")
+    parser.add_argument(
+        "--data",
+        "--train-data-dir",
+        "--dataset-name",
+        required=True,
+        metavar="DIR_OR_HUB_ID",
+        help="a folder that `face-fusion prepare` made, or whatever that takes: it is prepared in OUT/prepared then",
+    )
+    parser.add_argument("--out", "--output-dir", type=Path, required=True, metavar="DIR")
+    add_hub_arguments(parser)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="equal seeds give equal weights, on any number of processes"
+    )
+
+    length = parser.add_argument_group("length and speed")
+    length.add_argument("--train-batch-size", type=int, default=4, help="for each process and step of accumulation")
+    length.add_argument("--gradient-accumulation-steps", type=int, default=1)
+    length.add_argument("--max-train-steps", type=int, help="default: 10000, if no other length is given")
+    length.add_argument("--num-train-epochs", type=float, help="instead of --max-train-steps")
+    length.add_argument("--max-train-minutes", type=float, help="end by time; the learning rate decays with it")
+    length.add_argument("--learning-rate", type=float, default=1e-4)
+    length.add_argument("--lr-scheduler", choices=SCHEDULES, default="cosine")
+    length.add_argument("--lr-warmup-steps", type=int, default=200)
+    length.add_argument("--adam-beta2", type=float, default=0.999)
+    length.add_argument("--adam-weight-decay", type=float, default=0.01)
+    length.add_argument("--max-grad-norm", type=float, default=1.0)
+    length.add_argument("--use-8bit-adam", action="store_true", help="less memory; needs bitsandbytes")
+    length.add_argument(
+        "--mixed-precision", choices=("no", "fp16", "bf16"), help="default: as the launcher says, or no"
+    )
+    length.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    length.add_argument("--allow-tf32", action="store_true", help="quicker float32 products on recent GPUs")
+    length.add_argument(
+        "--keep-references", action="store_true", help="hold the reference pass of all faces in memory"
+    )
+    length.add_argument("--use-ema", action="store_true", help="average the weights")
+    length.add_argument("--ema-decay", type=float, default=0.999)
+
+    what = parser.add_argument_group("what is learned")
+    what.add_argument("--init", choices=("attn1", "zero_v", "xavier"), default="attn1", help="initial weights")
+    what.add_argument("--init-adapter", type=Path, metavar="FILE", help="start from these weights instead")
+    what.add_argument("--reference-timestep", type=int, default=0, help="noise level of the reference pass")
+    what.add_argument("--token-count-bias", action="store_true", help="log(text tokens / face tokens) on face logits")
+    what.add_argument("--text-dropout", type=float, default=0.05, help="share of examples without their prompt")
+    what.add_argument("--face-dropout", type=float, default=0.05, help="share without their face")
+    what.add_argument("--both-dropout", type=float, default=0.05, help="share without both")
+    what.add_argument("--timestep-power", type=float, default=1.0, help="below 1: noisy steps more often")
+    what.add_argument("--snr-gamma", type=float, help="min-SNR weighting of the loss, for example 5")
+    what.add_argument("--snr-keep-noisy", action="store_true", help="with v-prediction: noisy steps at full weight")
+    what.add_argument("--face-loss-weight", type=float, default=1.0, help="weight of the loss inside the face box")
+    what.add_argument(
+        "--identity-loss-weight", type=float, default=0.0, help="weight of the predicted face's likeness"
+    )
+    what.add_argument("--identity-recogniser", metavar="NAME", help="'avatars', or MODULE:FUNCTION that returns one")
+    what.add_argument("--identity-loss-until", type=float, default=0.25, help="share of the timesteps that have it")
+
+    look = parser.add_argument_group("checkpoints, validation, publishing")
+    look.add_argument("--checkpointing-steps", type=int, default=500)
+    look.add_argument("--checkpoints-total-limit", type=int, help="keep only so many")
+    look.add_argument(
+        "--resume-from-checkpoint",
+        default="latest",
+        metavar="latest|none|DIR",
+        help="latest: go on where an earlier run in OUT ended, if there was one",
+    )
+    look.add_argument("--validation-prompt", nargs="+", metavar="TEXT", help="what pictures are drawn of meanwhile")
+    look.add_argument("--validation-image", nargs="+", metavar="FILE", help="of whom; default: people set aside")
+    look.add_argument("--validation-steps", type=int, default=500)
+    look.add_argument("--validation-inference-steps", type=int, default=25, help="denoising steps of a picture")
+    look.add_argument("--validation-people", type=int, metavar="N", help="set aside; default: 1 of 20, at most 32")
+    look.add_argument("--log-every", type=int, default=20, metavar="STEPS")
+    look.add_argument("--report-to", metavar="TRACKER", help="tensorboard, wandb, ... or all")
+    look.add_argument("--push-to-hub", action="store_true")
+    look.add_argument("--hub-model-id", metavar="OWNER/NAME", help="default: the name of OUT")
+    look.add_argument("--hub-private-repo", action="store_true")
+    add_source_arguments(parser)
+    add_selection_arguments(parser)
+
+
+def command_line(args: argparse.Namespace) -> list[str]:
+    """The command that gives these arguments, without those that are at their defaults."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    words = ["face-fusion", "train"]
+    for action in parser._actions:
+        value = getattr(args, action.dest)
+        if value is None or value == action.default:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [action.option_strings[0], *map(str, values)]
+    return words
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Everything that can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
+    check_selection(args)
+    speed = ("train_batch_size", "gradient_accumulation_steps", "log_every")
+    whole = (*speed, "checkpointing_steps", "validation_steps", "validation_inference_steps")
+    optional = ("max_train_steps", "num_train_epochs", "max_train_minutes", "checkpoints_total_limit", "snr_gamma")
+    for name in (*whole, *optional):
+        value = getattr(args, name)
+        if value is not None and not (value >= 1 if name in whole or isinstance(value, int) else value > 0):
+            raise FaceFusionError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    for name in ("learning_rate", "face_loss_weight", "timestep_power", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            raise FaceFusionError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    for name in ("text_dropout", "face_dropout", "both_dropout", "identity_loss_until", "ema_decay", "adam_beta2"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise FaceFusionError(f"--{name.replace('_', '-')} must be from 0 to 1, got {getattr(args, name)}")
+    if args.text_dropout + args.face_dropout + args.both_dropout > 1:
+        raise FaceFusionError("--text-dropout, --face-dropout and --both-dropout add up to more than 1")
+    if args.seed < 0:
+        raise FaceFusionError(f"--seed must not be negative, got {args.seed}")
+    if (args.identity_loss_weight > 0) != (args.identity_recogniser is not None):
+        raise FaceFusionError("--identity-loss-weight and --identity-recogniser go together")
+    if args.validation_image and not args.validation_prompt:
+        raise FaceFusionError("--validation-image needs a --validation-prompt")
+    resume(args.resume_from_checkpoint, args.out)
+
+
+def resume(given: str, out: Path) -> str:
+    """`LoopOptions.resume` for what was given; refuses what would mix the checkpoints of two runs."""
+    from ..training.checkpoints import numbered_states
+
+    if given == "latest":
+        return "auto"
+    folder = None
+    if given != "none":
+        folder = next((path.resolve() for path in (Path(given), out / given) if path.is_dir()), None)
+        if folder is None:
+            raise FaceFusionError(f"--resume-from-checkpoint {given}: there is no such folder, nor one in {out}")
+    there = [state.parent.resolve() for state in numbered_states(out)]
+    in_the_way = there[there.index(folder) + 1 :] if folder in there else there
+    if in_the_way:
+        raise FaceFusionError(
+            f"{out} has {in_the_way[-1].name} of an earlier run: resume it (--resume-from-checkpoint latest), move "
+            "it away, or take another --out"
+        )
+    return "never" if folder is None else str(folder)

@@ -1,0 +1,179 @@
+"""`face-fusion prepare`: from photos to training data: detect, filter, crop, pair, and cache latents and text."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..face_errors import FaceFusionError
+
+
+if TYPE_CHECKING:
+    from ..finetuning.base_model import BaseModel
+    from ..finetuning.preparation import PrepareOptions
+    from ..finetuning.sources import Piece
+
+HELP = "turn photos into training data: detect, filter, crop, pair, encode"
+DEFAULT_RESOLUTION = 512  # pixels, where no model says another
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Turn photos into training data for `face-fusion train`. Bad photos are skipped, counted in OUT/report.json "
+        "and listed in OUT/skipped.jsonl. A run that was stopped goes on when the same command is given again."
+    )
+    parser.add_argument(
+        "source",
+        metavar="PHOTOS",
+        help="folder with metadata.jsonl (file_name, text, and if known identity, box, reference_file_name), or with "
+        "one folder of photos for each person, or of .tar shards; a pattern such as 'laion/{0000..0099}.tar'; or the "
+        "Hub id of a dataset",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the training data")
+    parser.add_argument(
+        "--model",
+        "--pretrained-model-name-or-path",
+        metavar="DIR_OR_HUB_ID",
+        help="the base to train for: latents and text are encoded too, which `train` does otherwise",
+    )
+    add_hub_arguments(parser)
+    add_source_arguments(parser)
+    add_selection_arguments(parser)
+
+
+def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", help="revision of the model on the Hub")
+    parser.add_argument("--variant", help="variant of the model's weights, such as fp16")
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_argument_group("source")
+    source.add_argument("--limit", "--max-train-samples", type=int, metavar="N", help="read only so many photos")
+    source.add_argument("--image-column", default="image", help="of a Hugging Face dataset")
+    source.add_argument("--caption-column", default="text")
+    source.add_argument("--identity-column", default="identity")
+    source.add_argument("--dataset-config-name", help="configuration of a Hugging Face dataset")
+    source.add_argument("--dataset-split", default="train", help="split of a Hugging Face dataset")
+    source.add_argument("--streaming", action="store_true", help="read a dataset from the Hub without storing it")
+
+
+def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
+    chosen = parser.add_argument_group("selection")
+    chosen.add_argument(
+        "--resolution", type=int, help=f"pixels a side (default: the model's, or {DEFAULT_RESOLUTION})"
+    )
+    chosen.add_argument("--reference-resolution", type=int, help="of the face crop (default: --resolution)")
+    chosen.add_argument("--min-side", type=int, help="least side of a photo, pixels (default: half of --resolution)")
+    chosen.add_argument("--min-face", type=float, help="least height of the face (default: --resolution / 8)")
+    chosen.add_argument("--min-sharpness", type=float, default=10.0, help="0 takes blurred faces too")
+    chosen.add_argument("--min-face-share", type=float, default=0.15, help="faces that are smaller are cropped closer")
+    chosen.add_argument("--caption", default="a photo of a person", help="of photos that have none")
+    chosen.add_argument(
+        "--augmentations", type=int, default=4, help="pictures made of the crop of a person with a single photo"
+    )
+    chosen.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
+    chosen.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
+    chosen.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_selection(args)
+    pieces = first_look(args.source, args)
+    base = None
+    if args.model is not None:
+        base = load(args.model, args)
+    report = prepare_photos(pieces, args.out, args, base)
+    if base is not None:
+        from ..finetuning.latent_cache import encode
+
+        encode(args.out, base, args.augmentations)
+    skipped = ", ".join(f"{reason} {number}" for reason, number in report["skipped"].items()) or "none"
+    print(
+        f"{report['kept']} of {report['read']} photos of {report['people']} people, "
+        f"{report['paired_with_another_photo']} with another photo of the same person; skipped: {skipped}"
+    )
+    print(args.out)
+    return 0
+
+
+def check_selection(args: argparse.Namespace) -> None:
+    """Everything that can be known to be wrong at once. Raises [`FaceFusionError`]."""
+    for name in ("resolution", "reference_resolution"):
+        value = getattr(args, name)
+        if value is not None and not (16 <= value <= 2048 and value % 8 == 0):
+            raise FaceFusionError(f"--{name.replace('_', '-')} must be a multiple of 8 from 16 to 2048, got {value}")
+    limits = {"augmentations": (0, 64), "workers": (1, 256), "min_sharpness": (0, 1e6), "min_face_share": (0.01, 1)}
+    for name, (least, most) in limits.items():
+        if not least <= getattr(args, name) <= most:
+            flag = name.replace("_", "-")
+            raise FaceFusionError(f"--{flag} must be from {least} to {most:g}, got {getattr(args, name)}")
+    for name in ("limit", "min_side", "min_face"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise FaceFusionError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.out.exists() and not args.out.is_dir():
+        raise FaceFusionError(f"--out {args.out} is a file: name a folder")
+
+
+def first_look(source: str, args: argparse.Namespace) -> Iterator[Piece]:
+    """The pieces of the source; the first one is read at once, so that a wrong path is known before a model loads."""
+    from ..finetuning.sources import DataError, SourceOptions, open_source
+
+    options = SourceOptions(
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        identity_column=args.identity_column,
+        config=args.dataset_config_name,
+        split=args.dataset_split,
+        streaming=args.streaming,
+        limit=args.limit,
+    )
+    pieces = iter(open_source(source, options))
+    first = next(pieces, None)
+    if first is None:
+        raise DataError(f"{source} has no photos")
+    return chain([first], pieces)
+
+
+def load(model: str, args: argparse.Namespace) -> BaseModel:
+    """The base on the device of this process, in float32: encoding happens once, and exactly."""
+    from .generate import check_model
+
+    check_model(model)
+
+    from ..finetuning.base_model import load_base
+    from ..training.loop import process_group
+
+    base = load_base(model, revision=args.revision, variant=args.variant)
+    base.pipeline.to(process_group().device)
+    return base
+
+
+def prepare_photos(
+    pieces: Iterator[Piece], out: Path, args: argparse.Namespace, base: BaseModel | None
+) -> dict[str, Any]:
+    """Run the first half of the command, see `preparation.prepare`; returns the report."""
+    from ..finetuning.preparation import prepare
+
+    return prepare(pieces, out, prepare_options(args, base.resolution if base else DEFAULT_RESOLUTION))
+
+
+def prepare_options(args: argparse.Namespace, default_resolution: int) -> PrepareOptions:
+    from ..finetuning.preparation import PrepareOptions
+    from ..finetuning.selection import SelectionOptions
+
+    resolution = args.resolution or default_resolution
+    selection = SelectionOptions(
+        resolution=resolution,
+        reference_resolution=args.reference_resolution or resolution,
+        min_side=args.min_side or resolution // 2,
+        min_face=args.min_face or resolution / 8,
+        min_sharpness=args.min_sharpness,
+        min_face_share=args.min_face_share,
+        caption=args.caption,
+    )
+    return PrepareOptions(selection, args.detector, args.detector_model, args.workers)

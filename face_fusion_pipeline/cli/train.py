@@ -1,0 +1,206 @@
+"""`face-fusion train`: train Face Fusion weights for a Stable Diffusion checkpoint on one's own photos.
+
+Options are those of diffusers' training scripts with `-` for `_`; `examples/train_face_fusion.py` takes them as they
+are. Several processes: `accelerate launch -m face_fusion_pipeline train ...`, or `torchrun` in its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._train_options import add_arguments, check_arguments, command_line, resume
+from .prepare import first_look, load, prepare_photos
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..face_adapter import FaceFusionAdapter
+    from ..finetuning.base_model import BaseModel
+    from ..finetuning.pairs import Pairs
+    from ..finetuning.samples import Samples
+    from ..finetuning.task import FaceFusionTask
+    from ..training.loop import LoopOptions
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "train Face Fusion weights for a Stable Diffusion model on your own photos"
+
+
+def run(args: argparse.Namespace) -> int:
+    check_arguments(args)
+
+    import torch
+
+    from ..finetuning.hub import create_repository, upload
+    from ..finetuning.model_card import write_card
+    from ..training.loop import process_group, train
+
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    torch.manual_seed(args.seed)  # of --init xavier
+    processes = process_group()
+    repository = None
+    if args.push_to_hub and processes.is_main_process:
+        repository = create_repository(args.hub_model_id or args.out.resolve().name, args.hub_private_repo)
+    base = load(args.model, args)
+    folder = prepared_folder(args, base)
+    task = create_task(args, base, folder)
+    options = loop_options(args, task.size, processes.num_processes)
+    record = train(task, options, args.out)
+    if processes.is_main_process:
+        write_card(args.out, args.model, folder, task, record, command_line(args))
+        minutes = record["seconds"] / 60
+        print(f"{record['steps']} steps of {options.batch_size} in {minutes:.1f} minutes, written to {args.out}")
+        if repository is not None:
+            print(upload(args.out, repository))
+    return 0
+
+
+def prepared_folder(args: argparse.Namespace, base: BaseModel) -> Path:
+    """The prepared data, made in `OUT/prepared` if `--data` is something else, with latents for this base."""
+    from ..finetuning.latent_cache import encode, is_encoded
+    from ..finetuning.preparation import is_prepared
+    from ..finetuning.sources import DataError
+    from ..training.loop import process_group
+
+    folder = Path(args.data)
+    ready = folder if is_prepared(folder) else args.out / "prepared"
+    if process_group().num_processes > 1 and not (is_prepared(ready) and is_encoded(ready, base, args.augmentations)):
+        raise DataError(
+            f"several processes need prepared data: first `face-fusion prepare {args.data} --model {args.model} "
+            f"--out {ready}`, in one process"
+        )
+    if ready != folder and process_group().num_processes == 1:
+        prepare_photos(first_look(args.data, args), ready, args, base)
+    if not is_encoded(ready, base, args.augmentations):
+        encode(ready, base, args.augmentations)
+    return ready
+
+
+def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> FaceFusionTask:
+    """The adapter, the pairs and what else the options ask for, as a task; the base gets its training precision."""
+    import torch
+
+    from ..finetuning.latent_cache import cache_folder
+    from ..finetuning.objective import load_recogniser
+    from ..finetuning.pairs import Pairs, split_people
+    from ..finetuning.preparation import read_rows
+    from ..finetuning.task import FaceFusionOptions, FaceFusionTask
+
+    shards = cache_folder(folder, base, args.augmentations)
+    people, aside = split_people(read_rows(folder), args.validation_people, args.seed)
+    pairs, held_out = Pairs(folder, shards, people), Pairs(folder, shards, aside) if aside else None
+    adapter = start_adapter(args, base, folder)
+    options = FaceFusionOptions(
+        text_dropout=args.text_dropout,
+        face_dropout=args.face_dropout,
+        both_dropout=args.both_dropout,
+        timestep_power=args.timestep_power,
+        snr_gamma=args.snr_gamma,
+        keep_noisy=args.snr_keep_noisy,
+        face_loss_weight=args.face_loss_weight,
+        identity_loss_weight=args.identity_loss_weight,
+        identity_loss_until=args.identity_loss_until,
+        keep_references=args.keep_references,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    recogniser = load_recogniser(args.identity_recogniser) if args.identity_recogniser else None
+    samples = create_samples(args, base, adapter, folder, held_out) if args.validation_prompt else None
+    task = FaceFusionTask(base, adapter, pairs, held_out, options, recogniser, samples)
+    base.cast({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision(args), torch.float32))
+    needed = set(task.modules())
+    for part in (base.vae, *base.text_encoders):
+        if part not in needed:
+            part.to("cpu")
+    return task
+
+
+def precision(args: argparse.Namespace) -> str:
+    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def start_adapter(args: argparse.Namespace, base: BaseModel, folder: Path) -> FaceFusionAdapter:
+    """New weights, or those of `--init-adapter`, which must have been made for the same kind of reference."""
+    from ..face_adapter import create_adapter
+    from ..finetuning.preparation import read_report
+    from ..training.adapter import continued_adapter
+
+    settings = read_report(folder)["settings"]
+    metadata = {
+        "reference_mode": "noised" if args.reference_timestep else "clean",
+        "reference_timestep": args.reference_timestep,
+        "token_count_bias": args.token_count_bias,
+        "face_crop": settings["face_crop"],
+        "resolution": settings["reference_resolution"],
+    }
+    if args.init_adapter is not None:
+        return continued_adapter(base.unet, args.init_adapter, metadata)
+    return create_adapter(base.unet, args.init, metadata=metadata)
+
+
+def create_samples(
+    args: argparse.Namespace, base: BaseModel, adapter: FaceFusionAdapter, folder: Path, held_out: Pairs | None
+) -> Samples:
+    """Faces and prompts of the validation pictures; without `--validation-image` the faces of people set aside."""
+    from ..finetuning.samples import Samples
+    from ..finetuning.sources import DataError
+
+    if base.is_xl:
+        raise DataError("validation pictures are made for SD 1.x and 2.x only: leave --validation-prompt out")
+    metadata = adapter.metadata
+    faces: list[Image.Image]
+    if args.validation_image:
+        from ..face_detectors import load_detector
+        from ..face_images import prepare_face
+
+        detector = load_detector(args.detector, args.detector_model)
+        crop: dict[str, Any] = {"enlarge": metadata.face_crop, "resolution": metadata.resolution}
+        faces = [prepare_face(image, detector, **crop) for image in args.validation_image]
+    elif held_out is not None:
+        from ..finetuning.latent_cache import read_picture
+
+        rows = [held_out.rows[members[0]] for members in held_out.people]
+        count = len(args.validation_prompt) if len(args.validation_prompt) > 1 else 4
+        faces = [read_picture(folder / row["face_file_name"]) for row in rows[:count]]
+    else:
+        raise DataError("nobody is set aside for validation: give --validation-image, or --validation-people 1")
+    return Samples(faces, args.validation_prompt, args.validation_inference_steps, seed=args.seed)
+
+
+def loop_options(args: argparse.Namespace, size: int, processes: int) -> LoopOptions:
+    """The options of the shared loop; its batch is that of all processes and steps of accumulation together."""
+    from ..training.loop import LoopOptions
+
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * processes
+    steps = args.max_train_steps
+    if steps is None and args.num_train_epochs is not None:
+        steps = math.ceil(args.num_train_epochs * size / batch_size)
+    if steps is None and args.max_train_minutes is None:
+        steps = 10_000
+    return LoopOptions(
+        batch_size=batch_size,
+        lr=args.learning_rate,
+        steps=steps,
+        minutes=args.max_train_minutes,
+        warmup=0 if args.lr_scheduler == "constant" else args.lr_warmup_steps,
+        schedule="constant" if args.lr_scheduler.startswith("constant") else args.lr_scheduler,
+        weight_decay=args.adam_weight_decay,
+        clip_norm=args.max_grad_norm,
+        ema_decay=args.ema_decay if args.use_ema else 0.0,
+        seed=args.seed,
+        precision=precision(args),
+        log_every=args.log_every,
+        resume=resume(args.resume_from_checkpoint, args.out),
+        accumulation=args.gradient_accumulation_steps,
+        optimizer="adamw-8bit" if args.use_8bit_adam else "adamw",
+        beta2=args.adam_beta2,
+        checkpoint_steps=args.checkpointing_steps,
+        checkpoint_limit=args.checkpoints_total_limit,
+        sample_steps=args.validation_steps,
+        report_to=args.report_to,
+    )

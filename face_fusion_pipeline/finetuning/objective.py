@@ -1,0 +1,147 @@
+"""What is minimised: noising, the three kinds of prediction, loss weights, and likeness of the predicted picture.
+
+With a noise level ᾱ, z = √ᾱ x + √(1−ᾱ) ε. A UNet predicts ε ("epsilon"), v = √ᾱ ε − √(1−ᾱ) x ("v_prediction") or x
+("sample"). SNR = ᾱ / (1−ᾱ).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..training.loop import TrainingError
+
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+# Images (B, 3, H, W) in [0, 1] and landmarks5 (B, 5, 2) in their pixels -> embeddings (B, D), differentiable.
+Recogniser = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """`alphas` is ᾱ (T,) from little to much noise, `prediction` what the UNet predicts."""
+
+    alphas: Tensor
+    prediction: str
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise TrainingError(f"the base predicts {self.prediction!r}: only {', '.join(PREDICTIONS)} can be trained")
+
+    def __len__(self) -> int:
+        return len(self.alphas)
+
+    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ and √(1−ᾱ), each (B, 1, 1, 1)."""
+        alphas = self.alphas.to(timesteps.device)[timesteps][:, None, None, None]
+        return alphas.sqrt(), (1 - alphas).sqrt()
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """z at `timesteps` (B,)."""
+        signal, strength = self._levels(timesteps)
+        return signal * latents + strength * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the UNet should predict."""
+        signal, strength = self._levels(timesteps)
+        if self.prediction == "v_prediction":
+            return signal * noise - strength * latents
+        return noise if self.prediction == "epsilon" else latents
+
+    def one_step(self, noisy: Tensor, predicted: Tensor, timesteps: Tensor) -> Tensor:
+        """The latents x that a prediction stands for."""
+        signal, strength = self._levels(timesteps)
+        if self.prediction == "v_prediction":
+            return signal * noisy - strength * predicted
+        return (noisy - strength * predicted) / signal if self.prediction == "epsilon" else predicted
+
+    def weight(self, timesteps: Tensor, snr_gamma: float | None, keep_noisy: bool = False) -> Tensor:
+        """min-SNR weights (B,) of the squared error of each prediction; ones without `snr_gamma`.
+
+        min(SNR, γ) over SNR for ε, over SNR + 1 for v, over 1 for x. With `keep_noisy` v takes
+        min(SNR + 1, γ + 1) over SNR + 1, which leaves noisy steps, where colours are decided, at full weight.
+        """
+        alphas = self.alphas.to(timesteps.device)[timesteps]
+        if snr_gamma is None:
+            return torch.ones_like(alphas)
+        snr = alphas / (1 - alphas).clamp_min(1e-8)
+        if self.prediction == "epsilon":
+            return (snr_gamma / snr.clamp_min(1e-8)).clamp(max=1)
+        if self.prediction == "sample":
+            return snr.clamp(max=snr_gamma)
+        offset = 1.0 if keep_noisy else 0.0
+        return (snr + offset).clamp(max=snr_gamma + offset) / (snr + 1)
+
+
+def spread_timesteps(count: int, length: int, generator: torch.Generator, power: float = 1.0) -> Tensor:
+    """Timesteps (count,), length * u^power with u from each of `count` equal ranges in random order.
+
+    So they vary less than independent ones. With a power below 1 noisy steps come more often.
+    """
+    ranges = torch.randperm(count, generator=generator)
+    within = torch.rand(count, generator=generator)
+    return (((ranges + within) / count) ** power * length).long().clamp(max=length - 1)
+
+
+def face_mask(boxes: Tensor, side: int, size: int) -> Tensor:
+    """Latent cells that a face touches: bool (B, 1, size, size) for boxes (B, 4), XYXY pixels of images of `side`."""
+    edges = torch.arange(size, device=boxes.device) * (side / size)
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    columns = (edges + side / size > x0) & (edges < x1)  # (B, size)
+    rows = (edges + side / size > y0) & (edges < y1)
+    return rows[:, None, :, None] & columns[:, None, None, :]
+
+
+def weighted_error(predicted: Tensor, target: Tensor, faces: Tensor, face_weight: float) -> Tensor:
+    """Squared error (B,), where cells of a face count `face_weight` times; the mean weight of an image is one."""
+    mask = 1 + (face_weight - 1) * faces.float()
+    mask = mask / mask.mean(dim=(1, 2, 3), keepdim=True)
+    return (mask * (predicted.float() - target.float()).square()).mean(dim=(1, 2, 3))
+
+
+def unlikeness(recogniser: Recogniser, pictures: Tensor, truth: Tensor, landmarks5: Tensor) -> Tensor:
+    """1 − cosine (B,) between the embeddings of `pictures` and of `truth`, both (B, 3, H, W) about [0, 1]."""
+    with torch.no_grad():
+        goal = recogniser(truth.clamp(0, 1), landmarks5)
+    return 1 - F.cosine_similarity(recogniser(pictures, landmarks5).float(), goal.float(), dim=-1)
+
+
+def load_recogniser(name: str) -> Any:
+    """The recogniser of an identity loss: `avatars`, or `MODULE:FUNCTION`, a function that returns a [`Recogniser`].
+
+    An nn.Module is frozen and moves with the training. Raises [`TrainingError`] if there is none.
+    """
+    if name == "avatars":
+        return AvatarRecogniser()
+    module, colon, function = name.partition(":")
+    try:
+        if not colon:
+            raise ValueError("it has no colon")
+        recogniser = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # whatever another module does
+        raise TrainingError(
+            f"no face recogniser {name!r} ({error}): give 'avatars', or MODULE:FUNCTION, a function without arguments "
+            "that returns a callable of images and landmarks"
+        ) from error
+    if isinstance(recogniser, torch.nn.Module):
+        recogniser.requires_grad_(False).eval()
+    return recogniser
+
+
+class AvatarRecogniser(torch.nn.Module):
+    """The recogniser that was trained on renders, from the judges that come with the package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from ..evaluation.judges import load_judges
+
+        self.judge = load_judges().recogniser.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor, landmarks5: Tensor) -> Tensor:
+        return self.judge(self.judge.faces(images, landmarks5))

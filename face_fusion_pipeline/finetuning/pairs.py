@@ -1,0 +1,99 @@
+"""Which photo is the reference of which: targets and references of training and validation, as batches of latents."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .latent_cache import Shards, has_partner
+from .preparation import Row, read_rows
+from .sources import DataError
+
+
+MAX_VALIDATION_PEOPLE = 32
+Batch = dict[str, Tensor]
+
+
+class Pairs:
+    """Examples that serve as targets, each with the references that may go with it.
+
+    References of a target are the face crops of the person's other photos; where there is none, or the source named
+    one, those made for the target itself (see `latent_cache`).
+
+    Args:
+        folder: the prepared folder.
+        shards: the folder that `latent_cache.encode` returned.
+        people: only these, see [`split_people`].
+    """
+
+    def __init__(self, folder: Path, shards: Path, people: list[list[int]]) -> None:
+        self.rows, self.people = read_rows(folder), people
+        self.shards = Shards(shards, len(self.rows))
+        self.targets = sorted(index for members in people for index in members)
+        self.references: dict[int, list[tuple[int, int]]] = {}
+        partnered = has_partner(self.rows)
+        for members in people:
+            for index in members:
+                others = [(other, 0) for other in members if other != index]
+                if self.rows[index]["own_reference"] or not (partnered[index] and others):
+                    count = self.shards.reference_count(index)
+                    others = [(index, number) for number in range(min(1, count - 1), count)]
+                self.references[index] = others
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def choose(self, rows: Tensor, draws: Tensor) -> list[tuple[int, int]]:
+        """A reference for each of the targets `rows` (B,), by `draws` (B,) in [0, 1)."""
+        candidates = [self.references[self.targets[row]] for row in rows.tolist()]
+        return [found[int(draw * len(found))] for found, draw in zip(candidates, draws.tolist(), strict=True)]
+
+    def all_references(self) -> list[tuple[int, int]]:
+        """Every reference that [`choose`] may give, once, in a fixed order."""
+        return sorted({reference for found in self.references.values() for reference in found})
+
+    def reference_latents(self, references: list[tuple[int, int]]) -> Tensor:
+        """float32 (B, c, r, r)."""
+        return torch.stack([self.shards.reference(*reference) for reference in references]).float()
+
+    def batch(self, rows: Tensor) -> Batch:
+        """Of the targets `rows` (B,): `latents`, conditions, `boxes` (B, 4) and `landmarks5` (B, 5, 2) in pixels."""
+        indices = [self.targets[row] for row in rows.tolist()]
+        conditions = [self.shards.conditions(index) for index in indices]
+        return {
+            "latents": torch.stack([self.shards.latents(index) for index in indices]).float(),
+            "boxes": torch.tensor([self.rows[index]["box"] for index in indices], dtype=torch.float32),
+            "landmarks5": torch.tensor([self.rows[index]["landmarks5"] for index in indices], dtype=torch.float32),
+            **{key: torch.stack([found[key] for found in conditions]).float() for key in conditions[0]},
+        }
+
+    def caption(self, row: int) -> str:
+        return self.rows[self.targets[row]]["text"]
+
+
+def split_people(rows: list[Row], validation: int | None, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Examples by person, of training and of validation, which share nobody.
+
+    Args:
+        validation: number of people set aside; None: one in twenty, at most 32. Somebody without a name is somebody
+            else in every photo.
+
+    Raises:
+        DataError: nobody would be left to train on.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        identity = row["identity"]
+        members[f"photo {index}" if identity is None else f"person {identity}"].append(index)
+    count = min(len(members) // 20, MAX_VALIDATION_PEOPLE) if validation is None else validation
+    if not 0 <= count < len(members):
+        raise DataError(f"{count} people for validation leave none of {len(members)} to train on")
+    aside = set(random.Random(f"validation {seed}").sample(sorted(members), count))
+    return (
+        [found for name, found in members.items() if name not in aside],
+        [found for name, found in members.items() if name in aside],
+    )

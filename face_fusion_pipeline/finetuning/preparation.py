@@ -1,0 +1,238 @@
+"""From any source to a folder of examples: `images/`, `faces/`, `metadata.jsonl`, and a report of what was left out.
+
+The folder is a Hugging Face ImageFolder. Pieces of the source are worked on by several processes; a finished piece is
+one file in `parts/`, which appears when all its pictures are on disk, so a run that was killed goes on from there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+from tqdm import tqdm
+
+from ..face_detectors import FaceDetector, load_detector
+from ..face_errors import FaceFusionError
+from ..face_images import CROP_ENLARGE
+from .selection import REASONS, RefusedPhotoError, SelectionOptions, differences, select
+from .sources import BrokenShardError, DataError, Photo, Piece
+
+
+METADATA, SKIPPED, REPORT = "metadata.jsonl", "skipped.jsonl", "report.json"
+BROKEN_SHARD = "broken shard"
+SAME_PHOTO = 1.0  # grey levels between thumbnails, see selection.differences
+JPEG: dict[str, Any] = {"quality": 95, "subsampling": 0}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """`detector` and `detector_model` as for `face_detectors.load_detector`; `workers` is a number of processes."""
+
+    selection: SelectionOptions = field(default_factory=SelectionOptions)
+    detector: str = "auto"
+    detector_model: str | None = None
+    workers: int = 1
+
+    def settings(self) -> dict[str, Any]:
+        """What one folder must be prepared with from its first to its last piece."""
+        return {**asdict(self.selection), "detector": self.detector, "face_crop": CROP_ENLARGE}
+
+
+def prepare(pieces: Iterable[Piece], out: Path, options: PrepareOptions, progress: bool = True) -> dict[str, Any]:
+    """Make `out` from the pieces of a source; returns the report, which is also written to `out/report.json`.
+
+    What an earlier run with the same settings has finished is kept. Photos that give no example are counted in the
+    report by reason and listed in `out/skipped.jsonl`.
+
+    Raises:
+        DataError: `out` was begun with other settings, or no photo is left.
+        ModelNotFoundError: no such detector.
+    """
+    out = Path(out)
+    _stamp(out / "settings.json", options.settings())
+    for name in ("images", "faces", "parts"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    count = 0
+    with tqdm(desc="preparing", unit="photo", disable=not progress) as bar:
+        for found in _run(pieces, out, options):
+            bar.update(found)
+            count += 1
+    kept, skipped = _merge(out, count)
+    report = describe(kept, skipped, options)
+    write_lines(out / SKIPPED, skipped)
+    if not kept:
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in report["skipped"].items())
+        raise DataError(
+            f"none of {report['read']} photos can be used ({reasons or 'there are none'}): see {out / SKIPPED}"
+        )
+    write_lines(out / METADATA, kept)
+    write_text(out / REPORT, json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _stamp(path: Path, settings: dict[str, Any]) -> None:
+    if path.is_file() and (found := json.loads(path.read_text())) != settings:
+        changed = next(key for key in {**settings, **found} if settings.get(key) != found.get(key))
+        raise DataError(
+            f"{path.parent} was begun with {changed} {found.get(changed)!r}, not {settings.get(changed)!r}: "
+            "give the same options, or another folder"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(settings, indent=2) + "\n")
+
+
+def _run(pieces: Iterable[Piece], out: Path, options: PrepareOptions) -> Iterator[int]:
+    """Work on all pieces; yields the number of photos of each as it is done."""
+    numbered = enumerate(pieces)
+    if options.workers <= 1:
+        yield from (work(number, piece, out, options) for number, piece in numbered)
+        return
+    # Spawned, not forked: OpenCV's threads do not survive a fork. The window bounds the photos that wait in memory.
+    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
+        waiting: set[Future[int]] = set()
+        for number, piece in numbered:
+            waiting.add(pool.submit(work, number, piece, out, options))
+            if len(waiting) >= 3 * options.workers:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        yield from (future.result() for future in waiting)
+
+
+def work(number: int, piece: Piece, out: Path, options: PrepareOptions) -> int:
+    """Write the pictures and the part file of one piece unless that is done; returns its number of photos."""
+    part = _part(out, number)
+    if part.is_file():
+        key, *done = read_lines(part)
+        if key == piece.key:
+            return len(done)
+    cv2.setNumThreads(1)  # the processes share the cores
+    detector = functools.partial(_detector, options.detector, options.detector_model)
+    rows: list[Row] = []
+    try:
+        for photo in piece.photos():
+            rows.append(_example(photo, f"{number:06d}_{len(rows):05d}.jpg", out, options, detector))
+    except BrokenShardError as error:
+        rows.append({"source": piece.key, "reason": BROKEN_SHARD, "message": str(error)})
+    write_lines(part, [piece.key, *rows])
+    return len(rows)
+
+
+def _part(out: Path, number: int) -> Path:
+    return out / "parts" / f"{number:06d}.jsonl"
+
+
+@functools.cache  # one for each process
+def _detector(name: Any, model: str | None) -> FaceDetector:
+    return load_detector(name, model)
+
+
+def _example(photo: Photo, name: str, out: Path, options: PrepareOptions, detector: Any) -> Row:
+    """The row of an example whose pictures are written, or a row with the reason why there is none."""
+    try:
+        example = select(photo, options.selection, detector)
+    except FaceFusionError as error:
+        reason = error.reason if isinstance(error, RefusedPhotoError) else REASONS.get(type(error))
+        if reason is None:  # not the photo's fault, such as a missing detector
+            raise
+        return {"source": photo.name, "reason": reason, "message": str(error)}
+    except (ArithmeticError, LookupError, MemoryError, ValueError, cv2.error) as error:  # of a broken file, at last
+        return {"source": photo.name, "reason": "unreadable", "message": f"{type(error).__name__}: {error}"}
+    example.image.save(out / "images" / name, **JPEG)
+    example.crop.save(out / "faces" / name, **JPEG)
+    return {
+        "file_name": f"images/{name}",
+        "face_file_name": f"faces/{name}",
+        "text": example.text,
+        "identity": photo.identity,
+        "own_reference": photo.reference is not None,
+        "box": example.box,
+        "landmarks5": example.landmarks5,
+        "thumbnail": example.thumbnail,
+        "source": photo.name,
+    }
+
+
+# --- All pieces together -----------------------------------------------------------------------------------------
+
+
+def _merge(out: Path, count: int) -> tuple[list[Row], list[Row]]:
+    """Rows kept and rows skipped of all parts, in the order of the source; copies of a photo are skipped here."""
+    kept: list[Row] = []
+    skipped: list[Row] = []
+    of_person: dict[str, list[Row]] = defaultdict(list)
+    for number in range(count):
+        for row in read_lines(_part(out, number))[1:]:
+            if "reason" in row:
+                skipped.append(row)
+                continue
+            others = of_person[row["identity"]] if row["identity"] is not None else []
+            same = differences(row["thumbnail"], [other["thumbnail"] for other in others]) < SAME_PHOTO
+            if same.any():  # as a pair the two would teach to copy
+                message = f"the same photo as {others[int(same.argmax())]['source']}"
+                skipped.append({"source": row["source"], "reason": "duplicate", "message": message})
+                continue
+            others.append(row)
+            kept.append(row)
+    for row in kept:
+        del row["thumbnail"]
+    return kept, skipped
+
+
+def describe(kept: list[Row], skipped: list[Row], options: PrepareOptions) -> dict[str, Any]:
+    """The report: how many photos were read, kept, and skipped for which reason; how many have a partner."""
+    people = Counter(row["identity"] for row in kept if row["identity"] is not None)
+    paired = sum(row["own_reference"] or people[row["identity"]] > 1 for row in kept)
+    return {
+        "read": len(kept) + sum(row["reason"] != BROKEN_SHARD for row in skipped),
+        "kept": len(kept),
+        "skipped": dict(Counter(row["reason"] for row in skipped).most_common()),
+        "people": len(people) + sum(row["identity"] is None for row in kept),
+        "paired_with_another_photo": paired,
+        "paired_with_itself": len(kept) - paired,
+        "settings": options.settings(),
+    }
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The examples of a prepared folder. Raises [`DataError`] if it is none."""
+    if not is_prepared(folder):
+        raise DataError(f"{folder} is no prepared folder: make one with `face-fusion prepare PHOTOS --out {folder}`")
+    return read_lines(folder / METADATA)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What `prepare` returned when it made the folder."""
+    return json.loads((folder / REPORT).read_text(encoding="utf-8"))
+
+
+def is_prepared(folder: Path) -> bool:
+    return (folder / METADATA).is_file() and (folder / REPORT).is_file()
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """A JSON value a line, complete or not there at all."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_lines(path: Path) -> list[Any]:
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

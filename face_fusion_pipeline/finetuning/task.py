@@ -1,0 +1,234 @@
+"""The training task: `to_k_face` and `to_v_face` alone, on latents of people and the face crops that go with them.
+
+Every random choice is drawn from (seed, step, row of the batch). So neither the number of processes nor the number of
+parts that a batch is computed in changes what is learned.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..face_adapter import ADAPTER_WEIGHTS_NAME, FaceFusionAdapter, face_fused_unet, save_adapter
+from ..face_identity import capture_hidden_states, noise_latents
+from ..training.loop import Batch, Part, Task, seeded
+from ..training.unet import plain_attention_on_cpu
+from .base_model import BaseModel
+from .objective import Recogniser, face_mask, spread_timesteps, unlikeness, weighted_error
+from .pairs import Pairs
+from .recomputation import enable_recomputation
+from .samples import Samples
+
+
+STATE = "state "  # prefix of the kept hidden states in a batch
+AT_ONCE = 8  # images of a validation pass, or references, computed together
+
+
+@dataclass(frozen=True)
+class FaceFusionOptions:
+    """What is learned, and from what.
+
+    Attributes:
+        text_dropout, face_dropout, both_dropout: shares of examples without prompt, without face, without both.
+        timestep_power: see `spread_timesteps`; below 1 noisy steps, which know least of the person, come more often.
+        snr_gamma, keep_noisy: see `NoiseSchedule.weight`.
+        face_loss_weight: weight of the error in latent cells of the face, 1 elsewhere.
+        identity_loss_weight: weight of the [`unlikeness`] of the one-step prediction, where it is taken.
+        identity_loss_until: it is taken at timesteps below this share of all, where one step shows a face.
+        keep_references: compute the reference pass once for all references and keep it in memory as float16.
+        gradient_checkpointing: less memory, more time.
+    """
+
+    text_dropout: float = 0.05
+    face_dropout: float = 0.05
+    both_dropout: float = 0.05
+    timestep_power: float = 1.0
+    snr_gamma: float | None = None
+    keep_noisy: bool = False
+    face_loss_weight: float = 1.0
+    identity_loss_weight: float = 0.0
+    identity_loss_until: float = 0.25
+    keep_references: bool = False
+    gradient_checkpointing: bool = False
+
+
+class FaceFusionTask(Task):
+    """Trains `adapter` for the frozen `base`.
+
+    Args:
+        train, validation: targets with their references; `validation` may be None.
+        recogniser: for the identity loss.
+        samples: pictures to generate now and then.
+    """
+
+    name = "face-fusion"
+
+    def __init__(
+        self,
+        base: BaseModel,
+        adapter: FaceFusionAdapter,
+        train: Pairs,
+        validation: Pairs | None = None,
+        options: FaceFusionOptions | None = None,
+        recogniser: Recogniser | None = None,
+        samples: Samples | None = None,
+    ) -> None:
+        super().__init__()
+        self.options = options or FaceFusionOptions()
+        self.base, self.adapter, self.pairs, self.held_out, self.samples = base, adapter, train, validation, samples
+        self.size = len(train)
+        self.empty = {key: state.float().cpu() for key, state in base.conditions([""]).items()}
+        self.unet = base.unet.requires_grad_(False).eval()
+        needs_decoder = samples is not None or self.options.identity_loss_weight > 0
+        self.vae = base.vae if needs_decoder else None  # what is a part of the task moves to its device
+        self.text_encoders = torch.nn.ModuleList(base.text_encoders if samples is not None else [])
+        self.recogniser = recogniser
+        self.kept: dict[str, Tensor] = {}
+        self.kept_rows: dict[tuple[int, int], int] = {}
+        if self.options.gradient_checkpointing:
+            enable_recomputation(self.unet)
+
+    def train(self, mode: bool = True) -> FaceFusionTask:
+        """Only the adapter is in training; the frozen parts stay as they are used later."""
+        super().train(mode)
+        for name, module in self.named_children():
+            module.train(mode and name == "adapter")
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    # --- Batches -------------------------------------------------------------------------------------------------
+
+    def part(self, part: Part, generator: torch.Generator, progress: float) -> Batch:
+        whole = seeded(part.seed, part.step, "choices")
+        power = self.options.timestep_power
+        timesteps = spread_timesteps(part.batch_size, len(self.base.schedule), whole, power)[part.rows]
+        draws = torch.rand(2, part.batch_size, generator=whole)[:, part.rows]
+        batch = self.examples(self.pairs, part.indices, self.pairs.choose(part.indices, draws[0]))
+        shape, position = batch["latents"].shape[1:], part.step * part.batch_size
+        generators = [seeded(part.seed, position + row, "noise") for row in part.rows.tolist()]
+        noise = torch.stack([torch.randn(shape, generator=own) for own in generators])
+        batch |= {"timesteps": timesteps, "noise": noise}
+        # One draw decides: [text | both | face | none dropped], so that the three cases exclude each other.
+        text, both, face = self.options.text_dropout, self.options.both_dropout, self.options.face_dropout
+        no_text = draws[1] < text + both
+        batch["has_face"] = ~((draws[1] >= text) & (draws[1] < text + both + face))
+        for key, empty in self.empty.items():
+            batch[key] = torch.where(no_text.view(-1, *[1] * (empty.ndim - 1)), empty, batch[key])
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+    def examples(self, pairs: Pairs, rows: Tensor, references: list[tuple[int, int]]) -> Batch:
+        """The targets `rows` (B,) of `pairs` and their references, on the CPU."""
+        batch = pairs.batch(rows)
+        if pairs is self.pairs and self.options.keep_references:
+            states = self.kept_states()
+            chosen = torch.tensor([self.kept_rows[reference] for reference in references])
+            return batch | {STATE + name: state[chosen] for name, state in states.items()}
+        return batch | {"reference": pairs.reference_latents(references)}
+
+    @torch.no_grad()
+    def kept_states(self) -> dict[str, Tensor]:
+        """Layer name -> float16 (references, N_f, C) on the CPU, computed at the first call."""
+        if not self.kept:
+            references = self.pairs.all_references()
+            self.kept_rows = {reference: row for row, reference in enumerate(references)}
+            for start in range(0, len(references), AT_ONCE):
+                latents = self.pairs.reference_latents(references[start : start + AT_ONCE])
+                for name, state in self.reference_states(latents.to(self.device)).items():
+                    if name not in self.kept:
+                        self.kept[name] = torch.empty(len(references), *state.shape[1:], dtype=torch.float16)
+                    self.kept[name][start : start + len(state)] = state.cpu()
+        return self.kept
+
+    @torch.no_grad()
+    def reference_states(self, latents: Tensor) -> dict[str, Tensor]:
+        """h_f of Eq. 2: layer name -> (B, N_f, C) for reference latents (B, c, r, r)."""
+        timestep = self.adapter.metadata.reference_timestep
+        latents = noise_latents(latents, self.base.schedule.alphas, timestep).to(self.unet.dtype)
+        count = len(latents)
+        empty = {key: state.to(self.device).expand(count, *state.shape[1:]) for key, state in self.empty.items()}
+        arguments = self.base.unet_arguments(empty, self.side(latents))
+        return capture_hidden_states(self.unet, latents, timestep, **arguments)
+
+    def side(self, latents: Tensor) -> int:
+        """Pixels a side of the images of these latents."""
+        return latents.shape[-1] * self.base.pipeline.vae_scale_factor
+
+    # --- Loss ----------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        schedule, timesteps, latents = self.base.schedule, batch["timesteps"], batch["latents"]
+        noisy = schedule.noised(latents, batch["noise"], timesteps)
+        arguments = self.base.unet_arguments({key: batch[key] for key in self.empty}, self.side(latents))
+        with self.fused(batch), plain_attention_on_cpu():
+            predicted = self.unet(noisy.to(self.unet.dtype), timesteps, **arguments).sample.float()
+        target = schedule.target(latents, batch["noise"], timesteps)
+        faces = face_mask(batch["boxes"], self.side(latents), latents.shape[-1])
+        error = weighted_error(predicted, target, faces, self.options.face_loss_weight)
+        loss = (schedule.weight(timesteps, self.options.snr_gamma, self.options.keep_noisy) * error).mean()
+        if self.recogniser is None or not self.options.identity_loss_weight or not self.training:
+            return loss, {}
+        likeness = self.identity_loss(batch, noisy, predicted)
+        return loss + self.options.identity_loss_weight * likeness, {"identity_loss": likeness}
+
+    def fused(self, batch: Batch) -> AbstractContextManager[None]:
+        states = {key.removeprefix(STATE): state.float() for key, state in batch.items() if key.startswith(STATE)}
+        states = states or self.reference_states(batch["reference"])
+        tokens = {name: state.unsqueeze(1) for name, state in states.items()}  # one reference each
+        return face_fused_unet(self.unet, self.adapter, tokens, batch["has_face"])
+
+    def identity_loss(self, batch: Batch, noisy: Tensor, predicted: Tensor) -> Tensor:
+        """Mean over the batch of the unlikeness of the predicted pictures, 0 for those that are too noisy yet."""
+        assert self.recogniser is not None
+        until = self.options.identity_loss_until * len(self.base.schedule)
+        rows = ((batch["timesteps"] < until) & batch["has_face"]).nonzero()[:, 0]
+        if not len(rows):
+            return predicted.sum() * 0
+        latents = self.base.schedule.one_step(noisy[rows], predicted[rows], batch["timesteps"][rows])
+        with torch.no_grad():
+            truth = self.base.decode(batch["latents"][rows])
+        found = unlikeness(self.recogniser, self.base.decode(latents), truth, batch["landmarks5"][rows])
+        return found.sum() / len(noisy)
+
+    # --- Validation and result -----------------------------------------------------------------------------------
+
+    def sample(self, path: Path) -> dict[str, float]:
+        """Loss of held-out people with the right face, somebody else's and none; pictures, if there are to be some.
+
+        Noise and targets are the same in all three. Only where the right face is below the other two is somebody
+        recognised.
+        """
+        if self.samples is not None:
+            self.samples.draw(self.base, self.adapter, path)
+        if self.held_out is None:
+            return {}
+        first = [self.held_out.targets.index(members[0]) for members in self.held_out.people]
+        rows = torch.tensor(first)
+        references = self.held_out.choose(rows, torch.zeros(len(rows)))
+        timesteps = spread_timesteps(len(rows), len(self.base.schedule), seeded(0, 0, "validation timesteps"))
+        kinds = {"right": references, "wrong": references[1:] + references[:1], "no": references}
+        if len(rows) == 1:
+            del kinds["wrong"]
+        losses = {f"validation_loss_{kind}_face": 0.0 for kind in kinds}
+        for kind, chosen in kinds.items():
+            for start in range(0, len(rows), AT_ONCE):
+                part = slice(start, start + AT_ONCE)
+                batch = self.examples(self.held_out, rows[part], chosen[part])
+                noise = seeded(0, start, "validation noise")
+                batch["noise"] = torch.randn(batch["latents"].shape, generator=noise)
+                batch["timesteps"] = timesteps[part]
+                batch["has_face"] = torch.full((len(batch["noise"]),), kind != "no")
+                loss, _ = self({key: value.to(self.device) for key, value in batch.items()})
+                losses[f"validation_loss_{kind}_face"] += float(loss) * len(batch["noise"]) / len(rows)
+        return losses
+
+    def export(self, folder: Path) -> None:
+        """Write the adapter in float16."""
+        save_adapter(copy.deepcopy(self.adapter).half(), folder / ADAPTER_WEIGHTS_NAME)

@@ -1,0 +1,510 @@
+"""`face-fusion train`: pairs and losses; and neither processes nor a kill nor a full disk change what is learned."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter
+from face_fusion_pipeline.cli import build_parser, main
+from face_fusion_pipeline.finetuning import objective
+from face_fusion_pipeline.finetuning.base_model import base_of, load_base
+from face_fusion_pipeline.finetuning.latent_cache import Shards, cache_folder, encode, is_encoded, shard_path
+from face_fusion_pipeline.finetuning.pairs import Pairs, split_people
+from face_fusion_pipeline.finetuning.preparation import PrepareOptions, prepare, read_rows
+from face_fusion_pipeline.finetuning.selection import SelectionOptions
+from face_fusion_pipeline.finetuning.sources import open_source
+from face_fusion_pipeline.finetuning.task import FaceFusionOptions, FaceFusionTask
+from face_fusion_pipeline.training.loop import Part, TrainingError, data_order
+
+
+SIDE = 16
+SELECTION = SelectionOptions(resolution=SIDE, reference_resolution=SIDE, min_side=SIDE, min_face=4, min_sharpness=0)
+
+
+def write_photos(folder: Path, people: list[str | None]) -> Path:
+    """A picture of noise for everybody named, with the face in its middle."""
+    lines = []
+    for index, identity in enumerate(people):
+        pixels = np.random.default_rng(index).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        row = {"file_name": f"{index}.png", "text": f"photo {'ab'[index % 2]}", "box": [6, 6, 18, 18]}
+        lines.append(json.dumps({**row, "identity": identity}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_models.tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(model: Path) -> Any:
+    return load_base(model)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, base: Any) -> Path:
+    """Three people with two photos each and four with one, prepared and encoded."""
+    root = tmp_path_factory.mktemp("data")
+    photos = write_photos(root / "photos", ["ada", "bob", "ada", "cy", "bob", "cy", "dan", None, None, "eve"])
+    prepare(open_source(photos), root / "data", PrepareOptions(SELECTION), progress=False)
+    encode(root / "data", base, progress=False)
+    return root / "data"
+
+
+def pairs_of(data: Path, base: Any, validation: int = 2) -> tuple[Pairs, Pairs]:
+    shards = cache_folder(data, base, 4)
+    return tuple(Pairs(data, shards, people) for people in split_people(read_rows(data), validation, seed=0))  # type: ignore[return-value]
+
+
+def task_of(data: Path, base: Any, recogniser: Any = None, **options: Any) -> FaceFusionTask:
+    adapter = create_adapter(base.unet, metadata={"resolution": SIDE})
+    return FaceFusionTask(base, adapter, *pairs_of(data, base), FaceFusionOptions(**options), recogniser)
+
+
+def part_of(task: FaceFusionTask, rows: list[int], batch_size: int = 4, step: int = 3) -> dict[str, torch.Tensor]:
+    indices = data_order(0, step, batch_size, task.size)
+    part = Part(0, step, batch_size, torch.tensor(rows), indices[rows])
+    return task.part(part, torch.Generator(), 0.0)
+
+
+def gradients(task: FaceFusionTask, batch: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
+    task.adapter.zero_grad()
+    loss, _ = task(batch)
+    loss.backward()
+    return loss.item(), [p.grad.clone() for p in task.adapter.parameters()]
+
+
+# --- What is minimised -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", objective.PREDICTIONS)
+def test_the_target_leads_back_to_the_picture(prediction: str) -> None:
+    schedule = objective.NoiseSchedule(torch.linspace(0.999, 0.01, 50), prediction)
+    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([0, 20, 49])
+    noisy = schedule.noised(latents, noise, timesteps)
+    found = schedule.one_step(noisy, schedule.target(latents, noise, timesteps), timesteps)
+    torch.testing.assert_close(found, latents, atol=1e-4, rtol=1e-4)
+
+
+def test_min_snr_weights_are_those_of_diffusers() -> None:
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    scheduler, timesteps = DDPMScheduler(), torch.arange(0, 1000, 37)
+    snr = compute_snr(scheduler, timesteps)
+    least = snr.clamp(max=5.0)
+    for prediction, expected in (("epsilon", least / snr), ("v_prediction", least / (snr + 1))):
+        schedule = objective.NoiseSchedule(scheduler.alphas_cumprod, prediction)
+        torch.testing.assert_close(schedule.weight(timesteps, 5.0), expected)
+        assert schedule.weight(timesteps, None).eq(1).all()
+    noisy = objective.NoiseSchedule(scheduler.alphas_cumprod, "v_prediction").weight(timesteps, 5.0, keep_noisy=True)
+    assert noisy[snr < 5].allclose(torch.ones(())) and noisy[0] < 0.1
+    end = objective.NoiseSchedule(torch.tensor([0.5, 0.0]), "epsilon").weight(torch.tensor([1]), 5.0)
+    assert float(end) == 1  # zero terminal SNR
+
+
+def test_a_face_touches_the_cells_of_its_box() -> None:
+    mask = objective.face_mask(torch.tensor([[4.0, 8.0, 9.0, 16.0], [-5.0, -5.0, 1.0, 1.0]]), side=32, size=8)
+    assert mask.shape == (2, 1, 8, 8)
+    assert mask[0, 0].nonzero().tolist() == [[row, column] for row in (2, 3) for column in (1, 2)]
+    assert mask[1, 0].nonzero().tolist() == [[0, 0]]
+    error = objective.weighted_error(torch.ones(2, 3, 8, 8), torch.zeros(2, 3, 8, 8), mask, 5.0)
+    torch.testing.assert_close(error, torch.ones(2))
+
+
+def test_unknown_prediction_and_recogniser_are_refused() -> None:
+    with pytest.raises(TrainingError, match="'flow'"):
+        objective.NoiseSchedule(torch.ones(3), "flow")
+    with pytest.raises(TrainingError, match="MODULE:FUNCTION"):
+        objective.load_recogniser("nobody")
+    found = objective.load_recogniser("avatars")(torch.rand(2, 3, 128, 128), torch.rand(2, 5, 2) * 128)
+    assert found.shape == (2, 96)
+
+
+# --- Data --------------------------------------------------------------------------------------------------------
+
+
+def test_references_are_other_photos_of_the_person_or_altered_crops(data: Path, base: Any) -> None:
+    shards = encode(data, base, progress=False)
+    pairs = Pairs(data, shards, split_people(read_rows(data), 0, seed=0)[0])
+    assert pairs.references[0] == [(2, 0)] and pairs.references[4] == [(1, 0)]
+    assert pairs.references[6] == [(6, 1), (6, 2), (6, 3), (6, 4)] and pairs.references[7][0] == (7, 1)
+    chosen = pairs.choose(torch.tensor([6, 6, 0]), torch.tensor([0.0, 0.99, 0.99]))
+    assert chosen == [(6, 1), (6, 4), (2, 0)]
+    latents = pairs.reference_latents([(6, 0), (6, 1)])
+    assert not torch.allclose(latents[0], latents[1])
+
+
+def test_validation_shares_nobody_with_training(data: Path) -> None:
+    rows = read_rows(data)
+    people, aside = split_people(rows, 3, seed=1)
+    assert len(aside) == 3 and sorted(i for members in people + aside for i in members) == list(range(10))
+    names = [{rows[i]["identity"] for members in part for i in members} - {None} for part in (people, aside)]
+    assert not names[0] & names[1]
+    assert split_people(rows, 3, seed=1)[1] == aside != split_people(rows, 3, seed=2)[1]
+    with pytest.raises(ValueError, match="none of 7"):
+        split_people(rows, 7, seed=0)
+
+
+def test_latents_are_those_of_the_pictures(data: Path, base: Any) -> None:
+    rows, shards = read_rows(data), Shards(cache_folder(data, base, 4), 10)
+    for index in (0, 7):
+        pixels = np.asarray(Image.open(data / rows[index]["file_name"]))
+        expected = base.latents(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1)[0]
+        torch.testing.assert_close(shards.latents(index).float(), expected, atol=2e-3, rtol=2e-3)
+        text = base.conditions([rows[index]["text"]])["text"][0]
+        torch.testing.assert_close(shards.conditions(index)["text"].float(), text, atol=2e-3, rtol=2e-3)
+    assert shards.reference_count(0) == 1 and shards.reference_count(6) == 5
+
+
+def test_a_broken_shard_is_made_again_and_another_base_has_its_own(data: Path, base: Any) -> None:
+    folder = encode(data, base, progress=False)
+    path = shard_path(folder, 0)
+    whole, tensors = path.read_bytes(), load_file(path)
+    path.unlink()  # the mapped tensors keep the old file
+    path.write_bytes(whole[: len(whole) // 2])
+    encode(data, base, progress=False)
+    again = load_file(path)
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+    other = base_of(tiny_models.tiny_pipeline(seed=1))
+    assert is_encoded(data, base) and not is_encoded(data, other) and not is_encoded(data, base, augmentations=3)
+
+
+# --- Task --------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_adapter_learns_and_a_dropped_face_is_no_face(data: Path, base: Any) -> None:
+    task = task_of(data, base).train()
+    trained = {name for name, p in task.named_parameters() if p.requires_grad}
+    assert trained == {f"adapter.{name}" for name, _ in task.adapter.named_parameters()}
+    assert task.adapter.training and not task.unet.training
+    batch = part_of(task, [0, 1, 2, 3])
+    loss, found = gradients(task, batch)
+    assert all(gradient.abs().sum() > 0 for gradient in found)
+    batch["has_face"][:] = False
+    dropped, found = gradients(task, batch)
+    assert all(not gradient.any() for gradient in found) and dropped != pytest.approx(loss, rel=1e-6)
+    schedule = base.schedule
+    noisy = schedule.noised(batch["latents"], batch["noise"], batch["timesteps"])
+    plain = base.unet(noisy, batch["timesteps"], batch["text"]).sample
+    assert dropped == pytest.approx((plain - batch["noise"]).square().mean().item(), rel=1e-5)
+
+
+def test_dropout_shares_exclude_each_other(data: Path, base: Any) -> None:
+    task = task_of(data, base, text_dropout=0.2, both_dropout=0.1, face_dropout=0.3)
+    parts = [part_of(task, list(range(50)), 50, step) for step in range(10)]
+    no_face = torch.cat([~part["has_face"] for part in parts])
+    no_text = torch.cat([(part["text"] == task.empty["text"]).flatten(1).all(1) for part in parts])
+    shares = [float(found.float().mean()) for found in (no_text & ~no_face, no_text & no_face, ~no_text & no_face)]
+    assert shares == pytest.approx([0.2, 0.1, 0.3], abs=0.06)
+
+
+def test_the_gradient_of_a_batch_is_the_mean_of_its_parts(data: Path, base: Any) -> None:
+    task = task_of(data, base, snr_gamma=5.0, face_loss_weight=3.0)
+    whole = gradients(task, part_of(task, [0, 1, 2, 3]))[1]
+    parts = [gradients(task, part_of(task, rows))[1] for rows in ([0, 2], [1, 3])]
+    for expected, first, second in zip(whole, *parts, strict=True):
+        torch.testing.assert_close((first + second) / 2, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_recomputation_and_kept_references_change_nothing(data: Path, base: Any) -> None:
+    plain = task_of(data, base)
+    loss, expected = gradients(plain, part_of(plain, [0, 1]))
+    kept = task_of(data, base, keep_references=True)
+    assert gradients(kept, part_of(kept, [0, 1]))[0] == pytest.approx(loss, rel=1e-3)
+    runs = 0
+
+    def count(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    saving = task_of(data, base, gradient_checkpointing=True)
+    hook = base.unet.up_blocks[-1].resnets[0].register_forward_pre_hook(count)
+    try:
+        again, found = gradients(saving, part_of(saving, [0, 1]))
+    finally:
+        hook.remove()
+        base.unet.disable_gradient_checkpointing()
+    assert runs == 3  # reference pass, forward pass, and once more for the gradients
+    assert again == pytest.approx(loss, rel=1e-6)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_identity_loss_pulls_the_prediction_to_the_person(data: Path, base: Any) -> None:
+    class Colours(torch.nn.Module):
+        def forward(self, images: torch.Tensor, landmarks5: torch.Tensor) -> torch.Tensor:
+            assert landmarks5.shape == (len(images), 5, 2) and images.shape[1:] == (3, SIDE, SIDE)
+            return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1) - 0.5
+
+    task = task_of(data, base, Colours(), identity_loss_weight=1.0, identity_loss_until=0.5)
+    batch = part_of(task, [0, 1, 2, 3])
+    batch["has_face"][:] = True
+    batch["timesteps"] = torch.tensor([10, 100, 600, 900])
+    loss, extra = task(batch)
+    assert 0 < extra["identity_loss"].item() < 1
+    assert not task.eval()(batch)[1], "validation losses are those of the noise alone"
+    task.train()
+    extra["identity_loss"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in task.adapter.parameters())
+    batch["timesteps"][:] = 900
+    assert task(batch)[1]["identity_loss"].item() == 0
+    batch["timesteps"][:] = 0  # nearly no noise: the prediction is the picture
+    assert task(batch)[1]["identity_loss"].item() < extra["identity_loss"].item()
+
+
+def test_v_prediction_comes_from_the_scheduler() -> None:
+    pipe = tiny_models.tiny_pipeline()
+    assert base_of(pipe).schedule.prediction == "epsilon"
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    assert base_of(pipe).schedule.prediction == "v_prediction"
+
+
+def test_sdxl_goes_through_the_same_task(data: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTextModelWithProjection
+
+    parts = tiny_models.tiny_components()
+    config = parts["text_encoder"].config
+    config.projection_dim = 20
+    width = 2 * tiny_models.TEXT_WIDTH
+    unet = tiny_models.tiny_unet(
+        cross_attention_dim=width,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=20 + 6 * 8,
+    )
+    pipe = StableDiffusionXLPipeline(
+        vae=parts["vae"],
+        text_encoder=parts["text_encoder"],
+        text_encoder_2=CLIPTextModelWithProjection(config).eval(),
+        tokenizer=parts["tokenizer"],
+        tokenizer_2=parts["tokenizer"],
+        unet=unet,
+        scheduler=parts["scheduler"],
+        add_watermarker=False,
+    )
+    xl = base_of(pipe, "tiny xl")
+    assert xl.is_xl and xl.conditions(["a", "b"])["pooled"].shape == (2, 20)
+    shards = encode(data, xl, progress=False)
+    pairs = Pairs(data, shards, split_people(read_rows(data), 0, seed=0)[0])
+    task = FaceFusionTask(xl, create_adapter(unet, metadata={"resolution": SIDE}), pairs)
+    batch = part_of(task, [0, 1])
+    assert {"text", "pooled", "reference"} <= batch.keys()
+    _, found = gradients(task, batch)
+    assert all(gradient.abs().sum() > 0 for gradient in found)
+
+
+# --- Processes, kills and full disks -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, str(Path(__file__).with_name("training_runs.py")), str(model), str(data), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), out
+
+
+def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"checkpoint-{step}" / "training_state.safetensors")
+
+
+def test_processes_and_parts_give_the_gradients_of_one_large_batch(runs: Any) -> None:
+    found, out = runs
+    expected = state(out / "one", 1)
+    names = [name for name in expected if name.startswith("optimizer/exp_avg/")]
+    assert names and all(expected[name].abs().sum() > 0 for name in names)
+    for run in ("two", "parts"):
+        assert found[run][0] == 0, found[run][1]
+        averages = state(out / run, 1)
+        for name in names:  # a tenth of the gradient after one step
+            scale = float(expected[name].abs().max())
+            torch.testing.assert_close(averages[name], expected[name], rtol=1e-3, atol=1e-4 * scale)
+    assert json.loads((out / "two" / "training.json").read_text())["face-fusion"]["processes"] == 2
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(runs: Any) -> None:
+    found, out = runs
+    assert found["straight"][0] == 0 and found["killed"][0] == -9 and found["resumed"][0] == 0
+    expected, resumed = state(out / "straight", 6), state(out / "killed", 6)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    straight, killed = (load_file(out / run / "face_fusion_adapter.safetensors") for run in ("straight", "killed"))
+    assert all(torch.equal(straight[name], killed[name]) for name in straight)
+    lines = (out / "killed" / "logs/face-fusion/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "lr" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_loses_no_checkpoint(runs: Any) -> None:
+    found, out = runs
+    status, errors = found["full"]
+    assert status == 2 and "earlier checkpoints are complete" in errors
+    assert found["freed"][0] == 0
+    expected, freed = state(out / "straight", 6), state(out / "full", 6)
+    assert all(torch.equal(expected[name], freed[name]) for name in expected)
+    assert not list((out / "full").rglob("*.partial")) and not list((out / "full").rglob("*.tmp"))
+
+
+# --- Command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def train(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*words: str, **options: Any) -> tuple[int, str]:
+        given: dict[str, Any] = {"model": model, "data": data, "out": tmp_path / "out", "max-train-steps": 2}
+        given |= {key.replace("_", "-"): value for key, value in options.items()}
+        status = main(["train", *(f"--{key}={value}" for key, value in given.items()), *words])
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def test_weights_card_and_pictures(train: Any, tmp_path: Path, model: Path) -> None:
+    options = {"checkpointing_steps": 1, "checkpoints_total_limit": 1, "validation_people": 2}
+    words = ["--validation-prompt", "a cat", "--validation-inference-steps", "2", "--validation-steps", "1"]
+    status, errors = train(*words, "--use-ema", **options)
+    out = tmp_path / "out"
+    assert status == 0, errors
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (out / "checkpoint-2" / "face_fusion_adapter.safetensors").is_file()
+    pipe = StableDiffusionFaceFusionPipeline.from_pretrained(model)
+    pipe.load_face_fusion_adapter(out)
+    assert (out / "logs/face-fusion/sample_0000002.png").is_file()
+    last = json.loads((out / "logs/face-fusion/metrics.jsonl").read_text().splitlines()[-1])
+    assert {"validation_loss_right_face", "validation_loss_wrong_face", "validation_loss_no_face"} <= last.keys()
+    card = (out / "README.md").read_text()
+    assert "--max-train-steps 2" in card and "10 of 10, of 7 people" in card and str(tmp_path) not in card
+    assert "right face " in card and "wrong face " in card
+    record = json.loads((out / "training.json").read_text())["face-fusion"]
+    assert record["steps"] == 2 and record["learned"]["text_dropout"] == 0.05 and len(record["data"]["sha256"]) == 64
+    status, errors = train("--resume-from-checkpoint", "none", **options)
+    assert status == 2 and "checkpoint-2 of an earlier run" in errors
+
+
+def test_photos_are_prepared_on_the_way(train: Any, tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", ["ada", "ada", "bob"])
+    selected = ["--min-side", "16", "--min-face", "4", "--workers", "1", "--min-sharpness", "0"]
+    in_half = ["--mixed-precision", "bf16", "--gradient-checkpointing", "--init", "xavier"]
+    status, errors = train(*selected, *in_half, data=photos, num_train_epochs=1)
+    assert status == 0, errors
+    assert json.loads((tmp_path / "out/prepared/report.json").read_text())["paired_with_another_photo"] == 2
+
+
+def test_weights_can_be_trained_on(train: Any, tmp_path: Path) -> None:
+    assert train(validation_people=0)[0] == 0
+    first = tmp_path / "out" / "face_fusion_adapter.safetensors"
+    second = {"init_adapter": first, "out": tmp_path / "second", "learning_rate": 1e-9}
+    assert train(**second)[0] == 0
+    a, b = load_file(first), load_file(tmp_path / "second" / first.name)
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+    status, errors = train("--token-count-bias", **second)
+    assert status == 2 and "token_count_bias" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "/nowhere"], "there is no folder /nowhere"),
+        (["--data", "/nowhere"], "/nowhere is no folder of photos"),
+        (["--learning-rate", "0"], "--learning-rate must be positive"),
+        (["--text-dropout", "0.9", "--face-dropout", "0.2"], "more than 1"),
+        (["--resolution", "100"], "multiple of 8"),
+        (["--identity-loss-weight", "0.1"], "go together"),
+        (["--resume-from-checkpoint", "checkpoint-7"], "no such folder"),
+        (["--use-8bit-adam"], "bitsandbytes"),
+        (["--report-to", "comet_ml"], "comet_ml"),
+        (["--validation-image", "a.png"], "--validation-prompt"),
+        (["--validation-people", "99"], "none of 7"),
+        (["--push-to-hub"], "on the Hub"),
+        (["--max-train-steps", "0"], "--max-train-steps must be positive"),
+    ],
+)
+def test_bad_input_is_one_line(train: Any, words: list[str], message: str) -> None:
+    status, errors = train(*words)
+    line = errors.strip().splitlines()[-1]
+    assert status == 2 and line.startswith("face-fusion: error:") and message in line
+
+
+def test_trackers_and_the_hub_get_the_results(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import tracking
+
+    from face_fusion_pipeline.finetuning import hub
+
+    logged: list[Any] = []
+    sent: dict[str, Any] = {}
+
+    class Notes(tracking.GeneralTracker):
+        name, requires_logging_directory = "notes", False
+        tracker = None
+
+        def __init__(self, run_name: str, **kwargs: Any) -> None:
+            super().__init__()
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            logged.append(values)
+
+        def log(self, values: dict[str, Any], step: int | None, **kwargs: Any) -> None:
+            logged.append(values)
+
+        def log_images(self, values: dict[str, Any], step: int | None, **kwargs: Any) -> None:
+            logged.append({name: picture.shape for name, picture in values.items()})
+
+    class Hub:
+        def create_repo(self, name: str, **options: Any) -> Any:
+            return type("Url", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, **options: Any) -> str:
+            sent.update(options)
+            return "https://address"
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "notes", Notes)
+    monkeypatch.setattr(hub, "HfApi", Hub)
+    options = {"report_to": "notes", "log_every": 1, "validation_people": 2, "validation_inference_steps": 2}
+    status, errors = train("--push-to-hub", "--validation-prompt", "a cat", **options)
+    assert status == 0, errors
+    assert logged[0]["batch_size"] == 4 and any("loss" in values for values in logged)
+    assert any("samples" in values for values in logged)
+    assert sent["repo_id"] == "me/out" and "face_fusion_adapter.safetensors" in sent["allow_patterns"]
+
+
+def test_the_script_takes_the_names_of_diffusers() -> None:
+    path = Path(__file__).parents[1] / "examples" / "train_face_fusion.py"
+    spec = importlib.util.spec_from_file_location("train_face_fusion", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.dashed("--train_data_dir=my_photos") == "--train-data-dir=my_photos"
+    text = """--pretrained_model_name_or_path a/b --train_data_dir c_d --output_dir e --resolution 512 --seed 1
+    --train_batch_size 1 --gradient_accumulation_steps 2 --max_train_steps 3 --learning_rate 1e-4 --use_8bit_adam
+    --lr_scheduler cosine --lr_warmup_steps 4 --mixed_precision fp16 --checkpointing_steps 5 --snr_gamma 5 --use_ema
+    --resume_from_checkpoint latest --push_to_hub --validation_prompt x y --validation_image i --validation_steps 6
+    --report_to wandb --gradient_checkpointing --max_train_samples 7 --checkpoints_total_limit 8"""
+    args = build_parser().parse_args(["train", *map(script.dashed, text.split())])
+    assert (args.model, args.data, args.limit, args.train_batch_size) == ("a/b", "c_d", 7, 1)
+    assert args.validation_prompt == ["x", "y"] and args.use_8bit_adam
+
+
+def test_the_commands_of_the_page_on_training_parse() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text().replace("\\\n", " ")
+    commands = [line for line in page.splitlines() if line.startswith("face-fusion ")]
+    assert len(commands) == 2
+    for command in commands:
+        build_parser().parse_args(command.split()[1:])
