@@ -1,0 +1,194 @@
+"""What the method must compute and read at the least, counted on the meta device: no weights, no time.
+
+Extra work of one image, for references of N_f tokens and pictures of N_h tokens at a layer C wide:
+
+* every step, conditional row only: softmax(Q [K_c; K_f]^T) [V_c; V_f] costs 4 N_h N_f C more, and reads K_f and V_f;
+* once for each reference: the VAE's encoder, the UNet up to the input of its last attention layer with a single row,
+  and W_kf h_f, W_vf h_f, which cost 4 N_f C^2 a layer.
+
+The rest is plain Stable Diffusion: two texts, a UNet pass of two rows a step, the VAE's decoder. Bytes are weights and
+keys and values, each read once a pass; what fits into caches in between is not counted.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from face_fusion_pipeline.face_attention import attention_layers
+
+from .shapes import SHAPES, Model
+
+
+STEPS = 20  # of a whole image
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations (a multiply-add is two) and bytes read."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, count: float) -> "Cost":
+        return Cost(self.flops * count, self.bytes * count)
+
+
+@dataclass(frozen=True)
+class Use:
+    """How Face Fusion is used for one image.
+
+    Attributes:
+        references: number of reference pictures, 0 for the plain pipeline.
+        side: of a reference in pixels, by default the shape's.
+        saved: the identity is at hand, nothing is encoded.
+        share: of the picture's queries that attend to one reference: less than all where people have regions.
+        size: side of the picture in pixels, by default the shape's.
+        batch: images at once.
+    """
+
+    references: int = 1
+    side: int | None = None
+    saved: bool = False
+    share: float = 1.0
+    size: int | None = None
+    batch: int = 1
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter, which by itself overlooks attention on a CPU."""
+
+    def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    return FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: attention})
+
+
+@torch.no_grad()
+def count_flops(call: Callable[[], Any]) -> float:
+    """Counted operations of a call."""
+    with flop_counter() as counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+class _Enough(Exception):
+    """The last layer that is needed has been reached."""
+
+
+@contextmanager
+def _inputs_noted(unet: Any, stop: bool) -> Iterator[dict[str, int]]:
+    """Tokens that enter each cross-attention layer; with `stop`, the pass ends where the last one is entered."""
+    layers = attention_layers(unet, "attn2")
+    tokens: dict[str, int] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            tokens[name] = inputs[0].shape[1]
+            if stop and len(tokens) == len(layers):
+                raise _Enough
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    try:
+        yield tokens
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Arithmetic:
+    """Costs of the parts of one shape's pipeline, at 1, 2 or 4 bytes a number."""
+
+    def __init__(self, shape: str, itemsize: int) -> None:
+        self.model, self.itemsize = Model(SHAPES[shape], "meta"), itemsize
+        self.unet, self.vae, self.text = (self.model.components[name] for name in ("unet", "vae", "text_encoder"))
+        self.factor = SHAPES[shape].size // self.unet.config.sample_size  # pixels a latent
+        self._passes: dict[tuple[int, int, bool], tuple[Cost, dict[str, int]]] = {}
+
+    def _weights(self, *modules: nn.Module) -> float:
+        return float(sum(weight.numel() for module in modules for weight in module.parameters()) * self.itemsize)
+
+    def unet_pass(self, side: int, rows: int, stop: bool = False) -> tuple[Cost, dict[str, int]]:
+        """A UNet pass over pictures of `side` pixels, and the tokens at its cross-attention layers."""
+        if (known := self._passes.get((side, rows, stop))) is not None:
+            return known
+        latents = torch.empty(rows, self.unet.config.in_channels, side // self.factor, side // self.factor)
+        text = torch.empty(rows, self.text.config.max_position_embeddings, self.unet.config.cross_attention_dim)
+        timestep = torch.zeros(1, device="meta")
+        with torch.no_grad(), flop_counter() as counter, _inputs_noted(self.unet, stop) as tokens:
+            self.unet(latents.to("meta"), timestep, encoder_hidden_states=text.to("meta"))
+        found = Cost(float(counter.get_total_flops()), self._weights(self.unet)), tokens
+        self._passes[side, rows, stop] = found
+        return found
+
+    def plain(self, size: int, batch: int) -> tuple[Cost, Cost]:
+        """Of plain Stable Diffusion: what is done once, and what in each step."""
+        ids = torch.zeros(1, self.text.config.max_position_embeddings, dtype=torch.int64, device="meta")
+        side = size // self.factor
+        latents = torch.empty(batch, self.unet.config.in_channels, side, side, device="meta")
+        text = Cost(count_flops(lambda: self.text(ids)), self._weights(self.text))
+        decode = Cost(count_flops(lambda: self.vae.decode(latents)), self._weights(self.vae.decoder))
+        return text * 2 + decode, self.unet_pass(size, 2 * batch)[0]
+
+    def reference(self, side: int) -> dict[str, Cost]:
+        """What encoding one reference takes, by part."""
+        pixels = torch.empty(1, 3, side, side, device="meta")
+        unet_pass, tokens = self.unet_pass(side, 1, stop=True)
+        widths = {name: layer.to_q.in_features for name, layer in attention_layers(self.unet, "attn2").items()}
+        projections = Cost(
+            sum(4.0 * tokens[name] * width**2 for name, width in widths.items()),
+            sum(2.0 * width**2 for width in widths.values()) * self.itemsize,
+        )
+        encoder = Cost(count_flops(lambda: self.vae.encode(pixels)), self._weights(self.vae.encoder))
+        return {"VAE encoder": encoder, "UNet, one row": unet_pass, "face keys and values": projections}
+
+    def attention(self, size: int, side: int) -> Cost:
+        """What the keys and values of one reference add to the conditional row of one step."""
+        queries, keys = self.unet_pass(size, 1)[1], self.unet_pass(side, 1)[1]
+        widths = {name: layer.to_q.out_features for name, layer in attention_layers(self.unet, "attn2").items()}
+        return Cost(
+            sum(4.0 * queries[name] * keys[name] * width for name, width in widths.items()),
+            sum(2.0 * keys[name] * width for name, width in widths.items()) * self.itemsize,
+        )
+
+
+@cache
+def arithmetic(shape: str, itemsize: int) -> Arithmetic:
+    """[`Arithmetic`], built once."""
+    return Arithmetic(shape, itemsize)
+
+
+@cache
+def image_floor(shape: str, use: Use, itemsize: int = 2) -> Cost:
+    """The least that an image of `STEPS` steps can take."""
+    parts = arithmetic(shape, itemsize)
+    size, side = use.size or SHAPES[shape].size, use.side or SHAPES[shape].reference
+    once, step = parts.plain(size, use.batch)
+    if use.references:
+        added = parts.attention(size, side)
+        step += Cost(added.flops * use.share * use.batch, added.bytes) * use.references
+        if not use.saved:
+            for cost in parts.reference(side).values():
+                once += Cost(cost.flops * use.references, cost.bytes)  # one pass, whatever the number
+    return once + step * STEPS
+
+
+def floor_ratio(shape: str, use: Use | None) -> float | None:
+    """Operations of an image as a multiple of the plain pipeline's; `None` without a use."""
+    if use is None:
+        return None
+    without = Use(references=0, size=use.size, batch=use.batch)
+    return image_floor(shape, use).flops / image_floor(shape, without).flops

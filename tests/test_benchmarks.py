@@ -1,0 +1,168 @@
+"""The benchmark harness at a tiny size: what it counts, pairs and writes, not how fast anything is."""
+
+import csv
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import measure, report
+from benchmarks.__main__ import PAGE, main, parse
+from benchmarks.floor import STEPS, Use, arithmetic, count_flops, floor_ratio
+from benchmarks.measure import Job, Result, Setup, Timing, counted, slope, timed
+from benchmarks.shapes import SHAPES, Model, twin
+from benchmarks.variants import comparison, growth, plain
+
+
+TINY = SHAPES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model(TINY)
+
+
+def result(label, *images):
+    variant = next(variant for variant in comparison(TINY) if variant.label == label)
+    return Result(Setup("tiny"), variant, [Timing(step=0.0, once=image) for image in images])
+
+
+def test_attention_is_counted_on_the_cpu_as_on_the_meta_device():
+    for device in ("cpu", "meta"):
+        query, key = torch.empty(2, 3, 16, 8, device=device), torch.empty(2, 3, 24, 8, device=device)
+        counts = count_flops(lambda q=query, k=key: F.scaled_dot_product_attention(q, k, k))
+        assert counts == 2 * 3 * 4 * 16 * 24 * 8
+
+
+def test_floor_of_stable_diffusion_agrees_with_arithmetic_by_hand():
+    parts = arithmetic("sd15", itemsize=2)
+    tokens_and_widths = [(4096, 320)] * 5 + [(1024, 640)] * 5 + [(256, 1280)] * 5 + [(64, 1280)]
+    by_hand = sum(4 * n * n * width for n, width in tokens_and_widths)
+    assert parts.attention(512, 512).flops == by_hand
+    assert parts.attention(512, 512).bytes == 2 * 2 * sum(n * width for n, width in tokens_and_widths)
+    assert parts.attention(512, 256).flops == by_hand / 4
+    reference = parts.reference(512)
+    assert reference["face keys and values"].flops == sum(4 * n * width**2 for n, width in tokens_and_widths)
+    assert (
+        0.95 < reference["UNet, one row"].flops / (parts.plain(512, 1)[1].flops / 2) < 1
+    )  # it may end a little early
+    assert 1 < floor_ratio("sd15", Use(side=256, saved=True)) < floor_ratio("sd15", Use(side=256)) < 1.05
+
+
+def test_every_variant_runs_and_none_of_ours_goes_below_its_floor(model):
+    flops = {}
+    for variant in comparison(TINY):
+        flops[variant.label] = counted(variant.build(model)).flops
+        if variant.use is not None:
+            ratio, floor = flops[variant.label] / flops["plain"], floor_ratio("tiny", variant.use)
+            assert floor - 1e-3 < ratio < floor + 0.01, variant.label
+    assert flops["plain, again"] == flops["plain"]
+    assert flops["reference pipeline"] > 2 * flops["plain"]
+    assert flops["saved identity, 8 px"] < flops["1 reference, 8 px"] < flops["1 reference, 16 px"]
+    assert flops["plain"] < flops["ControlNet"] < flops["ControlNet, 1 reference, 8 px"]
+
+
+def test_every_point_of_a_sweep_has_its_base():
+    for name, variants in growth(TINY).items():
+        labels = [variant.label for variant in variants]
+        assert len(set(labels)) == len(labels), name
+        assert {variant.against for variant in variants} <= set(labels), name
+    assert growth(SHAPES["sd15"])["output px"][-1].label == "1024"
+
+
+def test_pipelines_share_weights_but_not_processors(model):
+    copy = twin(model.unet)
+    pairs = zip(copy.parameters(), model.unet.parameters(), strict=True)
+    assert all(mine.data_ptr() == theirs.data_ptr() for mine, theirs in pairs)
+    processors = zip(copy.attn_processors.values(), model.unet.attn_processors.values(), strict=True)
+    assert all(mine is not theirs for mine, theirs in processors)
+
+
+def test_a_whole_image_is_extrapolated_from_its_steps(monkeypatch):
+    now = iter([100.0, 103.0, 105.0, 107.0, 108.0])  # start, three steps (the first one slow), end
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(now))
+
+    def call(num_inference_steps, callback_on_step_end):
+        for step in range(num_inference_steps):
+            callback_on_step_end(None, step, None, {})
+
+    timing = timed(Job(None, call), Setup("tiny", steps=3))
+    assert timing == Timing(step=2.0, once=2.0)  # 8 s in all
+    assert timing.image == 2.0 + STEPS * 2.0
+
+
+def test_ratios_are_taken_within_a_round():
+    base, other = result("plain", 1.0, 10.0, 2.0), result("reference pipeline", 2.0, 20.0, 5.0)
+    assert other.ratios(base, "image") == [2.0, 2.0, 2.5]
+    assert report.ratio(other.ratios(base, "image")) == "2.000 [2.000, 2.500]"
+
+
+def test_leaks_are_told_from_warming_up():
+    assert slope([0, 50, 90, 100, 100, 100, 100, 100]) == 0
+    assert slope([3.0 * call for call in range(10)]) == pytest.approx(3.0)
+
+
+def test_a_variant_that_fails_is_reported_and_the_others_measured():
+    broken = comparison(TINY)[2]
+    broken = type(broken)("broken", lambda model: 1 / 0)
+    said = []
+    results = measure.measure(Setup("tiny", steps=2, threads=1), [comparison(TINY)[0], broken], 1, said.append)
+    assert [len(one.timings) for one in results] == [1, 0]
+    assert results[1].skipped == "ZeroDivisionError: division by zero" and "broken" in said[0]
+    assert "* Not run: broken: ZeroDivisionError" in report.comparison_table(results)
+
+
+def test_compare_writes_table_csv_and_page(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- begin compare tiny cpu -->\nold\n<!-- end compare tiny cpu -->\nafter\n")
+    options = ["--shape", "tiny", "--rounds", "2", "--threads", "1", "--out", str(tmp_path), "--page", str(page)]
+    main(["compare", *options, "--no-alone", "--variants", "1 reference, 8 px"])
+    rows = list(csv.DictReader((tmp_path / "compare-tiny-cpu.csv").open()))
+    assert [row["variant"] for row in rows] == ["plain"] * 2 + ["1 reference, 8 px"] * 2
+    assert all(float(row["image_s"]) > 0 for row in rows)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| 1 reference, 8 px |" in text and "| 1 reference, 8 px |" in capsys.readouterr().out
+
+
+def test_first_image_and_memory_are_printed_for_the_parent(tmp_path, capsys):
+    main(["alone", "--shape", "tiny", "--threads", "1", "--label", "plain", "--out", str(tmp_path)])
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert measured["first"] > 0 and measured["memory"] > 2**20
+
+
+def test_graphs_are_counted():
+    try:
+        with measure.graphs_counted() as graphs:
+            double = torch.compile(lambda x: 2 * x, backend="eager", dynamic=False)
+            assert [graphs() for n in (1, 1, 2, 1) if double(torch.ones(n)).sum()] == [1, 1, 2, 2]
+    finally:
+        torch._dynamo.reset()
+
+
+def test_a_long_run_reports_memory_and_recompilation(tmp_path):
+    main(["soak", "--shape", "tiny", "--calls", "4", "--threads", "1", "--out", str(tmp_path)])
+    table = (tmp_path / "soak-tiny-cpu.md").read_text()
+    assert "| graphs compiled after that | 0 |" in table and "| growth a call over the second half, KiB |" in table
+
+
+def test_page_has_a_place_for_every_result():
+    page = PAGE.read_text()
+    names = ["floor sd15", "floor avatar", "compare sd15 cpu", "compare avatar cpu", "compare sd15 cuda"]
+    names += ["grow sd15 cpu", "grow sd15 cuda", "profile sd15 cpu", "profile sd15 cuda", "load sd15"]
+    names += ["soak avatar cpu", "soak sd15 cuda", "compare sd15 cuda compiled", "compare sd15 cuda attention"]
+    for name in names:
+        assert f"<!-- begin {name} -->\n" in page and f"<!-- end {name} -->" in page, name
+    with pytest.raises(ValueError, match="begin other"):
+        report.fill(PAGE, "other", "")
+
+
+def test_one_step_cannot_be_timed():
+    with pytest.raises(SystemExit):
+        parse(["compare", "--steps", "1"])
+
+
+def test_jobs_of_one_model_are_independent(model):
+    first, second = plain(model), plain(model)
+    assert first.pipe.unet is not second.pipe.unet and first.pipe.scheduler is not second.pipe.scheduler
