@@ -1,8 +1,6 @@
 """The model that comes with the package: an ordinary Stable Diffusion, and the whole way from a photo to pictures."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,10 +82,3 @@ def test_generate_command_on_a_photograph(tmp_path, test_data, photo, capsys):
     options = ["--num-images", "1", "--steps", "2", "--no-sheet", "--out", str(tmp_path)]
     assert main(["generate", "--face", face, "--prompt", PROMPT, *options]) == 0
     assert (tmp_path / "image_000.png").is_file()
-
-
-def test_example_runs(tmp_path):
-    sheet.portrait(1_100_007).save(tmp_path / "face.png")
-    command = [sys.executable, str(ROOT / "examples" / "one_reference.py"), str(tmp_path / "face.png"), PROMPT]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=300, capture_output=True)
-    assert (tmp_path / "one_reference_1.png").is_file()

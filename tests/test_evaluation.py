@@ -13,6 +13,7 @@ from tiny_models import tiny_components, tiny_unet
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
 from face_fusion_pipeline.avatars import BACKGROUNDS, CLOTHINGS, EXPRESSIONS, STYLES
 from face_fusion_pipeline.cli import avatars_evaluate
+from face_fusion_pipeline.evaluation import people_table
 from face_fusion_pipeline.evaluation.alignment import align_faces, face_template, similarity_transform
 from face_fusion_pipeline.evaluation.avatar_table import CEILING, FLOOR, as_markdown, compare, summarise
 from face_fusion_pipeline.evaluation.generation import METHODS, Settings, image_path
@@ -201,6 +202,11 @@ def test_judges_learn(tmp_path: Path) -> None:
     result = train_judges(tmp_path, tmp_path / "judges", steps=9)
     assert result["accuracy"]["background"] > 0.8
     assert result["images"] == 24 and result["landmark_error_pixels"] >= 0
+    first = load_judges(tmp_path / "judges").scene.heads["background"].weight
+    again = train_judges(tmp_path, tmp_path / "again", steps=2, start=tmp_path / "judges")
+    assert again["started_from_judges"] and not result["started_from_judges"]
+    second = load_judges(tmp_path / "again").scene.heads["background"].weight
+    assert 0 < (second - first).abs().max() < 0.1  # went on from there
 
 
 @pytest.mark.skipif(not (SHIPPED / WEIGHTS_NAME).is_file(), reason="no trained judges in the package")
@@ -286,6 +292,41 @@ def test_table_end_to_end_resumes(
 
     with pytest.raises(FaceFusionError, match="other settings"):
         compare(pipe, trials, ["none"], panel, Settings(model="tiny", steps=2), tmp_path)
+
+
+def test_people_table_end_to_end(
+    pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe.set_face_fusion_adapter(_adapter(pipe))
+    settings = Settings(model="tiny", steps=1)
+    trials = plan_trials(2, 1, people=2, style="photo")
+    methods = [method for method in people_table.METHODS if method.name in ("no faces", "no masks", "nearest, none")]
+    monkeypatch.setattr(people_table, "true_boxes", lambda trial: [[8, 16, 24, 40], [40, 16, 56, 40]])
+    result = people_table.compare_people(pipe, trials, untrained, settings, tmp_path, methods)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 2 * 5
+    assert "| nearest, none |" in (tmp_path / "people.md").read_text() == people_table.as_markdown(result)
+    pictures = {image_path(tmp_path, trials[0], people_table.slug(m.name)).read_bytes() for m in methods}
+    assert len(pictures) == 3 and (tmp_path / "sheet.png").is_file()
+    assert result["methods"][FLOOR]["leakage"] is not None
+
+
+def test_leakage_by_hand() -> None:
+    methods = {name: {"own": {"mean": own}, "neighbour": {"mean": other}}
+               for name, own, other in (("mine", 0.8, 0.2), ("mixed", 0.5, 0.5), (FLOOR, 0.1, 0.1))}  # fmt: skip
+    people_table.add_leakage(methods)
+    assert methods["mine"]["leakage"] == pytest.approx(1 / 7)
+    assert methods["mixed"]["leakage"] == pytest.approx(1)
+    assert np.isnan(methods[FLOOR]["leakage"])
+
+
+def test_people_are_cut_out_as_portraits() -> None:
+    image = torch.zeros(3, 128, 128)
+    image[0, 40:60, 20:34] = 1
+    (crop,) = people_table.portrait_crops(image, [(20, 40, 34, 60)])
+    rows, columns = (crop[0] > 0.5).nonzero().T
+    assert rows.max() - rows.min() + 1 == pytest.approx(people_table.FACE_HEIGHT, abs=3)
+    assert (rows.float().mean(), columns.float().mean()) == pytest.approx((63.5, 63.5), abs=2)
 
 
 def _adapter(pipe: StableDiffusionFaceFusionPipeline):

@@ -4,7 +4,10 @@ import argparse
 import dataclasses
 import json
 import random
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -36,11 +39,19 @@ def dataset(tmp_path_factory):
     for split, count in (("train", 12), ("validation", 8)):
         draw = random.Random(split)
         (root / split / "images").mkdir(parents=True)
+        (root / split / "depth").mkdir()
         lines = []
         for index in range(count):
             name = f"images/{index}.png"
             Image.frombytes("RGB", (SIZE, SIZE), draw.randbytes(SIZE * SIZE * 3)).save(root / split / name)
-            record = {"file_name": name, "text": f"a {draw.choice(['red', 'blue'])} shirt", "identities": [index // 2]}
+            depth = np.frombuffer(draw.randbytes(SIZE * SIZE * 2), np.uint16).reshape(SIZE, SIZE)
+            Image.fromarray(depth).save(root / split / f"depth/{index}.png")
+            record = {
+                "file_name": name,
+                "depth_file_name": f"depth/{index}.png",
+                "text": f"a {draw.choice(['red', 'blue'])} shirt",
+                "identities": [index // 2],
+            }
             lines.append(json.dumps({**record, "boxes": [[8, 8, 24, 24]]}))
         (root / split / "metadata.jsonl").write_text("\n".join(lines))
     return root
@@ -200,7 +211,7 @@ def test_tokenizer_takes_any_text_and_survives_saving(tmp_path):
 
 @pytest.fixture(scope="module")
 def model(dataset, tmp_path_factory):
-    """A model folder with all four parts, each trained for two steps through the command's own code."""
+    """A model folder with all parts, each trained for two steps through the command's own code."""
     from face_fusion_pipeline.cli import avatars_train
     from face_fusion_pipeline.training import presets
 
@@ -209,6 +220,7 @@ def model(dataset, tmp_path_factory):
         "clip": {"text_width": 32, "text_layers": 1, "vision_width": 32, "vision_layers": 1, "projection": 16},
         "unet": {"widths": (32, 32, 64), "attention": (True, True, True), "head_size": 16},
         "adapter": {},
+        "controlnet": {},
     }
     folder = tmp_path_factory.mktemp("model")
     with pytest.MonkeyPatch.context() as patch:
@@ -252,6 +264,26 @@ def test_scaled_latents_have_unit_size(model, dataset):
     assert float(latents.square().mean().sqrt()) == pytest.approx(1, rel=0.02)
 
 
+def test_latents_that_shrink_with_the_picture_have_no_extra_loss(dataset):
+    """The decoder and encoder of this double copy pixels, so halved latents decode to the halved picture."""
+    from types import SimpleNamespace
+
+    from face_fusion_pipeline.training.vae import VaeTask, create_vae
+
+    data = load_avatars(dataset, "train")
+    vae = create_vae(4, 4, (0, 0, 0, 1))
+    task = VaeTask(vae, data, data, latent_noise=0.0)
+    images = data.images(torch.arange(4))
+    batch = {"images": images, "noise": torch.zeros(())}
+    assert task(batch)[1]["smaller"] > 0
+    task.equivariance = 0.0
+    assert "smaller" not in task(batch)[1]
+    task.equivariance = 0.5
+    del task._modules["vae"]
+    task.vae = SimpleNamespace(encoder=lambda x: x, decoder=lambda x: x)
+    assert task(batch)[1]["smaller"] == 0
+
+
 def test_text_encoder_and_score_tower_agree(model):
     from face_fusion_pipeline.training.clip import load_clip, tokenize
     from face_fusion_pipeline.training.unet import load_frozen
@@ -281,7 +313,67 @@ def test_adapter_is_exported_with_its_metadata(model):
     losses = [json.loads(line) for line in (model / "logs/adapter/metrics.jsonl").read_text().splitlines()][-1]
     assert {"validation_loss_right_face", "validation_loss_wrong_face", "validation_loss_no_face"} <= losses.keys()
     records = json.loads((model / "training.json").read_text())
-    assert records.keys() == {"vae", "clip", "unet", "adapter"} and records["unet"]["samples"] == 8
+    assert records.keys() == {"vae", "clip", "unet", "adapter", "controlnet"} and records["unet"]["samples"] == 8
+
+
+def test_controlnet_is_exported_small_and_followed(model, dataset):
+    from diffusers import ControlNetModel
+
+    from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
+    from face_fusion_pipeline.training.controlnet import create_controlnet, load_depth
+    from face_fusion_pipeline.training.unet import load_unet
+
+    controlnet = ControlNetModel.from_pretrained(model / "controlnet")
+    pipe = StableDiffusionFaceFusionPipeline.from_pretrained(model, controlnet=controlnet)
+    pipe.set_progress_bar_config(disable=True)
+    depth = load_depth(load_avatars(dataset, "train"))
+    assert depth.shape == (12, 1, SIZE, SIZE) and depth.amin() == 0 and depth.amax() == 255
+    picture = Image.fromarray(depth[0, 0].numpy())
+    assert pipe("a red shirt", control_image=picture, num_inference_steps=2).images[0].size == (SIZE, SIZE)
+    unet = load_unet(model)
+    fresh = create_controlnet(unet).state_dict()
+    assert torch.equal(fresh["conv_in.weight"], unet.conv_in.weight)
+    assert not any(
+        weight.any() for name, weight in fresh.items() if name.startswith(("controlnet_down", "controlnet_mid"))
+    )
+    trained = controlnet.state_dict()
+    assert any(
+        weight.any() for name, weight in trained.items() if name.startswith(("controlnet_down", "controlnet_mid"))
+    )
+    losses = [json.loads(line) for line in (model / "logs/controlnet/metrics.jsonl").read_text().splitlines()][-1]
+    assert {"validation_loss_right_depth", "validation_loss_wrong_depth"} <= losses.keys()
+
+
+def test_depth_maps_have_to_be_in_the_dataset(dataset):
+    from face_fusion_pipeline.training.controlnet import load_depth
+
+    data = load_avatars(dataset, "train", 2)
+    for record in data.records:
+        del record["depth_file_name"]
+    with pytest.raises(TrainingError, match="avatars-dataset --depth"):
+        load_depth(data)
+
+
+def test_two_processes_share_the_batch(dataset, model, tmp_path):
+    """The command starts its own processes; both take part, one writes."""
+    command = [sys.executable, "-m", "face_fusion_pipeline", "avatars-train", "vae", "--data", str(dataset)]
+    options = ["--out", str(tmp_path), "--continue-from", str(model), "--steps", "3", "--batch-size", "4"]
+    subprocess.run([*command, *options, "--processes", "2"], check=True, capture_output=True, timeout=200)
+    record = json.loads((tmp_path / "training.json").read_text())["vae"]
+    assert (record["processes"], record["steps"], record["samples"]) == (2, 3, 12)
+    lines = (tmp_path / "logs/vae/metrics.jsonl").read_text().splitlines()
+    assert len([line for line in lines if "validation_psnr" in line]) == 1
+
+
+def test_a_unet_is_fitted_to_another_number_of_latent_channels(model):
+    import types
+
+    from face_fusion_pipeline.training.unet import load_unet, load_unet_for
+
+    frozen = types.SimpleNamespace(vae=types.SimpleNamespace(config=types.SimpleNamespace(latent_channels=6)))
+    fitted, source = load_unet_for(frozen, model), load_unet(model)
+    assert fitted.conv_in.in_channels == fitted.conv_out.out_channels == 6
+    assert torch.equal(fitted.mid_block.resnets[0].conv1.weight, source.mid_block.resnets[0].conv1.weight)
 
 
 def test_reference_is_another_image_of_the_same_person(model, dataset):
@@ -309,6 +401,17 @@ def test_reference_is_another_image_of_the_same_person(model, dataset):
         expected = task.loss.per_image(plain, target, batch).mean()
     torch.testing.assert_close(dropped, expected)
     assert not torch.allclose(loss, expected)
+
+
+def test_timesteps_are_stratified_and_may_lean_to_noise():
+    from face_fusion_pipeline.training.unet import DiffusionLoss
+
+    shape, generator = torch.Size((1000, 1, 1, 1)), torch.Generator().manual_seed(0)
+    even = DiffusionLoss(1.0).draw(shape, generator)["timesteps"]
+    assert sorted(even.tolist()) == list(range(1000))  # one from each of as many ranges
+    noisy = DiffusionLoss(1.0, timestep_power=0.5).draw(shape, generator)["timesteps"]
+    assert noisy.float().mean() == pytest.approx(1000 * 2 / 3, rel=0.01)
+    assert noisy.min() >= 0 and noisy.max() < 1000
 
 
 def test_stages_name_what_is_missing(tmp_path):

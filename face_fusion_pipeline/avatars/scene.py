@@ -106,7 +106,7 @@ def sample_scene(seed: int, identities: Sequence[int | Identity], **fixed: Any) 
     clothings = [given] * count if isinstance(given, str) else list(given)
     if len(clothings) != count:
         raise ValueError(f"{len(clothings)} clothings for {count} people: give one, or one per person")
-    low, high = {1: (0.44, 0.54), 2: (0.32, 0.37), 3: (0.235, 0.265)}[count]
+    low, high = {1: (0.56, 0.68), 2: (0.41, 0.47), 3: (0.30, 0.33)}[count]
     people = []
     for index, identity in enumerate(identities):
         person = identity if isinstance(identity, Identity) else sample_identity(identity)
@@ -117,9 +117,9 @@ def sample_scene(seed: int, identities: Sequence[int | Identity], **fixed: Any) 
             "roll": rng.uniform(-9, 9),
             "scale": rng.uniform(low, high),
         }
-        jitter = 0.12 if count == 1 else 0.05
+        jitter = 0.10 if count == 1 else 0.04
         x = slot + rng.uniform(-jitter, jitter)
-        y = rng.uniform(0.0, 0.12) if count == 1 else rng.uniform(-0.08, 0.12)
+        y = rng.uniform(0.0, 0.1) if count == 1 else rng.uniform(-0.08, 0.12)
         drawn.update({name: float(fixed[name]) for name in drawn if name in fixed})
         clothing = _checked("clothing", clothings[index], CLOTHINGS)
         people.append(Person(person, x=x, y=y, expression=expression, clothing=clothing, **drawn))

@@ -34,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_generation(model)
     model.add_argument("--prompts", type=_positive, default=200, help="unseen prompts (default: 200)")
 
+    people = actions.add_parser("people", help="two or three people in a picture: likeness, leakage, who is missing")
+    _add_generation(people)
+    people.add_argument("--people", type=int, choices=(1, 2, 3), default=2, help="people in a picture (default: 2)")
+    people.add_argument("--identities", type=_positive, default=25, help="groups of test people (default: 25)")
+    people.add_argument("--prompts", type=_positive, default=2, help="prompts for each group (default: 2)")
+    people.add_argument("--adapter", help="adapter file or folder (default: the one beside the model, if any)")
+    people.add_argument("--scale", type=float, default=1.0, help="face scale (default: 1)")
+
     recognition = actions.add_parser("recognition", help="do tools made for photographs accept avatars?")
     _add_judges(recognition)
     recognition.add_argument("--identities", type=_positive, default=100, help="test people (default: 100)")
@@ -51,10 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("locator", "scene", "expression", "recogniser"),
         help="train only these and keep the others that are in --out (locator, scene, expression, recogniser)",
     )
+    train.add_argument("--start", type=Path, metavar="DIR", help="judges to go on from (default: begin anew)")
     train.add_argument("--limit", type=_positive, default=20000, help="images to use at most (default: 20000)")
     train.add_argument("--seed", type=int, default=0)
 
-    for action in (table, model, recognition, train):
+    for action in (table, model, people, recognition, train):
         action.add_argument("--threads", type=_positive, help="CPU threads of torch (default: torch decides)")
         action.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -64,7 +73,13 @@ def run(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    actions = {"table": _table, "model": _model, "recognition": _recognition, "train-judges": _train}
+    actions = {
+        "table": _table,
+        "model": _model,
+        "people": _people,
+        "recognition": _recognition,
+        "train-judges": _train,
+    }
     result, text = actions[args.action](args)
     print(json.dumps(result, indent=1) if args.json else text)
     return 0
@@ -137,19 +152,24 @@ def _training_captions(data: Path | None) -> set[str]:
     return {json.loads(line)["text"] for line in path.read_text().splitlines() if line.strip()}
 
 
+def _adapter(args: argparse.Namespace) -> str | None:
+    """The adapter named, else the one beside the model, else None."""
+    from ..face_adapter import ADAPTER_WEIGHTS_NAME
+
+    model = Path(_settings(args).model)
+    return args.adapter or (str(model) if (model / ADAPTER_WEIGHTS_NAME).is_file() else None)
+
+
 def _table(args: argparse.Namespace) -> tuple[dict, str]:
     from ..evaluation.avatar_table import as_markdown, compare
     from ..evaluation.generation import METHODS, load_pipeline
     from ..evaluation.trials import plan_trials
-    from ..face_adapter import ADAPTER_WEIGHTS_NAME
     from ..face_errors import FaceFusionError
 
-    model = Path(_settings(args).model)
-    beside = str(model) if (model / ADAPTER_WEIGHTS_NAME).is_file() else None
-    adapter = args.adapter or beside
+    adapter = _adapter(args)
     methods = args.methods or [method for method in METHODS if method != "adapter" or adapter]
     if "adapter" in methods and adapter is None:
-        raise FaceFusionError(f"--methods adapter: no adapter in {model}, name one with --adapter")
+        raise FaceFusionError("--methods adapter: no adapter beside the model, name one with --adapter")
     settings = _settings(args, adapter=adapter, face_scale=args.scale, training_free_scale=args.training_free_scale)
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
@@ -166,6 +186,22 @@ def _model(args: argparse.Namespace) -> tuple[dict, str]:
     trials = quality_trials(args.prompts, seed=args.seed, exclude=_training_captions(args.training_data))
     panel = _panel(args)
     result = measure_model(load_pipeline(settings, device=args.device), trials, panel, settings, args.out)
+    return result, as_markdown(result)
+
+
+def _people(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..evaluation.generation import load_pipeline
+    from ..evaluation.judges import SHIPPED, load_judges
+    from ..evaluation.people_table import as_markdown, compare_people
+    from ..evaluation.trials import plan_trials
+
+    settings = _settings(args, adapter=_adapter(args), face_scale=args.scale)
+    exclude = _training_captions(args.training_data)
+    trials = plan_trials(
+        args.identities, args.prompts, seed=args.seed, people=args.people, exclude=exclude, style="photo"
+    )
+    judges = load_judges(args.judges or SHIPPED)
+    result = compare_people(load_pipeline(settings, device=args.device), trials, judges, settings, args.out)
     return result, as_markdown(result)
 
 
@@ -189,7 +225,8 @@ def _train(args: argparse.Namespace) -> tuple[dict, str]:
     from ..evaluation.judge_training import train_judges
     from ..evaluation.reports import markdown_table
 
-    only = {"only": args.only} if args.only else {}
+    only: dict[str, Any] = {"only": args.only} if args.only else {}
+    only |= {"start": args.start}
     result = train_judges(args.data, args.out, steps=args.steps, limit=args.limit, seed=args.seed, **only)
     rows = [[f"{trait} right", value] for trait, value in result["accuracy"].items()]
     rows += [["landmark error, pixels", result["landmark_error_pixels"]], ["recogniser AUC", result["recogniser_auc"]]]

@@ -37,18 +37,20 @@ def train_judges(
     limit: int = 20000,
     seed: int = 0,
     only: Sequence[str] = JUDGE_NAMES,
+    start: str | Path | None = None,
 ) -> dict:
     """Train all four judges on DATA/train, write them to `out` and return their figures on DATA/validation.
 
     `steps` batches for each, half of them for the recogniser. What looks at aligned faces is trained on faces
-    as the locator finds them. With `only` a few of the names, the others are those already in `out`. The figures are
-    also written to `out/report.json`.
+    as the locator finds them. With `only` a few of the names, the others are those already in `out`. `start` is a
+    folder of judges to go on from. The figures are also written to `out/report.json`.
     """
     torch.manual_seed(seed)
     renders = load_renders(data, "train", limit)
     singles = renders.where(people=1)
     labels = {trait: sorted({str(record[trait]) for record in renders.records}) for trait in TRAITS}
-    judges = Judges.new(labels)
+    judges = load_judges(start) if start else Judges.new(labels)
+    judges.networks.requires_grad_(True)
     if set(only) != set(JUDGE_NAMES):
         trained = load_judges(out)
         judges = replace(trained, **{name: getattr(judges, name) for name in only})
@@ -64,7 +66,14 @@ def train_judges(
         _fit(judges.recogniser, _recogniser_loss(judges, singles, found), _people(singles, rng), steps // 2)
     judges.save(out)
     figures = report(load_judges(out), load_renders(data, "validation", limit))
-    figures |= {"trained_on": len(renders), "steps": steps, "trained": list(only), "seed": seed, **circumstances()}
+    figures |= {
+        "trained_on": len(renders),
+        "steps": steps,
+        "trained": list(only),
+        "started_from_judges": start is not None,
+        "seed": seed,
+        **circumstances(),
+    }
     (Path(out) / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +33,12 @@ from ..face_adapter import (
 from ..face_identity import capture_hidden_states, noise_latents
 from .data import AvatarImages, cached, crop_boxes, save_grid
 from .loop import Batch, Task, TrainingError, seeded
-from .unet import DiffusionLoss, Frozen, LatentData, fingerprint
+from .unet import DiffusionLoss, Frozen, LatentData, fingerprint, plain_attention_on_cpu
 
 
 FACE_CROP = 1.6
 TEXT_DROPOUT, FACE_DROPOUT, BOTH_DROPOUT = 0.05, 0.05, 0.05
+TIMESTEP_POWER = 0.6  # a nearly clean picture shows who it is already: the reference has most to say about noisy ones
 PREFIX = "state "
 
 
@@ -112,6 +113,19 @@ class References:
         return {name: state[rows].to(device).float().unsqueeze(1) for name, state in self.states.items()}
 
 
+def continued_adapter(unet: UNet2DConditionModel, path: Path, metadata: Mapping[str, object]) -> FaceFusionAdapter:
+    """The weights of a file in float32, to be trained on; raises `TrainingError` where its metadata are others."""
+    tensors, strings = read_tensors(path)
+    stored = AdapterMetadata.from_strings(strings)
+    changed = [name for name, value in metadata.items() if getattr(stored, name) != value]
+    if changed:
+        raise TrainingError(
+            f"{path} has {changed[0]} {getattr(stored, changed[0])}, not {metadata[changed[0]]}: "
+            "give the same option to go on from it"
+        )
+    return load_adapter(unet, {key: value.float() for key, value in tensors.items()}, stored)
+
+
 class AdapterTask(Task):
     """Trains a new adapter, or the one in the folder `source`, for the frozen `unet`."""
 
@@ -136,7 +150,7 @@ class AdapterTask(Task):
         self.references = References(frozen, unet, train, options.reference_timestep)
         self.held_out_references = References(frozen, unet, validation, options.reference_timestep)
         self.validation, self.size = validation, len(self.references.targets)
-        self.loss = DiffusionLoss(options.face_loss_weight)
+        self.loss = DiffusionLoss(options.face_loss_weight, TIMESTEP_POWER)
 
     def _create(self, resolution: int, source: Path | None) -> FaceFusionAdapter:
         metadata = {
@@ -148,15 +162,7 @@ class AdapterTask(Task):
         }
         if source is None:
             return create_adapter(self.unet, self.options.init, metadata=metadata)
-        tensors, strings = read_tensors(source / ADAPTER_WEIGHTS_NAME)
-        stored = AdapterMetadata.from_strings(strings)
-        changed = [name for name, value in metadata.items() if getattr(stored, name) != value]
-        if changed:
-            raise TrainingError(
-                f"{source / ADAPTER_WEIGHTS_NAME} has {changed[0]} {getattr(stored, changed[0])}, "
-                f"not {metadata[changed[0]]}: give the same option to go on from it"
-            )
-        return load_adapter(self.unet, {key: value.float() for key, value in tensors.items()}, stored)
+        return continued_adapter(self.unet, source / ADAPTER_WEIGHTS_NAME, metadata)
 
     @property
     def device(self) -> torch.device:
@@ -192,7 +198,7 @@ class AdapterTask(Task):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         noisy, target = self.loss.noised(batch)
-        with self.fused(reference_tokens(batch), batch["has_face"]):
+        with self.fused(reference_tokens(batch), batch["has_face"]), plain_attention_on_cpu():
             predicted = self.unet(noisy, batch["timesteps"], batch["text"]).sample
         return self.loss.per_image(predicted, target, batch).mean(), {}
 

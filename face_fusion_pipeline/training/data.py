@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..avatars import render
 from ..avatars.dataset import describe, plan
-from .loop import TrainingError
+from .loop import TrainingError, process_group
 
 
 @dataclass
@@ -109,15 +109,22 @@ def render_avatars(
 
 
 def cached(path: Path, key: str, make: Callable[[], Tensor]) -> Tensor:
-    """The tensor in the safetensors file `path` if it was stored under the same `key`; else make and store it."""
-    if path.is_file():
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                return file.get_tensor("tensor")
-    tensor = make().cpu().contiguous()
-    partial = path.with_suffix(".partial")
-    save_file({"tensor": tensor}, partial, {"key": key})
-    os.replace(partial, path)
+    """The tensor in the safetensors file `path` if it was stored under the same `key`; else make and store it.
+
+    Of several processes the first one makes it while the others wait.
+    """
+    with process_group().main_process_first():
+        if path.is_file():
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("key") == key:
+                    return file.get_tensor("tensor")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count() or threads)  # nobody else works meanwhile
+        tensor = make().cpu().contiguous()
+        torch.set_num_threads(threads)
+        partial = path.with_suffix(".partial")
+        save_file({"tensor": tensor}, partial, {"key": key})
+        os.replace(partial, path)
     return tensor
 
 

@@ -22,8 +22,16 @@ class Preset:
 PRESETS: dict[str, dict[str, Preset]] = {
     "vae": {
         "cpu": Preset(
-            {"encoder_width": 32, "decoder_width": 32, "blocks": (0, 1, 2, 3)},
-            LoopOptions(batch_size=8, lr=1.2e-3, steps=12000, warmup=100, ema_decay=0.998),
+            {"encoder_width": 48, "decoder_width": 48, "blocks": (0, 1, 3, 5), "latent_channels": 16},
+            LoopOptions(
+                batch_size=16,
+                lr=1.2e-3,
+                steps=16000,
+                warmup=100,
+                ema_decay=0.998,
+                precision="bf16",
+                channels_last=True,
+            ),
         ),
         "gpu": Preset(
             {"encoder_width": 64, "decoder_width": 64, "blocks": (1, 1, 2, 3), "latent_channels": 16},
@@ -53,6 +61,10 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 batch_size=256, lr=4e-4, steps=30000, warmup=1000, ema_decay=0.9995, precision="bf16", compile=True
             ),
         ),
+    },
+    "controlnet": {
+        "cpu": Preset({}, LoopOptions(batch_size=32, lr=3e-4, steps=2000, ema_decay=0.998, precision="bf16")),
+        "gpu": Preset({}, LoopOptions(batch_size=256, lr=3e-4, steps=6000, ema_decay=0.9995, precision="bf16")),
     },
     "adapter": {
         "cpu": Preset({}, LoopOptions(batch_size=32, lr=5e-4, steps=1500, warmup=100, ema_decay=0.995)),

@@ -1,0 +1,215 @@
+"""Several people in one picture: is everybody there, does each look like themselves, and not like the neighbour?
+
+Two or three test people and a prompt; the places are the face boxes of the true render of the prompt's scene. Each
+face is cut out of the picture at its place, framed as a portrait, and compared with *another* portrait of the person
+and of the neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..avatars import render
+from ..face_images import crop_box
+from .generation import Settings, image_path, keep_settings
+from .judges import IMAGE_SIZE, Judges
+from .metrics import bootstrap_mean, cosine_similarity
+from .renders import from_pil, read_image, to_pil, write_image
+from .reports import circumstances, contact_sheet, markdown_table, write_report
+from .trials import Trial, portraits, true_renders
+
+
+FACE_HEIGHT = 52.0  # pixels of a face box in a portrait of 128, the median of the dataset
+CEILING, FLOOR = "true render", "somebody else"
+SHEET_ROWS = 6
+
+
+@dataclass(frozen=True)
+class Method:
+    """How people are placed; without `overlap` there are no masks, without `faces` no faces either."""
+
+    name: str
+    faces: bool = True
+    overlap: str | None = None
+    background: str | None = None
+
+
+METHODS = (
+    Method("no faces", faces=False),
+    Method("no masks"),
+    *(
+        Method(f"{overlap}, {background}", overlap=overlap, background=background)
+        for overlap in ("nearest", "shared", "literal")
+        for background in ("none", "all")
+    ),
+)
+
+
+def compare_people(
+    pipe: Any, trials: list[Trial], judges: Judges, settings: Settings, out: Path, methods: Sequence[Method] = METHODS
+) -> dict[str, Any]:
+    """Generate, score, write `rows.jsonl`, `people.json`, `people.md` and `sheet.png` to `out`; returns the result."""
+    keep_settings(out, settings)
+    boxes = [true_boxes(trial) for trial in trials]
+    for trial, places in zip(tqdm(trials, desc="images", unit="trial"), boxes, strict=True):
+        missing = [method for method in methods if not image_path(out, trial, slug(method.name)).is_file()]
+        people = [pipe.encode_face(portraits(p, seed=settings.seed).face) for p in members(trial)] if missing else []
+        for method in missing:
+            write_image(
+                image_path(out, trial, slug(method.name)), _image(pipe, trial, method, people, places, settings)
+            )
+    rows = _score(trials, boxes, judges, settings, out, methods)
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = [*(method.name for method in methods), CEILING, FLOOR]
+    result = {
+        "settings": asdict(settings),
+        "people": len(trials[0].scene.people),
+        "images_per_method": len(trials),
+        **circumstances(),
+        "methods": {name: summarise([row for row in rows if row["method"] == name], settings.seed) for name in names},
+    }
+    add_leakage(result["methods"])
+    write_report(out, "people", result, as_markdown(result))
+    write_image(out / "sheet.png", _sheet(trials, methods, settings, out))
+    return result
+
+
+def slug(name: str) -> str:
+    """A method's name in file names."""
+    return name.replace(", ", "-").replace(" ", "-")
+
+
+def members(trial: Trial) -> list[int]:
+    """Identity seeds of a trial's people, from left to right."""
+    return [trial.person + i for i in range(len(trial.scene.people))]
+
+
+def true_boxes(trial: Trial) -> list[list[float]]:
+    """Face boxes of the people in the true render of a trial's scene, in pixels of 128."""
+    return [list(box) for box in render([trial.scene]).boxes[0].tolist()]
+
+
+def portrait_crops(image: torch.Tensor, boxes: Sequence[Sequence[float]]) -> torch.Tensor:
+    """The people of an image (3, H, W), each framed as a portrait by its face box: (n, 3, 128, 128)."""
+    picture, crops = to_pil(image), []
+    for x0, y0, x1, y1 in boxes:
+        half = (y1 - y0) * IMAGE_SIZE / FACE_HEIGHT / 2
+        x, y = (x0 + x1) / 2, (y0 + y1) / 2
+        square = crop_box(picture, (x - half, y - half, x + half, y + half))
+        crops.append(from_pil(square.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)))
+    return torch.stack(crops)
+
+
+def summarise(rows: list[dict], seed: int) -> dict[str, Any]:
+    """Similarity to the own person and to the neighbours (mean and interval), share of pictures with all people."""
+    groups = np.array([row["person"] for row in rows])
+    own, neighbour = (
+        asdict(bootstrap_mean(np.array([row[key] for row in rows]), groups, seed=seed)) for key in ("own", "neighbour")
+    )
+    return {"own": own, "neighbour": neighbour, "all_present": float(np.mean([row["all_present"] for row in rows]))}
+
+
+def add_leakage(methods: dict[str, dict]) -> None:
+    """How far the neighbour's likeness has come from the floor to the own likeness: 0 is none, 1 is a full mixture."""
+    floor = methods[FLOOR]["own"]["mean"]
+    for figures in methods.values():
+        way = figures["own"]["mean"] - floor
+        figures["leakage"] = (figures["neighbour"]["mean"] - floor) / way if way > 0 else float("nan")
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """The table with its legend."""
+
+    def interval(estimate: dict[str, float]) -> str:
+        return f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+    rows = [
+        [name, interval(f["own"]), interval(f["neighbour"]), f["leakage"], f"{100 * f['all_present']:.1f} %"]
+        for name, f in result["methods"].items()
+    ]
+    s = result["settings"]
+    return (
+        markdown_table(["overlap, background", "own person ↑", "neighbour ↓", "leakage ↓", "all present ↑"], rows)
+        + f"\n{result['images_per_method']} pictures of {result['people']} people a method, people that no training "
+        f"saw, {s['steps']} steps, guidance {s['guidance_scale']}, face scale {s['face_scale']}, seed {s['seed']}; "
+        f"{result['machine']}, {result['date']}.\nSimilarity: avatar recogniser, cosine to another portrait, with a "
+        "95 % bootstrap interval over people. Leakage: share of the way from the floor to the own similarity that the "
+        "neighbour's has come.\n"
+    )
+
+
+@torch.inference_mode()
+def _image(
+    pipe: Any, trial: Trial, method: Method, people: list[Any], boxes: list[list[float]], settings: Settings
+) -> torch.Tensor:
+    face: dict[str, Any] = {}
+    if method.faces:
+        face = {"face_image": people, "face_scale": settings.face_scale}
+        if method.overlap is None:
+            face |= {"face_masks": [np.ones((8, 8))] * len(people), "face_overlap": "shared"}
+        else:
+            face |= {"face_boxes": boxes, "face_overlap": method.overlap, "face_background": method.background}
+    output = pipe(
+        trial.text,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        generator=torch.Generator().manual_seed(trial.seed),
+        output_type="pt",
+        **face,
+    )
+    return output.images[0].float().cpu()
+
+
+def _score(
+    trials: list[Trial],
+    boxes: list[list[list[float]]],
+    judges: Judges,
+    settings: Settings,
+    out: Path,
+    methods: Sequence[Method],
+) -> list[dict]:
+    truth, strangers = true_renders(trials), true_renders(trials, person_shift=len(trials[0].scene.people))
+    rows = []
+    for i, (trial, places) in enumerate(zip(tqdm(trials, desc="scores", unit="trial"), boxes, strict=True)):
+        others = torch.stack([portraits(person, seed=settings.seed).other for person in members(trial)])
+        known = judges.embed(others, judges.locate(others))
+        images = [read_image(image_path(out, trial, slug(m.name)), IMAGE_SIZE) for m in methods]
+        images += [truth[i], strangers[i]]
+        counts = judges.describe(torch.stack(images))["people"]
+        for name, image, count in zip([*(m.name for m in methods), CEILING, FLOOR], images, counts, strict=True):
+            crops = portrait_crops(image, places)
+            found = judges.embed(crops, judges.locate(crops))
+            similarity = cosine_similarity(found[:, None], known[None])  # (faces, people)
+            for k in range(len(places)):
+                neighbours = np.delete(similarity[k], k)
+                rows.append(
+                    {
+                        "trial": trial.key,
+                        "person": trial.person,
+                        "place": k,
+                        "method": name,
+                        "own": float(similarity[k, k]),
+                        "neighbour": float(neighbours.mean()) if len(neighbours) else float("nan"),
+                        "all_present": count == str(len(places)),
+                    }
+                )
+    return rows
+
+
+def _sheet(trials: list[Trial], methods: Sequence[Method], settings: Settings, out: Path) -> Image.Image:
+    rows = []
+    for trial in trials[:: max(1, len(trials) // SHEET_ROWS)][:SHEET_ROWS]:
+        faces = [portraits(person, seed=settings.seed).face for person in members(trial)]
+        pictures = [to_pil(read_image(image_path(out, trial, slug(method.name)))) for method in methods]
+        rows.append((trial.text, [*faces, *pictures]))
+    columns = [f"person {i + 1}" for i in range(len(members(trials[0])))]
+    return contact_sheet([*columns, *(method.name for method in methods)], rows)
