@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "unet": {
         "cpu": Preset(
             {"widths": (64, 128, 256), "attention": (True, True, True), "head_size": 32},
-            LoopOptions(batch_size=32, lr=8e-4, steps=3000, ema_decay=0.998, weight_decay=0.0),
+            LoopOptions(batch_size=64, lr=1e-3, steps=8000, ema_decay=0.998, weight_decay=0.0, precision="bf16"),
         ),
         "gpu": Preset(
             {"widths": (96, 192, 256), "attention": (True, True, True), "head_size": 32},
@@ -67,7 +67,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "gpu": Preset({}, LoopOptions(batch_size=256, lr=3e-4, steps=6000, ema_decay=0.9995, precision="bf16")),
     },
     "adapter": {
-        "cpu": Preset({}, LoopOptions(batch_size=32, lr=5e-4, steps=1500, warmup=100, ema_decay=0.995)),
+        "cpu": Preset({}, LoopOptions(batch_size=32, lr=1.5e-3, steps=2600, ema_decay=0.998, precision="bf16")),
         "gpu": Preset({}, LoopOptions(batch_size=256, lr=3e-4, steps=10000, ema_decay=0.9995, precision="bf16")),
     },
 }
