@@ -1,0 +1,150 @@
+"""`face-fusion ablate`: the reviewers' questions, answered on avatars with people that no training saw."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..face_errors import FaceFusionError
+
+
+HELP = "answer a reviewers' question: train variants of the method alike and compare them on avatars"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train the variants of a question with equal budgets, generate people that no training saw, and write table, "
+        "plot and JSON to OUT. Finished runs are not repeated: a stopped command goes on when it is given again, and "
+        "questions in one OUT share their runs."
+    )
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="see --list; several, or 'all'")
+    parser.add_argument("--list", action="store_true", help="list the questions and their variants")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="avatars prepared with `face-fusion prepare`")
+    parser.add_argument("--model", metavar="DIR", help="the base model (default: the embedded avatar model)")
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="a page with markers to write the answers to")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch decides)")
+
+    budget = parser.add_argument_group("training, the same for every variant")
+    budget.add_argument("--steps", type=int, metavar="N", help="steps of training")
+    budget.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="one run for each")
+    budget.add_argument("--batch-size", type=int, default=32)
+    budget.add_argument("--learning-rate", type=float, default=1.5e-3)
+    budget.add_argument(
+        "--rate", action="append", default=[], metavar="VARIANT=RATE", help="another learning rate for one variant"
+    )
+    budget.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
+    budget.add_argument(
+        "--keep-references", action="store_true", help="hold what the encoder makes of all references in memory"
+    )
+    budget.add_argument(
+        "--condition-recogniser",
+        metavar="NAME",
+        help="what ip-adapter-faceid is given: a folder of judges, or NAME=FILE.onnx (default: the package's)",
+    )
+
+    measure = parser.add_argument_group("measurement")
+    measure.add_argument("--identities", type=int, default=50, help="test people")
+    measure.add_argument("--prompts", type=int, default=4, help="prompts for each of them")
+    measure.add_argument("--inference-steps", type=int, default=20, help="denoising steps of a picture")
+    measure.add_argument("--guidance-scale", type=float, default=4.0, help="classifier-free guidance")
+    measure.add_argument("--batch", type=int, default=4, help="pictures denoised together")
+    measure.add_argument("--scales", type=float, nargs="+", metavar="SCALE", help="points of the scale curve")
+    measure.add_argument(
+        "--judge-recogniser",
+        metavar="NAME",
+        help="who measures likeness: a folder of judges, or NAME=FILE.onnx (default: the package's); where a variant "
+        "is conditioned on a recogniser it must be another one",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.list:
+        print(listing())
+        return 0
+    check_arguments(args)
+
+    import torch
+
+    from ..ablations.laboratory import Laboratory
+    from ..ablations.pictures import Sampling
+    from ..ablations.questions import QUESTIONS
+    from ..ablations.report import fill, write_answer
+    from ..ablations.training import Budget, Trainer
+    from ..avatar_model import embedded_model
+    from ..finetuning.base_model import load_base
+    from ..training.loop import process_group
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    base = load_base(args.model or embedded_model())
+    base.pipeline.to(process_group().device)  # where the trainings will be
+    budget = Budget(args.steps, args.batch_size, args.learning_rate, args.mixed_precision, rates(args.rate))
+    sampling = Sampling(args.identities, args.prompts, args.inference_steps, args.guidance_scale, args.batch)
+    trainer = Trainer(base, args.data, args.out, budget, args.condition_recogniser, args.keep_references)
+    laboratory = Laboratory(trainer, sampling, tuple(args.seeds), args.judge_recogniser)
+    for name in QUESTIONS if "all" in args.questions else args.questions:
+        question = QUESTIONS[name]
+        if question.axis == "scale" and args.scales:
+            question = question.along(args.scales)
+        text = write_answer(question, laboratory.answer(question), laboratory, args.out / "answers")
+        if args.docs is not None:
+            fill(args.docs, question, text, args.out / "answers" / f"{name}.png")
+        print(f"{question.number}. {question.name}: {question.asks}\n\n{text}\n")
+    return 0
+
+
+def listing() -> str:
+    """Questions and variants, as text."""
+    from ..ablations.questions import QUESTIONS
+    from ..ablations.variants import VARIANTS
+
+    lines = [f"{q.number}  {q.name:<12} {q.asks}\n{'':16}{', '.join(q.variants)}" for q in QUESTIONS.values()]
+    lines += ["", *(f"{variant.name:<18} {variant.about}" for variant in VARIANTS.values())]
+    return "\n".join(lines)
+
+
+def rates(texts: list[str]) -> dict[str, float]:
+    """`VARIANT=RATE` texts as numbers. Raises [`FaceFusionError`]."""
+    from ..ablations.variants import VARIANTS
+
+    found = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            found[name] = 0.0
+        if name not in VARIANTS or not found[name] > 0:
+            raise FaceFusionError(
+                f"--rate {text!r}: write VARIANT=RATE, for example ip-adapter=5e-4; --list names them"
+            )
+    return found
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """What can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
+    from ..ablations.questions import QUESTIONS
+
+    if not args.questions:
+        raise FaceFusionError("no question given: name one, --list shows them")
+    unknown = [name for name in args.questions if name not in (*QUESTIONS, "all")]
+    if unknown:
+        raise FaceFusionError(f"no question {unknown[0]!r}: choose from {', '.join(QUESTIONS)}, or all")
+    for name in ("data", "out", "steps"):
+        if getattr(args, name) is None:
+            raise FaceFusionError(f"--{name} is missing")
+    counts = ("steps", "batch_size", "identities", "prompts", "inference_steps", "batch", "threads")
+    for name in counts:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise FaceFusionError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not args.learning_rate > 0:
+        raise FaceFusionError(f"--learning-rate must be positive, got {args.learning_rate}")
+    rates(args.rate)
+    if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0:
+        raise FaceFusionError(f"--seeds must be different numbers from 0 on, got {args.seeds}")
+    if not args.guidance_scale > 1:
+        raise FaceFusionError(f"--guidance-scale must be above 1, got {args.guidance_scale}")
+    if args.scales and not all(0 < scale <= 100 for scale in args.scales):
+        raise FaceFusionError(f"--scales must be above 0 and at most 100, got {args.scales}")
