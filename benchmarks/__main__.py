@@ -4,6 +4,7 @@
     python -m benchmarks compare --shape avatar --steps 20 # all variants in alternation
     python -m benchmarks compare --device cuda --dtype float16 bfloat16 --compile none inductor --steps 20
     python -m benchmarks grow                              # more references, people, pixels, images
+    python -m benchmarks regions                           # several people: grouped queries against a dense mask
     python -m benchmarks profile                           # where the time over the plain pipeline goes
     python -m benchmarks load                              # import and loading, beside diffusers' own
     python -m benchmarks soak --shape avatar --calls 200   # does a long run leak or recompile?
@@ -130,6 +131,33 @@ def grow(args: argparse.Namespace) -> None:
     deliver(args, name, f"**{setup}**\n\n{growth_table(measured)}\n{foot(setup, args.rounds)}")
 
 
+REGION_CASES = [(people, tokens) for tokens in (1024, 4096) for people in (2, 3)]  # references of 256 and 512 px
+
+
+def regions(args: argparse.Namespace) -> None:
+    """Several people at the finest layer of Stable Diffusion 1.5: queries grouped by region against a dense mask."""
+    from .measure import in_own_process
+    from .regions import Layer, added_bytes, measure_layer, region_row, region_table
+    from .report import machine
+
+    setup = one_setup(args)
+    if args.case:
+        people, tokens, way = args.case.split(",")
+        print(json.dumps(added_bytes(int(people), int(tokens), way, setup)))
+        return
+    rows = []
+    for people, tokens in REGION_CASES:
+        memory = {
+            way: in_own_process(["regions", "--case", f"{people},{tokens},{way}", *setup.options()])
+            for way in ("grouped", "dense")
+        }
+        times = measure_layer(Layer.create(people, tokens, setup), setup, args.rounds)
+        rows.append(region_row(people, tokens, times, memory))
+    note = f"One row of a batch, 4096 queries, 8 heads of 40. Medians over {args.rounds} alternating rounds, memory "
+    note += f"each in a process of its own. {machine(setup)}"
+    deliver(args, named(args, args.device), f"{region_table(rows)}\n{note}")
+
+
 def draw(args: argparse.Namespace, name: str, plot: Callable[..., None], data: Any) -> None:
     """Plot, where matplotlib is installed."""
     from .report import plots_possible
@@ -252,7 +280,7 @@ def soak(args: argparse.Namespace) -> None:
 
 # --- Command line ------------------------------------------------------------------------------------------------
 
-COMMANDS = {command.__name__: command for command in (floor, compare, grow, profile, load, soak, alone)}
+COMMANDS = {command.__name__: command for command in (floor, compare, grow, regions, profile, load, soak, alone)}
 DEFAULT_STEPS = {"sd15": 3, "avatar": 20, "tiny": 2}
 
 
@@ -275,7 +303,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         add("--out", type=Path, default=Path("benchmarks/results"))
         add("--page", nargs="?", type=Path, const=PAGE, help="also put the tables into benchmarks/README.md")
         add("--tag", default="", help="a word at the end of the result's name")
-        if name in ("compare", "grow", "load"):
+        if name in ("compare", "grow", "load", "regions"):
             add("--rounds", type=int, default=5)
         if name in ("compare", "profile"):
             add("--variants", nargs="+", help="labels of the rows (default: all)")
@@ -294,6 +322,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             add("--calls", type=int, default=200)
         if name == "alone":
             add("--label", required=True)
+        if name == "regions":
+            add("--case", help=argparse.SUPPRESS)  # PEOPLE,TOKENS,WAY: print the memory of this one and end
     args = parser.parse_args(argv)
     args.steps = args.steps or DEFAULT_STEPS[args.shape]
     if args.steps < 2:

@@ -255,16 +255,24 @@ def first_image(setup: Setup, variant: Variant) -> dict[str, float]:
     return {"first": timed(job, setup).image, "memory": float(device_bytes(setup, peak=True))}
 
 
+def in_own_process(arguments: Sequence[str]) -> Any:
+    """The JSON that `python -m benchmarks ARGUMENTS` ends with. Raises UnavailableError with its last complaint."""
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UnavailableError(done.stderr.strip().splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def measure_alone(result: Result, say: Callable[[str], None]) -> None:
     """Fill in `first` and `memory` from a fresh process."""
     if result.skipped:
         return
-    command = [sys.executable, "-m", "benchmarks", "alone", "--label", result.variant.label, *result.setup.options()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        say(f"{result.setup}: {result.variant.label} alone failed: {done.stderr.strip().splitlines()[-1]}")
+    try:
+        measured = in_own_process(["alone", "--label", result.variant.label, *result.setup.options()])
+    except UnavailableError as error:
+        say(f"{result.setup}: {result.variant.label} alone failed: {error}")
         return
-    measured = json.loads(done.stdout.splitlines()[-1])
     result.first, result.memory = measured["first"], measured["memory"]
 
 
