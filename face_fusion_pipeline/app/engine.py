@@ -1,0 +1,217 @@
+"""One pipeline for all users of the app: photos to identities, forms to pictures, one call at a time."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..face_adapter import unet_fingerprint
+from ..face_detectors import FaceDetector, load_detector
+from ..face_errors import FaceFusionError, InvalidLayoutError, ModelNotFoundError, NoFaceError, SeveralFacesError
+from ..face_identity import FaceIdentity
+from ..face_images import FacePhoto, detect_faces, locate_face
+from ..face_layout import Box, assign_boxes, even_boxes, scale_boxes
+from ..generation import describe, reference_crops
+from .form import WHOLE_PHOTO, FieldError, Form, PersonForm
+
+
+OnStep = Callable[[float, str], None]  # part of the work that is done in [0, 1], and what is being done
+
+
+class CancelledError(Exception):
+    """The user does not want the rest of the pictures."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One result.
+
+    Attributes:
+        image: with the faces. plain: the same noise without them, or None.
+        boxes: the face boxes used, XYXY in pixels, and where they are from; None for a single person without a place.
+        hidden: the model's safety checker blacked the picture out.
+        text: what made it, for PNG text chunks.
+    """
+
+    image: Image.Image
+    plain: Image.Image | None
+    boxes: list[Box] | None
+    hidden: bool
+    text: dict[str, object]
+
+
+class Engine:
+    """A Face Fusion pipeline and a face detector that any number of threads may ask.
+
+    Args:
+        pipe: [`StableDiffusionFaceFusionPipeline`].
+        model, adapter: their names, for the text in the pictures; see `generation.describe`.
+        detector: see `face_detectors.load_detector`.
+    """
+
+    def __init__(
+        self, pipe: Any, model: str | None = None, adapter: str | None = None, detector: FaceDetector | None = None
+    ) -> None:
+        pipe.set_progress_bar_config(disable=True)
+        self.pipe, self.model, self.adapter = pipe, model, adapter
+        self.detector = detector or load_detector()
+        self._unet_lock, self._detector_lock = threading.Lock(), threading.Lock()
+
+    def size(self, control: Image.Image | None = None) -> tuple[int, int]:
+        """(width, height) of the pictures in pixels: the model's own square, or inside it the shape of `control`."""
+        side = self.pipe._default_resolution()
+        if control is None:
+            return side, side
+        width, height = (max(1, round(length * side / max(control.size) / 8)) * 8 for length in control.size)
+        return width, height
+
+    @property
+    def has_control(self) -> bool:
+        """Whether the model can follow the depth of a picture."""
+        return self.pipe.controlnet is not None
+
+    # --- People ----------------------------------------------------------------------------------------------------
+
+    def photos(self, person: PersonForm) -> list[FacePhoto]:
+        """The face that is meant in each photo. Raises [`FieldError`] of the person with the photo's name."""
+        return [self._photo(person, file) for file in person.photos]
+
+    def _photo(self, person: PersonForm, file: Path) -> FacePhoto:
+        try:
+            detector = None if person.which == WHOLE_PHOTO else self.detector
+            with self._detector_lock:  # OpenCV's detectors keep state while they look
+                return locate_face(file.read_bytes(), detector, person.face_index)
+        except SeveralFacesError as error:
+            message = "several faces are in it, and none is far larger: say which under “Which face”"
+            raise FieldError(person.field, f"{file.name}: {message}") from error
+        except NoFaceError as error:
+            message = "no such face" if person.face_index is not None else "no face"
+            way_out = f"take one that shows it larger, sharper or more frontal, or choose “{WHOLE_PHOTO}”"
+            raise FieldError(person.field, f"{file.name}: {message} found in this photo: {way_out}") from error
+        except OSError as error:  # its own words name the path on this machine
+            raise FieldError(person.field, f"{file.name}: cannot be read: {error.strerror}") from error
+        except FaceFusionError as error:
+            raise FieldError(person.field, f"{file.name}: {error}") from error
+
+    def identity(self, person: PersonForm) -> tuple[list[Image.Image], FaceIdentity]:
+        """The face crops of a person (none of a saved identity) and the identity. Raises [`FieldError`]."""
+        if person.identity is not None:
+            return [], person.identity
+        crops = reference_crops(self.pipe, self.photos(person))
+        with self._unet_lock:
+            return crops, self.pipe.encode_face(crops)
+
+    def load_identity(self, file: Path) -> FaceIdentity:
+        """A saved identity. Raises [`FaceFusionError`]: not one, or made with another model."""
+        try:
+            identity = FaceIdentity.load(file)
+        except FaceFusionError as error:  # its message may name the path on this machine
+            raise FaceFusionError(
+                f"this is no identity that can be read: {str(error).replace(str(file), 'it')}"
+            ) from None
+        adapter = self.pipe._adapter_fingerprint()
+        if identity.mode == "adapter" and not adapter:
+            raise FaceFusionError("this identity needs the adapter it was made with: start the app with --adapter")
+        identity.check(unet_fingerprint(self.pipe.unet), adapter)
+        return identity
+
+    def find_boxes(self, picture: Image.Image) -> list[Box]:
+        """Boxes XYXY in pixels of all faces of a picture, from left to right."""
+        with self._detector_lock:
+            return [face.box for face in detect_faces(picture, self.detector)]
+
+    # --- Pictures --------------------------------------------------------------------------------------------------
+
+    def run(
+        self, form: Form, identities: list[FaceIdentity], on_step: OnStep, cancelled: Callable[[], bool]
+    ) -> Iterator[Picture]:
+        """Picture after picture; picture i is made with seed + i and does not depend on the others.
+
+        Args:
+            form: checked.
+            identities: of `form.people`, see [`identity`].
+            on_step: called after every denoising step.
+            cancelled: asked at every step.
+
+        Raises:
+            CancelledError: `cancelled()` was true; the pictures so far have been handed out.
+            FieldError, FaceFusionError: bad input that only the pipeline could see.
+        """
+        boxes = form.face_boxes and scale_boxes(form.face_boxes, (1, 1), self.size(form.control))
+        draft = len(identities) > 1 and boxes is None
+        passes = 2 if form.compare or draft else 1
+        for index in range(form.count):
+
+            def report(part: float, done: int, index: int = index) -> None:
+                if cancelled():
+                    raise CancelledError
+                words = f"Picture {index + 1} of {form.count}" + (", draft" if passes - done == 2 else "")
+                on_step((index * passes + done + part) / (form.count * passes), words)
+
+            one = replace(form, seed=form.seed + index)
+            plain = None
+            if passes == 2:
+                plain = self._denoise(one, {}, lambda part: report(part, 0)).images[0]
+            places, source = (boxes, "drawn") if boxes else (None, None)
+            if draft:
+                places, source = self._boxes_in_draft(plain, len(identities))
+            faces = {"face_image": identities, "face_scale": [person.strength for person in form.people]}
+            faces |= {"face_boxes": places} if places else {}
+            output = self._denoise(one, faces, lambda part: report(part, passes - 1))
+            hidden = any(getattr(output, "nsfw_content_detected", None) or [])
+            text = self._text(one, identities, places, source)
+            yield Picture(output.images[0], plain, places, hidden, text)
+
+    def _denoise(self, form: Form, faces: dict[str, Any], on_step: Callable[[float], None]) -> Any:
+        import torch
+
+        def after_step(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step((step + 1) / pipe.num_timesteps)
+            return tensors
+
+        width, height = self.size(form.control)
+        control = {} if form.control is None else {"control_image": form.control}
+        try:
+            with self._unet_lock:
+                on_step(0.0)  # a run that waited for others may have been cancelled meanwhile
+                return self.pipe(
+                    form.full_prompt,
+                    negative_prompt=form.negative_prompt or None,
+                    num_inference_steps=form.steps,
+                    guidance_scale=form.guidance,
+                    width=width,
+                    height=height,
+                    generator=torch.Generator("cpu").manual_seed(form.seed),
+                    callback_on_step_end=after_step,
+                    **faces,
+                    **control,
+                )
+        except (InvalidLayoutError, ModelNotFoundError) as error:  # boxes, and a depth estimator that is not there
+            raise FieldError("places", error) from error
+
+    def _boxes_in_draft(self, draft: Any, count: int) -> tuple[list[Box], str]:
+        found = self.find_boxes(draft)
+        if len(found) < count:
+            return even_boxes(count, draft.height, draft.width), "even"
+        return assign_boxes(found, count), "draft"
+
+    def _text(
+        self, form: Form, identities: list[FaceIdentity], boxes: list[Box] | None, source: str | None
+    ) -> dict[str, object]:
+        settings: dict[str, object] = {
+            "prompt": form.full_prompt,
+            "negative_prompt": form.negative_prompt or None,
+            "seed": form.seed,
+            "people": len(identities),
+            "face_scale": ", ".join(f"{person.strength:g}" for person in form.people),
+            "face_mode": identities[0].mode,
+            "face_boxes": boxes and "; ".join(", ".join(f"{value:.0f}" for value in box) for box in boxes),
+            "face_boxes_source": source,
+            "steps": form.steps,
+            "guidance": form.guidance,
+            "control": None if form.control is None else "depth of the layout picture",
+        }
+        return describe(self.pipe, self.model, self.adapter, settings)

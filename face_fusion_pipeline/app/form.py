@@ -1,0 +1,141 @@
+"""What a user asks for, and the checks of it that need no model. No widgets here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..face_errors import FaceFusionError
+from ..face_layout import Box
+from ..face_loader_mixin import check_scale
+from ..generation import MAX_SEED, check_prompt
+
+
+MAX_PEOPLE, MAX_PHOTOS, MAX_PICTURES, MAX_STEPS = 3, 8, 8, 200
+
+AS_WRITTEN = "as written"
+STYLES = (AS_WRITTEN, "pencil sketch", "watercolor", "faded film", "line art")  # what the embedded model knows
+MORE_STYLES = ("photo", "oil painting", "comic book", "clay figure")  # for checkpoints that know more
+
+ONLY_FACE, WHOLE_PHOTO = "the only one", "the photo is cropped to a face"
+WHICH_FACE = (
+    ONLY_FACE,
+    "1st from the left",
+    "2nd from the left",
+    "3rd from the left",
+    "4th from the left",
+    WHOLE_PHOTO,
+)
+
+
+class FieldError(FaceFusionError):
+    """Bad input that belongs to one field of the form: `person_1` to `person_3`, `prompt`, `seed`, `places`, ..."""
+
+    def __init__(self, field: str, message: object) -> None:
+        super().__init__(str(message))
+        self.field = field
+
+
+@dataclass(frozen=True)
+class PersonForm:
+    """One person: photos, or an identity that was saved.
+
+    Attributes:
+        number: 1 to 3, as shown.
+        which: one of `WHICH_FACE`, which face of the photos is meant.
+        strength: `face_scale`, >= 0.
+    """
+
+    number: int
+    photos: tuple[Path, ...] = ()
+    identity: Any = None
+    which: str = ONLY_FACE
+    strength: float = 1.0
+
+    @property
+    def field(self) -> str:
+        return f"person_{self.number}"
+
+    @property
+    def is_given(self) -> bool:
+        return bool(self.photos) or self.identity is not None
+
+    @property
+    def face_index(self) -> int | None:
+        """Which face, counted from 0 and from the left; None: the only one."""
+        return None if self.which in (ONLY_FACE, WHOLE_PHOTO) else WHICH_FACE.index(self.which) - 1
+
+
+@dataclass(frozen=True)
+class Form:
+    """All that one press of “Generate” asks for.
+
+    Attributes:
+        people: those who are given, at least one.
+        boxes: person's number -> face box XYXY in [0, 1] of the picture's width and height; may be empty.
+        control: picture whose depth is to be followed, an RGB image, or None.
+        compare: whether each picture is made without faces, too.
+    """
+
+    people: tuple[PersonForm, ...]
+    prompt: str
+    style: str = AS_WRITTEN
+    negative_prompt: str = ""
+    seed: int = 0
+    count: int = 2
+    steps: int = 25
+    guidance: float = 5.0
+    compare: bool = False
+    boxes: dict[int, Box] | None = None
+    control: Any = None
+
+    @property
+    def full_prompt(self) -> str:
+        """The prompt with the style."""
+        return self.prompt if self.style == AS_WRITTEN else f"{self.prompt}, {self.style}"
+
+    @property
+    def face_boxes(self) -> list[Box] | None:
+        """Boxes in the order of the people, or None: nothing was drawn."""
+        return [self.boxes[person.number] for person in self.people] if self.boxes else None
+
+    def check(self) -> None:
+        """Raise [`FieldError`] for the first field that is wrong."""
+        if not self.people:
+            raise FieldError("person_1", "add a photo of the person, load an identity, or take one of the examples")
+        for person in self.people:
+            if len(person.photos) > MAX_PHOTOS:
+                raise FieldError(person.field, f"{len(person.photos)} photos: keep the best {MAX_PHOTOS} or fewer")
+            _in_field(person.field, check_scale, person.strength, "the strength")
+        _in_field("prompt", check_prompt, self.prompt, "the prompt")
+        if self.negative_prompt:
+            _in_field("negative_prompt", check_prompt, self.negative_prompt, "what not to show")
+        if not 0 <= self.seed <= MAX_SEED - MAX_PICTURES:
+            raise FieldError("seed", f"the seed must be from 0 to {MAX_SEED - MAX_PICTURES}, got {self.seed}")
+        for field, value, most in (("count", self.count, MAX_PICTURES), ("steps", self.steps, MAX_STEPS)):
+            if not 1 <= value <= most:
+                raise FieldError(field, f"this must be from 1 to {most}, got {value}")
+        if not 0 <= self.guidance <= 100:
+            raise FieldError("guidance", f"this must be from 0 to 100, got {self.guidance}")
+        if self.boxes:
+            self._check_boxes(self.boxes)
+
+    def _check_boxes(self, boxes: dict[int, Box]) -> None:
+        given = {person.number for person in self.people}
+        if absent := sorted(boxes.keys() - given):
+            raise FieldError("places", f"person {absent[0]} has a box, but no photo: add one, or clear the boxes")
+        if missing := sorted(given - boxes.keys()):
+            raise FieldError("places", f"person {missing[0]} has no box: draw one, or clear all boxes")
+
+
+def whole_number(field: str, value: Any) -> int:
+    """`value` of a number field as an integer. Raises [`FieldError`]: empty, not a number, with a fraction."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and value % 1 == 0:
+        return int(value)
+    raise FieldError(field, f"this must be a whole number, got {'nothing' if value is None else value}")
+
+
+def _in_field(field: str, check: Any, *args: Any) -> None:
+    try:
+        check(*args)
+    except FaceFusionError as error:
+        raise FieldError(field, error) from error

@@ -1,0 +1,191 @@
+"""What the widgets do. Every handler gets the session of its own page and nobody else's."""
+
+import html
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..face_errors import FaceFusionError
+from .engine import CancelledError, Engine
+from .form import ONLY_FACE, FieldError, Form, PersonForm, whole_number
+from .page import Widgets
+from .places import boxes_of_people, canvas_value, drawn_boxes, read_picture
+from .results import save_archive, save_picture, save_sheet
+from .session import Run, Session, Sessions
+
+
+logger = logging.getLogger(__name__)
+
+Updates = dict[Any, Any]
+
+
+def message(text: str, kind: str = "error") -> Any:
+    """The update of a message beside a field; an empty text hides it. Whatever a user wrote stays text."""
+    role = "alert" if kind == "error" else "status"
+    return gr.HTML(f'<p class="{kind}" role="{role}">{html.escape(text)}</p>' if text else "", visible=bool(text))
+
+
+@dataclass(frozen=True, repr=False)
+class Handlers:
+    """The event handlers of one page of widgets.
+
+    Gradio calls the generating ones one after another for all users: the pipeline serves one call at a time.
+    """
+
+    engine: Engine
+    sessions: Sessions
+    widgets: Widgets
+
+    # --- The form --------------------------------------------------------------------------------------------------
+
+    def form_inputs(self) -> set[Any]:
+        """All widgets that [`read_form`] reads."""
+        w = self.widgets
+        fields = {w.prompt, w.style, w.seed, w.count, w.canvas, w.follow_depth}
+        fields |= {w.negative_prompt, w.steps, w.guidance, w.compare}
+        return fields.union(*({p.photos, p.strength, p.which} for p in w.people))
+
+    def read_person(self, values: Updates, number: int, session: Session) -> PersonForm:
+        """One person as the widgets say."""
+        person = self.widgets.people[number - 1]
+        photos = tuple(Path(file) for file, _ in values[person.photos] or [])
+        identity = None if photos else session.identities.get(number)
+        return PersonForm(
+            number, photos, identity, values.get(person.which, ONLY_FACE), values.get(person.strength, 1.0)
+        )
+
+    def read_form(self, values: Updates, session: Session) -> Form:
+        """The form as the widgets say, checked. Raises [`FieldError`]."""
+        w = self.widgets
+        people = [self.read_person(values, number, session) for number in range(1, len(w.people) + 1)]
+        form = Form(
+            people=tuple(person for person in people if person.is_given),
+            prompt=values[w.prompt] or "",
+            style=values[w.style],
+            negative_prompt=(values[w.negative_prompt] or "").strip(),
+            seed=whole_number("seed", values[w.seed]),
+            count=whole_number("count", values[w.count]),
+            steps=whole_number("steps", values[w.steps]),
+            guidance=values[w.guidance],
+            compare=values[w.compare],
+            boxes=drawn_boxes(values[w.canvas]),
+            control=session.layout if values[w.follow_depth] else None,
+        )
+        form.check()
+        return form
+
+    def show_error(self, error: FaceFusionError) -> Updates:
+        """The message beside the field that the error is about, with that field in sight."""
+        w, name = self.widgets, error.field if isinstance(error, FieldError) else "result"
+        updates: Updates = {w.messages.get(name, w.messages["result"]): message(str(error))}
+        if name.startswith("person_"):
+            updates[w.tabs] = gr.Tabs(selected=int(name.removeprefix("person_")))
+        elif name == "places":
+            updates[w.places_section] = gr.Accordion(open=True)
+        elif name in ("negative_prompt", "steps", "guidance"):
+            updates[w.more_section] = gr.Accordion(open=True)
+        return updates
+
+    # --- Generating ------------------------------------------------------------------------------------------------
+
+    def start(self, request: gr.Request) -> Updates:
+        """At once, whoever else is being served: messages and old results go, the Cancel button comes."""
+        w, session = self.widgets, self.sessions.of(request.session_hash)
+        session.new_run()
+        kept = {f"person_{number}" for number in session.identities}  # the words that one is loaded
+        cleared = {beside: message("") for name, beside in w.messages.items() if name not in kept}
+        empty = {w.results: None, w.sheet: None, w.metadata: None, w.downloads: gr.Column(visible=False)}
+        return {**cleared, **empty, **self._buttons(running=True), w.status: "<p>Waiting …</p>"}
+
+    def run(self, values: Updates, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Iterator[Updates]:  # noqa: B008  Gradio finds it by its default
+        """Generate picture after picture, each shown as soon as it is there."""
+        w, session = self.widgets, self.sessions.of(request.session_hash)
+        run = session.run
+        if run is None or run.cancelled.is_set():  # while it waited for its turn
+            return
+        try:
+            form = self.read_form(values, session)
+            progress(0, desc="Looking at the photos")
+            identities = []
+            for person in form.people:
+                crops, identity = self.engine.identity(person)
+                identities.append(identity)
+                run.references |= {f"person {person.number}" if len(form.people) > 1 else "reference": crops}
+            step = lambda part, words: progress(part, desc=words)  # noqa: E731
+            for picture in self.engine.run(form, identities, step, run.cancelled.is_set):
+                run.add(picture, save_picture(picture, run.folder, len(run.pictures)))
+                words = f"<p>{len(run.pictures)} of {form.count} …</p>"
+                yield {w.results: run.files, w.status: words}
+        except CancelledError:
+            return  # `cancel` has shown what there is
+        except FaceFusionError as error:
+            yield {**self.show_error(error), **self.finish(run, "")}
+            return
+        except Exception as error:
+            logger.exception("unexpected error")
+            problem = message(f"unexpected {type(error).__name__}: {error}")
+            yield {w.messages["result"]: problem, **self.finish(run, "")}
+            return
+        yield self.finish(run, "Done.")
+
+    def cancel(self, request: gr.Request) -> Updates:
+        """Stop at the next step; the pictures so far stay."""
+        run = self.sessions.of(request.session_hash).run
+        if run is None:
+            return self._buttons(running=False)
+        run.cancelled.set()
+        return self.finish(run, f"Cancelled; {len(run.pictures)} finished.")
+
+    def finish(self, run: Run, words: str) -> Updates:
+        """Contact sheet, ZIP file and metadata of the pictures that there are."""
+        w = self.widgets
+        updates: Updates = {**self._buttons(running=False), w.status: f"<p>{words}</p>" if words else ""}
+        pictures, files = list(run.pictures), list(run.files)
+        sheet = save_sheet(pictures, run.references, run.folder)
+        if sheet is None:
+            return updates
+        if any(picture.hidden for picture in pictures):
+            note = "the model's safety checker blacked out a picture: try another prompt or seed"
+            updates[w.messages["result"]] = message(note, "note")
+        archive = save_archive([*files, sheet], pictures, run.folder)
+        return {
+            **updates,
+            w.sheet: str(sheet),
+            w.archive: str(archive),
+            w.sheet_file: str(sheet),
+            w.downloads: gr.Column(visible=True),
+            w.metadata: [{key: value for key, value in p.text.items() if value is not None} for p in pictures],
+        }
+
+    def _buttons(self, running: bool) -> Updates:
+        w = self.widgets
+        return {w.generate: gr.Button(interactive=not running), w.cancel: gr.Button(visible=running)}
+
+    # --- Places ----------------------------------------------------------------------------------------------------
+
+    def show_layout(self, file: str, request: gr.Request) -> Updates:
+        """A layout picture behind the boxes, with the faces found in it as boxes."""
+        w = self.widgets
+        try:
+            picture = read_picture(file)
+        except FieldError as error:
+            return self.show_error(error)
+        self.sessions.of(request.session_hash).layout = picture
+        boxes = boxes_of_people(self.engine.find_boxes(picture), picture.size)
+        words = f"{len(boxes)} face{'s' * (len(boxes) != 1)} found; draw over them to change a place."
+        return {
+            w.canvas: canvas_value(picture, boxes),
+            w.messages["places"]: message(words, "note"),
+            w.remove_layout: gr.Button(visible=True),
+        }
+
+    def remove_layout(self, request: gr.Request) -> Updates:
+        """An empty area again."""
+        w, (width, height) = self.widgets, self.engine.size()
+        self.sessions.of(request.session_hash).layout = None
+        empty = {w.canvas: canvas_value(ratio=width / height), w.messages["places"]: message("")}
+        return {**empty, w.remove_layout: gr.Button(visible=False), w.follow_depth: False}

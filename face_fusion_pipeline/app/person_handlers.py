@@ -1,0 +1,104 @@
+"""What the widgets of one person do, and the examples that fill in the form."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gradio as gr
+
+from ..face_errors import FaceFusionError
+from .avatar_examples import Example
+from .form import ONLY_FACE, FieldError
+from .handlers import Handlers, Updates, message
+from .page import PersonWidgets
+
+
+@dataclass(frozen=True, repr=False)
+class PersonHandlers:
+    """The event handlers of person `number`, 1 to 3."""
+
+    page: Handlers
+    number: int
+
+    @property
+    def widgets(self) -> PersonWidgets:
+        return self.page.widgets.people[self.number - 1]
+
+    @property
+    def beside(self) -> gr.HTML:
+        """The message beside the photos."""
+        return self.page.widgets.messages[f"person_{self.number}"]
+
+    def check_photos(self, values: Updates, request: gr.Request) -> Updates:
+        """Say at once what is wrong with a photo; photos take the place of a loaded identity."""
+        session = self.page.sessions.of(request.session_hash)
+        person = self.page.read_person(values, self.number, session)
+        if person.identity is not None:
+            return gr.skip()
+        words, kind = "", "note"
+        if person.photos:
+            session.identities.pop(self.number, None)
+            try:
+                words = f"{count(len(self.page.engine.photos(person)), 'photo')}, a face in each."
+            except FieldError as error:
+                words, kind = str(error), "error"
+        return {self.beside: message(words, kind), self.widgets.forget: gr.Button(visible=False)}
+
+    def clear_message(self, values: Updates, request: gr.Request) -> Updates:
+        """When the last photo goes, so does what was said about it."""
+        person = self.page.read_person(values, self.number, self.page.sessions.of(request.session_hash))
+        return gr.skip() if person.is_given else {self.beside: message("")}
+
+    def load_identity(self, file: str, request: gr.Request) -> Updates:
+        """An identity file in place of photos."""
+        name = Path(file).name
+        try:
+            identity = self.page.engine.load_identity(Path(file))
+        except FaceFusionError as error:
+            return {self.beside: message(f"{name}: {error}")}
+        self.page.sessions.of(request.session_hash).identities[self.number] = identity
+        words = f"{name}: the identity of {count(identity.n_refs, 'photo')} is used."
+        shown = {self.widgets.photos: None, self.widgets.forget: gr.Button(visible=True)}
+        return {self.beside: message(words, "note"), **shown}
+
+    def forget_identity(self, request: gr.Request) -> Updates:
+        """Back to photos."""
+        self.page.sessions.of(request.session_hash).identities.pop(self.number, None)
+        return {self.beside: message(""), self.widgets.forget: gr.Button(visible=False)}
+
+    def save_identity(self, values: Updates, request: gr.Request) -> Updates:
+        """The identity as a file, behind the hidden button that downloads it."""
+        session = self.page.sessions.of(request.session_hash)
+        person = self.page.read_person(values, self.number, session)
+        try:
+            if not person.is_given:
+                raise FieldError(person.field, "add a photo of the person first")
+            file = session.folder / f"person_{self.number}.safetensors"
+            self.page.engine.identity(person)[1].save(file)
+        except FaceFusionError as error:
+            return {self.beside: message(str(error)), self.widgets.saved: None}
+        return {self.beside: message("The identity file is in your downloads.", "note"), self.widgets.saved: str(file)}
+
+
+@dataclass(frozen=True, repr=False)
+class ExampleHandler:
+    """Fills in the form as an example says."""
+
+    page: Handlers
+    example: Example
+
+    def fill(self, request: gr.Request) -> Updates:
+        """Photos, prompt and style of the example; other people, boxes and identities go."""
+        w, example = self.page.widgets, self.example
+        self.page.sessions.of(request.session_hash).identities.clear()
+        updates: Updates = {w.prompt: example.prompt, w.style: example.style, w.tabs: gr.Tabs(selected=1)}
+        updates |= self.page.remove_layout(request)
+        for number, person in enumerate(w.people):
+            photos = example.people[number] if number < len(example.people) else ()
+            updates |= {person.photos: [str(photo) for photo in photos] or None, person.which: ONLY_FACE}
+            updates |= {person.strength: 1.0, person.forget: gr.Button(visible=False)}
+        return updates
+
+
+def count(number: int, what: str) -> str:
+    """`1 photo`, `2 photos`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,159 @@
+"""The app as a local web server: page and handlers connected, nothing fetched from or sent to anywhere else."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gradio as gr
+from gradio.blocks import Block
+
+from ..face_errors import FaceFusionError
+from .avatar_examples import Example, draw_examples
+from .engine import Engine
+from .handlers import Handlers
+from .page import STATIC, THEME, build_page
+from .person_handlers import ExampleHandler, PersonHandlers
+from .session import Sessions
+
+
+HOUR = 3600  # seconds
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "unet"}
+# a button cannot download what its own click has yet to make: a hidden one is clicked when the file is there
+CLICK_SAVED = "() => { document.querySelector('#saved_%d').click(); }"
+# on a phone the results are below the form
+SHOW_STATUS = "() => { document.querySelector('#generate').scrollIntoView({behavior: 'smooth', block: 'nearest'}); }"
+HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+def build_app(engine: Engine, sessions: Sessions, steps: int = 25) -> gr.Blocks:
+    """The page with everything connected; draws the examples."""
+    examples = draw_examples(sessions.examples)
+    width, height = engine.size()
+    blocks = gr.Blocks(title="Face Fusion", analytics_enabled=False, delete_cache=(HOUR, HOUR))
+    with blocks:
+        widgets = build_page(examples, width / height, steps, engine.model is None, engine.has_control)
+        connect(Handlers(engine, sessions, widgets), examples)
+
+        def close_page(request: gr.Request) -> None:
+            sessions.drop(request.session_hash)
+
+        blocks.unload(close_page)
+    return blocks
+
+
+def connect(handlers: Handlers, examples: list[Example]) -> None:
+    """Connect the widgets with their handlers, inside `gr.Blocks()`."""
+    w = handlers.widgets
+    messages = list(w.messages.values())
+    shown = [
+        w.results,
+        w.sheet,
+        w.archive,
+        w.sheet_file,
+        w.metadata,
+        w.downloads,
+        w.status,
+        w.generate,
+        w.cancel,
+        *messages,
+    ]
+    sections = [w.tabs, w.places_section, w.more_section]
+
+    def generate_after(listener: Callable[..., Any]) -> Any:
+        """`start` at once and `run` in the queue; returns the latter, for the Cancel button."""
+        return listener(handlers.start, outputs=shown, queue=False, js=SHOW_STATUS, **HIDDEN).then(
+            handlers.run,
+            inputs=handlers.form_inputs(),
+            outputs=[*shown, *sections],
+            show_progress_on=w.status,
+            api_visibility="private",
+            **ONE_AT_A_TIME,
+        )
+
+    runs = [generate_after(w.generate.click)]
+    filled = [w.prompt, w.style, w.tabs, w.canvas, w.remove_layout, w.follow_depth, w.messages["places"]]
+    filled += [widget for p in w.people for widget in (p.photos, p.which, p.strength, p.forget)]
+    for example, button in zip(examples, w.examples, strict=True):
+        fill = button.click(ExampleHandler(handlers, example).fill, outputs=filled, queue=False, **HIDDEN)
+        runs.append(generate_after(fill.then))
+    w.cancel.click(handlers.cancel, outputs=shown, cancels=runs, queue=False, **HIDDEN)
+
+    w.dice.click(None, outputs=w.seed, js="() => Math.floor(Math.random() * 2 ** 31)")
+    places = [w.canvas, w.messages["places"], w.remove_layout, w.places_section]
+    w.layout.upload(handlers.show_layout, w.layout, places, api_visibility="private", show_progress_on=w.canvas)
+    w.remove_layout.click(handlers.remove_layout, outputs=[*places, w.follow_depth], **HIDDEN)
+    for number in range(1, len(w.people) + 1):
+        _connect_person(PersonHandlers(handlers, number))
+
+
+def _connect_person(handlers: PersonHandlers) -> None:
+    w, beside = handlers.widgets, handlers.beside
+    fields: set[Block] = {w.photos, w.strength, w.which}
+    changes = [w.photos.upload, w.photos.delete, w.which.input]
+    gr.on(changes, handlers.check_photos, fields, [beside, w.forget], **HIDDEN)
+    w.photos.change(handlers.clear_message, fields, beside, **HIDDEN)
+    w.load.upload(handlers.load_identity, w.load, [beside, w.photos, w.forget], **HIDDEN)
+    w.forget.click(handlers.forget_identity, outputs=[beside, w.forget], **HIDDEN)
+    saved = w.save.click(handlers.save_identity, fields, [beside, w.saved], **HIDDEN, **ONE_AT_A_TIME)
+    saved.then(None, js=CLICK_SAVED % handlers.number)
+
+
+@contextmanager
+def uploads_in(folder: Any) -> Iterator[None]:
+    """Gradio keeps uploads in `folder`, and asks nobody for a newer version."""
+    wanted = {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def serving(
+    engine: Engine, host: str = "127.0.0.1", port: int = 7860, steps: int = 25, max_upload_mb: float = 20
+) -> Iterator[str]:
+    """Serve the app in the background and give its address; at the end nothing of any user is left.
+
+    Args:
+        port: 0 takes any free one.
+        steps: denoising steps that the page begins with.
+        max_upload_mb: largest file that a user may upload.
+
+    Raises:
+        FaceFusionError: the port is taken.
+    """
+    sessions, limit = Sessions(), int(max_upload_mb * 2**20)
+    with uploads_in(sessions.uploads):
+        try:
+            blocks = build_app(engine, sessions, steps)
+            try:
+                _, address, _ = blocks.launch(
+                    server_name=host,
+                    server_port=port or None,
+                    max_file_size=limit,
+                    prevent_thread_lock=True,
+                    share=False,
+                    quiet=True,
+                    ssr_mode=False,
+                    enable_monitoring=False,
+                    run_history=False,
+                    footer_links=[],
+                    theme=THEME,
+                    css_paths=STATIC / "app.css",
+                    head=f"<script>const LIMIT = {limit};\n{(STATIC / 'upload_limit.js').read_text()}</script>",
+                )
+            except OSError as error:
+                raise FaceFusionError(f"cannot listen on {host}:{port}: {error}; take another --port") from error
+            try:
+                yield address
+            finally:
+                blocks.close(verbose=False)
+        finally:
+            sessions.close()

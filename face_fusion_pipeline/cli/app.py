@@ -1,0 +1,74 @@
+"""`face-fusion app`: the web page, served on this machine."""
+
+import argparse
+import signal
+import threading
+from typing import Any
+
+from ..face_errors import FaceFusionError
+from ..generation import check_model, load_pipeline
+
+
+HELP = "a web page on this machine: photos and a prompt in, pictures out"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="Stable Diffusion 1.x model; default: the avatars")
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR_OR_FILE_OR_HUB_ID",
+        help="trained Face Fusion weights; default: those in the model's folder, else training-free mode",
+    )
+    parser.add_argument("--controlnet", metavar="DIR_OR_HUB_ID", help="depth ControlNet, to follow a layout picture")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps that the page begins with")
+    parser.add_argument("--max-upload", type=float, default=20, metavar="MB", help="largest file that may be uploaded")
+    parser.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
+    parser.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_arguments(args)
+    serving = import_server()
+
+    from ..app.engine import Engine
+    from ..face_detectors import load_detector
+
+    detector = load_detector(args.detector, args.detector_model)
+    pipe, adapter = load_pipeline(args.model, args.adapter, args.device, args.dtype, args.controlnet)
+    engine = Engine(pipe, args.model, adapter, detector)
+    stop = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):  # both end with the uploads removed
+        signal.signal(name, lambda *_: stop.set())
+    with serving(engine, args.host, args.port, args.steps, args.max_upload) as address:
+        print(f"Face Fusion is at {address}  (Ctrl+C ends it)", flush=True)
+        stop.wait()
+    return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Everything that can be known to be wrong before anything is loaded. Raises [`FaceFusionError`]."""
+    if not 0 <= args.port <= 65535:
+        raise FaceFusionError(f"--port must be from 0 (any free one) to 65535, got {args.port}")
+    if not 1 <= args.steps <= 200:
+        raise FaceFusionError(f"--steps must be from 1 to 200, got {args.steps}")
+    if not 0 < args.max_upload <= 10_000:
+        raise FaceFusionError(f"--max-upload must be above 0 and up to 10000 MB, got {args.max_upload}")
+    if args.model is not None:
+        check_model(args.model)
+
+
+def import_server() -> Any:
+    """`app.server.serving`. Raises [`FaceFusionError`] without Gradio."""
+    try:
+        from ..app.server import serving
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise FaceFusionError(
+            "the app needs Gradio, which is not installed: pip install 'face-fusion-pipeline[app]'"
+        ) from error
+    return serving

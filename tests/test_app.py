@@ -1,0 +1,417 @@
+"""The web app without a browser: forms, places, users kept apart, files, and what the engine makes of a form."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+from test_controlnet import tiny_controlnet
+from test_several_people import FakeDetector
+
+from face_fusion_pipeline import FaceFusionError, FaceIdentity, create_adapter
+from face_fusion_pipeline.app.avatar_examples import draw_examples
+from face_fusion_pipeline.app.engine import CancelledError, Engine, Picture
+from face_fusion_pipeline.app.form import (
+    ONLY_FACE,
+    WHICH_FACE,
+    WHOLE_PHOTO,
+    FieldError,
+    Form,
+    PersonForm,
+    whole_number,
+)
+from face_fusion_pipeline.app.places import boxes_of_people, canvas_value, drawn_boxes, read_picture
+from face_fusion_pipeline.app.results import save_archive, save_picture, save_sheet
+from face_fusion_pipeline.app.session import Sessions
+from face_fusion_pipeline.cli import main
+from face_fusion_pipeline.face_errors import IdentityMismatchError
+from face_fusion_pipeline.face_images import locate_face
+from face_fusion_pipeline.generation import load_pipeline
+
+
+ROOT = Path(__file__).parents[1]
+FORM = Form(people=(PersonForm(1, (Path("ada.png"),)),), prompt="a cat", steps=2, count=2, seed=7)
+LEFT, RIGHT = (0.05, 0.25, 0.4, 0.75), (0.6, 0.25, 0.95, 0.75)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    tiny_models.face(1, size=32).save(tmp_path / "ada.png")
+    return tmp_path / "ada.png"
+
+
+def make_engine(adapter: bool = True, **detector: Any) -> Engine:
+    pipe = tiny_models.tiny_pipeline()
+    if adapter:
+        torch.manual_seed(1)
+        pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata={"resolution": 16}))
+    return Engine(pipe, "somebody/model", None, FakeDetector(*detector.get("faces", [(4, 4, 28, 28)]), size=32))
+
+
+def run(engine: Engine, form: Form, **watch: Any) -> list[Picture]:
+    """All pictures of a form whose photos are cropped to the face."""
+    people = tuple(replace(person, which=WHOLE_PHOTO) for person in form.people)
+    form = replace(form, people=people)
+    identities = [engine.identity(person)[1] for person in people]
+    on_step, cancelled = watch.get("on_step", lambda part, words: None), watch.get("cancelled", lambda: False)
+    return list(engine.run(form, identities, on_step, cancelled))
+
+
+def differ(a: Picture, b: Picture) -> bool:
+    return np.abs(np.asarray(a.image).astype(int) - np.asarray(b.image)).max() > 1
+
+
+# --- Form and places -------------------------------------------------------------------------------------------------
+
+BAD = {
+    "nobody": ({"people": ()}, "person_1"),
+    "too many photos": ({"people": (PersonForm(2, (Path("a.png"),) * 9),)}, "person_2"),
+    "strength below zero": ({"people": (PersonForm(3, (Path("a.png"),), strength=-1),)}, "person_3"),
+    "empty prompt": ({"prompt": "  "}, "prompt"),
+    "undecodable prompt": ({"prompt": "a \udcff"}, "prompt"),
+    "bad negative prompt": ({"negative_prompt": "a\0b"}, "negative_prompt"),
+    "seed below zero": ({"seed": -1}, "seed"),
+    "seed too large": ({"seed": 2**63}, "seed"),
+    "no pictures": ({"count": 0}, "count"),
+    "too many pictures": ({"count": 9}, "count"),
+    "no steps": ({"steps": 0}, "steps"),
+    "guidance that is no number": ({"guidance": float("nan")}, "guidance"),
+    "box of nobody": ({"boxes": {1: LEFT, 2: RIGHT}}, "places"),
+    "somebody without a box": (
+        {"people": (PersonForm(1, (Path("a"),)), PersonForm(2, (Path("b"),))), "boxes": {1: LEFT}},
+        "places",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_form_names_its_field(case: str) -> None:
+    FORM.check()
+    changes, field = BAD[case]
+    with pytest.raises(FieldError) as caught:
+        replace(FORM, **changes).check()
+    assert caught.value.field == field
+
+
+def test_style_and_boxes_of_a_form() -> None:
+    assert FORM.full_prompt == "a cat"
+    assert replace(FORM, style="watercolor").full_prompt == "a cat, watercolor"
+    people = (PersonForm(3, (Path("c"),)), PersonForm(1, (Path("a"),)))
+    assert replace(FORM, people=people, boxes={1: LEFT, 3: RIGHT}).face_boxes == [RIGHT, LEFT]
+    assert FORM.face_boxes is None and replace(FORM, boxes={}).face_boxes is None
+
+
+def test_which_face_is_an_index_from_the_left() -> None:
+    assert [PersonForm(1, which=which).face_index for which in WHICH_FACE] == [None, 0, 1, 2, 3, None]
+
+
+@pytest.mark.parametrize("value", [None, "7", 1.5, True, float("nan"), float("inf")])
+def test_a_number_field_without_a_whole_number(value: Any) -> None:
+    assert whole_number("seed", 7.0) == 7
+    with pytest.raises(FieldError, match="whole number"):
+        whole_number("seed", value)
+
+
+def test_drawn_boxes_are_checked() -> None:
+    assert drawn_boxes(canvas_value()) == {}
+    assert drawn_boxes({"boxes": [None, list(LEFT), None]}) == {2: LEFT}
+    for bad in (None, "boxes", {"boxes": 3}, {"boxes": [None] * 4}, {"boxes": [[0.5, 0, 0.1, 1]]}, {"boxes": [["x"]]}):
+        with pytest.raises(FieldError) as caught:
+            drawn_boxes(bad)
+        assert caught.value.field == "places"
+
+
+def test_boxes_found_in_a_layout_are_shown_over_it() -> None:
+    found = [(0, 0, 10, 10), (60, 10, 110, 40), (20, 0, 40, 20), (50, 30, 52, 32)]
+    boxes = boxes_of_people(found, (100, 50))
+    assert boxes == [(0, 0, 0.1, 0.2), (0.2, 0, 0.4, 0.4), (0.6, 0.2, 1.0, 0.8)]  # the largest, left to right, inside
+    value = canvas_value(Image.new("RGB", (1000, 500)), boxes[:2])
+    assert value["ratio"] == 2 and value["boxes"][2] is None and value["person"] == 2
+    assert value["picture"].startswith("data:image/jpeg;base64,") and len(value["picture"]) < 20_000
+    assert drawn_boxes(json.loads(json.dumps(value))) == {1: boxes[0], 2: boxes[1]}
+
+
+def test_a_bad_layout_is_named_without_its_path(tmp_path: Path) -> None:
+    (tmp_path / "plan.png").write_text("no picture")
+    for name in ("plan.png", "absent.png"):
+        with pytest.raises(FieldError) as caught:
+            read_picture(tmp_path / name)
+        assert name in str(caught.value)
+    assert caught.value.field == "places"
+
+
+# --- Engine ----------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_come_one_by_one_with_text(photo: Path) -> None:
+    form = replace(FORM, people=(PersonForm(1, (photo,), strength=1.5),), style="line art")
+    steps: list[tuple[float, str]] = []
+    engine = make_engine()
+    pictures = run(engine, form, on_step=lambda part, words: steps.append((part, words)))
+    assert [picture.text["seed"] for picture in pictures] == [7, 8] and differ(*pictures)
+    text = pictures[0].text
+    assert text["prompt"] == "a cat, line art" and text["face_scale"] == "1.5" and text["face_mode"] == "adapter"
+    assert text["model"] == "somebody/model" and "generated by AI" in str(text["description"])
+    parts = [part for part, _ in steps]
+    assert parts == sorted(parts) and parts[-1] == 1 and {"Picture 1 of 2", "Picture 2 of 2"} == {w for _, w in steps}
+    assert not differ(run(engine, replace(form, seed=8, count=1))[0], pictures[1])  # its own seed only
+    assert differ(run(engine, replace(form, people=(PersonForm(1, (photo,), strength=0),)))[0], pictures[0])
+
+
+def test_compare_gives_the_picture_without_a_face(photo: Path) -> None:
+    engine, form = make_engine(), replace(FORM, people=(PersonForm(1, (photo,)),), count=1)
+    (compared,) = run(engine, replace(form, compare=True))
+    (off,) = run(engine, replace(form, people=(PersonForm(1, (photo,), strength=0),)))
+    assert compared.plain is not None and np.array_equal(np.asarray(compared.plain), np.asarray(off.image))
+    assert run(engine, form)[0].plain is None and differ(compared, off)
+
+
+def test_several_people_in_drawn_boxes_or_in_a_draft(photo: Path) -> None:
+    people = (PersonForm(1, (photo,)), PersonForm(2, (photo, photo), strength=0.5))
+    form = replace(FORM, people=people, count=1)
+    (drawn,) = run(make_engine(), replace(form, boxes={1: LEFT, 2: RIGHT}))
+    assert drawn.boxes == [pytest.approx([16 * value for value in box]) for box in (LEFT, RIGHT)]
+    assert drawn.plain is None and drawn.text["face_boxes_source"] == "drawn" and drawn.text["face_scale"] == "1, 0.5"
+    (draft,) = run(make_engine(faces=[(20, 8, 30, 24), (2, 8, 12, 24)]), form)
+    assert draft.plain is not None and draft.text["face_boxes_source"] == "draft"
+    assert draft.boxes == [(1, 4, 6, 12), (10, 4, 15, 12)]  # the detector looks at twice the size
+    (even,) = run(make_engine(faces=[(2, 8, 12, 24)]), form)
+    assert even.text["face_boxes_source"] == "even" and len(even.boxes or []) == 2
+    assert differ(drawn, even)
+
+
+def test_the_depth_of_a_picture_is_followed_in_its_shape(photo: Path) -> None:
+    engine = make_engine()
+    assert not engine.has_control
+    net = tiny_controlnet(engine.pipe.unet)
+    for parameter in net.parameters():
+        parameter.data *= 4  # a depth that shows in 8 bits
+    engine.pipe.register_modules(controlnet=net)
+    assert engine.has_control
+    people = (PersonForm(1, (photo,)), PersonForm(2, (photo,)))
+    form = replace(FORM, people=people, count=1, boxes={1: LEFT, 2: RIGHT})
+    depth = Image.fromarray(np.linspace(0, 255, 512, dtype=np.uint8).reshape(16, 32)).convert("RGB")
+    flat, deep = (run(engine, replace(form, control=control))[0] for control in (Image.new("RGB", (32, 16)), depth))
+    assert flat.image.size == (16, 8) and differ(flat, deep)
+    assert deep.boxes and deep.boxes[1] == pytest.approx([9.6, 2, 15.2, 6]) and deep.text["control"]
+    assert run(engine, form)[0].image.size == (16, 16)
+
+
+def test_cancelling_keeps_the_pictures_so_far(photo: Path) -> None:
+    engine, form = make_engine(), replace(FORM, people=(PersonForm(1, (photo,), which=WHOLE_PHOTO),), count=3)
+    identities, stop, made = [engine.identity(form.people[0])[1]], threading.Event(), []
+
+    def on_step(part: float, words: str) -> None:
+        if words.startswith("Picture 2"):
+            stop.set()
+
+    with pytest.raises(CancelledError):
+        for picture in engine.run(form, identities, on_step, stop.is_set):
+            made.append(picture)
+    assert len(made) == 1
+    assert len(run(engine, form)) == 3  # the pipeline is as it was
+
+
+def test_two_users_at_once_get_what_each_would_get_alone(photo: Path) -> None:
+    engine, results = make_engine(), {}
+    forms = [replace(FORM, people=(PersonForm(1, (photo,)),), prompt=prompt) for prompt in ("a cat", "the sea")]
+    threads = [
+        threading.Thread(target=lambda form=form: results.update({form.prompt: run(engine, form)})) for form in forms
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for form in forms:
+        assert not any(differ(*pair) for pair in zip(results[form.prompt], run(engine, form), strict=True))
+
+
+def test_photos_that_do_not_do_are_named(tmp_path: Path, photo: Path) -> None:
+    (tmp_path / "bad.png").write_text("no picture")
+    two = make_engine(faces=[(2, 4, 14, 28), (18, 4, 30, 28)])
+    cases = (
+        (make_engine(), "bad.png", ONLY_FACE, "not a picture"),
+        (make_engine(), "absent.png", ONLY_FACE, "No such file"),
+        (make_engine(faces=[]), "ada.png", ONLY_FACE, "no face"),
+        (make_engine(faces=[(4, 4, 8, 8)]), "ada.png", ONLY_FACE, "4x4"),
+        (two, "ada.png", ONLY_FACE, "Which face"),
+        (two, "ada.png", WHICH_FACE[3], "no such face"),
+    )
+    for engine, name, which, words in cases:
+        with pytest.raises(FieldError) as caught:
+            engine.photos(PersonForm(2, (tmp_path / name,), which=which))
+        assert caught.value.field == "person_2" and str(caught.value).startswith(f"{name}: ")
+        assert words in str(caught.value) and str(tmp_path) not in str(caught.value) and "--" not in str(caught.value)
+    left, right = (two.photos(PersonForm(1, (photo,), which=which))[0].face for which in WHICH_FACE[1:3])
+    assert left is not None and right is not None and left.box[0] < right.box[0]
+    assert make_engine(faces=[]).photos(PersonForm(1, (photo,), which=WHOLE_PHOTO))[0].face is None
+
+
+def test_identity_files(tmp_path: Path, photo: Path) -> None:
+    engine, person = make_engine(), PersonForm(1, (photo,), which=WHOLE_PHOTO)
+    crops, identity = engine.identity(person)
+    assert [crop.size for crop in crops] == [(16, 16)]
+    identity.save(tmp_path / "ada.safetensors")
+    loaded = engine.load_identity(tmp_path / "ada.safetensors")
+    assert isinstance(loaded, FaceIdentity) and engine.identity(PersonForm(2, identity=loaded)) == ([], loaded)
+    with pytest.raises(FaceFusionError, match="--adapter"):
+        make_engine(adapter=False).load_identity(tmp_path / "ada.safetensors")
+    other = Engine(tiny_models.tiny_pipeline(seed=5), detector=FakeDetector())
+    other.identity(person)[1].save(tmp_path / "other.safetensors")
+    with pytest.raises(IdentityMismatchError, match="another base model"):
+        make_engine().load_identity(tmp_path / "other.safetensors")
+    (tmp_path / "bad.safetensors").write_text("no identity")
+    with pytest.raises(FaceFusionError, match="no identity") as caught:
+        engine.load_identity(tmp_path / "bad.safetensors")
+    assert str(tmp_path) not in str(caught.value)
+
+
+# --- Users and files -------------------------------------------------------------------------------------------------
+
+
+def test_users_have_folders_and_runs_of_their_own() -> None:
+    sessions = Sessions()
+    ada, bob = sessions.of("ada"), sessions.of("../bob")
+    assert sessions.of("ada") is ada and ada is not bob and len(sessions) == 2
+    assert ada.folder.parent == bob.folder.parent == sessions.root  # a name from outside is no path
+    first = ada.new_run()
+    (first.folder / "image.png").touch()
+    bob_run, second = bob.new_run(), ada.new_run()
+    assert first.cancelled.is_set() and not first.folder.exists() and ada.run is second
+    assert not second.cancelled.is_set() and not bob_run.cancelled.is_set() and bob_run.folder.is_dir()
+    sessions.drop("ada")
+    sessions.drop("nobody")
+    assert second.cancelled.is_set() and not ada.folder.exists() and bob.folder.is_dir() and len(sessions) == 1
+    sessions.close()
+    assert not sessions.root.exists()
+
+
+def test_files_say_what_they_are(tmp_path: Path) -> None:
+    red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
+    text = {"prompt": "café 猫", "seed": 7, "description": "generated by AI", "face_boxes": None}
+    pictures = [Picture(red, blue, None, False, text), Picture(red, blue, None, False, {**text, "seed": 8})]
+    files = [save_picture(picture, tmp_path, index) for index, picture in enumerate(pictures)]
+    sheet = save_sheet(pictures, {"reference": [blue], "person 2": []}, tmp_path)
+    assert sheet is not None and Image.open(sheet).size == (8 + 3 * 264, 28 + 2 * 264)
+    for file in (files[1], sheet):
+        assert Image.open(file).text["prompt"] == "café 猫"  # type: ignore[attr-defined]
+    with zipfile.ZipFile(save_archive([*files, sheet], pictures, tmp_path)) as archive:
+        names = ["image_000.png", "image_001.png", "contact_sheet.png", "metadata.json"]
+        assert archive.namelist() == names and archive.testzip() is None
+        assert [entry["seed"] for entry in json.loads(archive.read("metadata.json"))] == [7, 8]
+    assert save_sheet([], {"reference": [blue]}, tmp_path) is None
+
+
+def test_examples_are_found_and_always_the_same(tmp_path: Path) -> None:
+    examples = draw_examples(tmp_path)
+    assert len({example.label for example in examples}) == len(examples) >= 3
+    files = {photo for example in examples for person in example.people for photo in person}
+    assert all(locate_face(photo, "haar").face is not None for photo in files)
+    before = {file: file.read_bytes() for file in files}
+    draw_examples(tmp_path)
+    assert before == {file: file.read_bytes() for file in files}
+
+
+# --- Command and page ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flag, named",
+    [
+        ("--port=70000", "--port"),
+        ("--steps=0", "--steps"),
+        ("--max-upload=0", "--max-upload"),
+        ("--max-upload=nan", "--max-upload"),
+        ("--model=some/where/else", "some/where/else"),
+    ],
+)
+def test_bad_arguments(flag: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["app", flag]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("face-fusion: error: ") and named in lines[0]
+
+
+def test_without_gradio_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("server", "page", "handlers", "person_handlers"):
+        monkeypatch.delitem(sys.modules, f"face_fusion_pipeline.app.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["app"]) == 2
+    assert "face-fusion-pipeline[app]" in capsys.readouterr().err
+
+
+def test_a_bad_controlnet_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FaceFusionError, match="ControlNet .*nothing"):
+        load_pipeline(controlnet=str(tmp_path / "nothing"))
+
+
+def test_the_page_fits_the_model() -> None:
+    pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
+    from gradio.route_utils import delete_files_created_by_app
+
+    from face_fusion_pipeline.app.server import build_app, uploads_in
+
+    engine, sessions = make_engine(), Sessions()
+    with uploads_in(sessions.uploads):
+        page = build_app(engine, sessions, steps=9)
+        config = page.get_config_file()
+        delete_files_created_by_app(page, None)  # what happens to old uploads
+        icons = [part["props"]["icon"] for part in config["components"] if part["props"].get("icon")]
+        assert len(icons) == len(draw_examples(sessions.examples))
+        assert all(Path(icon["path"]).is_relative_to(sessions.root) and Path(icon["path"]).is_file() for icon in icons)
+        engine.pipe.register_modules(controlnet=tiny_controlnet(engine.pipe.unet))
+        with_control = build_app(Engine(engine.pipe, None, None, engine.detector), sessions).get_config_file()
+    sessions.close()
+
+    def widget(config: Any, **known: Any) -> dict[str, Any]:
+        props = [part["props"] for part in config["components"]]
+        return next(p for p in props if all(p.get(name) == value for name, value in known.items()))
+
+    styles = [[choice[0] for choice in widget(page, label="Style")["choices"]] for page in (config, with_control)]
+    assert "oil painting" in styles[0] and "oil painting" not in styles[1]  # the avatars know their own styles only
+    depth = {"label": "Follow the depth of this picture"}
+    assert not widget(config, **depth)["visible"] and widget(with_control, **depth)["visible"]
+    assert widget(config, label="Denoising steps")["value"] == 9
+    assert not [fn for fn in config["dependencies"] if fn["api_visibility"] == "public"]  # nothing for other programs
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
+    from face_fusion_pipeline.app.server import serving
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(FaceFusionError, match=f"{port}.*--port"), serving(make_engine(), port=port):
+            pass
+
+
+def test_the_command_serves_this_machine_and_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
+    command = [sys.executable, "-m", "face_fusion_pipeline", "app", "--port", "0", "--device", "cpu"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as app:
+        assert app.stdout is not None
+        address = re.search(r"http://127\.0\.0\.1:\d+/", app.stdout.readline())
+        assert address
+        assert urllib.request.urlopen(address[0], timeout=60).status == 200
+        assert len(list(tmp_path.glob("face_fusion_app_*"))) == 1
+        app.send_signal(signal.SIGTERM)
+        assert app.wait(60) == 0
+    assert list(tmp_path.glob("face_fusion_app_*")) == []

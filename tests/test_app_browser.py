@@ -1,0 +1,290 @@
+"""The web app in a real browser, on the embedded model: Debian's Chromium, driven by Playwright.
+
+$FACE_FUSION_CHROMIUM names another browser. With $FACE_FUSION_SCREENSHOTS=FOLDER every test leaves a picture there.
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from face_fusion_pipeline.avatars import render, sample_scene
+from face_fusion_pipeline.avatars.sheet import portrait, to_pil
+from face_fusion_pipeline.generation import load_pipeline
+
+
+pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e '.[test]'")
+CHROMIUM = os.environ.get("FACE_FUSION_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+if not CHROMIUM:
+    pytest.skip("no browser: apt-get install chromium, or set FACE_FUSION_CHROMIUM", allow_module_level=True)
+
+ADA, BOB = 1_100_007, 1_100_004
+PATIENCE = 60_000  # milliseconds; a busy machine is slow
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+# Remembers what stood in #status: on a quick machine the steps of a picture pass between two looks.
+WATCH_STATUS = """() => {
+    window.statuses = [];
+    const look = () => window.statuses.push(document.querySelector("#status")?.innerText ?? "");
+    new MutationObserver(look).observe(document.body, {childList: true, subtree: true, characterData: true});
+}"""
+expect = sync_api.expect
+expect.set_options(timeout=PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    from face_fusion_pipeline.app.engine import Engine
+    from face_fusion_pipeline.face_detectors import HaarDetector
+
+    pipe, adapter = load_pipeline(device="cpu")
+    return Engine(pipe, None, adapter, HaarDetector())
+
+
+@pytest.fixture(scope="module")
+def address(engine: Any) -> Iterator[str]:
+    from face_fusion_pipeline.app.server import serving
+
+    with serving(engine, port=0, steps=2, max_upload_mb=1) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, address: str, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Opens the app as another user each time; at the end no page may have complained or asked another host."""
+    pages: list[Any] = []
+    complaints: list[str] = []
+
+    def listen(page: Any) -> None:
+        page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        elsewhere = re.compile(r"(?!http://127\.0\.0\.1[:/])(https?|wss?)://")
+        page.on("request", lambda asked: complaints.append(asked.url) if elsewhere.match(asked.url) else None)
+
+    def open_app(size: dict[str, int] = DESKTOP) -> Any:
+        context = browser.new_context(viewport=size, accept_downloads=True)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        listen(page)
+        page.goto(address)
+        expect(page.locator("#generate")).to_be_visible()
+        expect(page.locator("#places")).to_be_visible()
+        pages.append(page)
+        return page
+
+    yield open_app
+    if folder := os.environ.get("FACE_FUSION_SCREENSHOTS"):
+        for index, page in enumerate(pages):
+            page.wait_for_timeout(1000)
+            name = re.sub(r"\W+", "_", request.node.name)
+            page.screenshot(path=str(Path(folder) / f"{name}_{index}.png"), full_page=True)
+    for page in pages:
+        page.context.close()
+    assert complaints == []
+
+
+def png(image: Image.Image, name: str = "photo.png") -> dict[str, Any]:
+    """A picture as a file to upload."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"name": name, "mimeType": "image/png", "buffer": buffer.getvalue()}
+
+
+def upload(page: Any, *files: dict[str, Any], person: int = 1) -> None:
+    """Add photos to a person."""
+    page.get_by_role("tab", name=f"Person {person}").click()
+    page.locator(f"#photos_{person} input[type=file]").first.set_input_files(list(files))
+
+
+def beside(page: Any, field: str) -> Any:
+    return page.locator(f"#message_{field}")
+
+
+def set_pictures(page: Any, count: int) -> None:
+    page.locator("#count input[type=number]").fill(str(count))
+    page.locator("#count input[type=number]").press("Tab")
+
+
+def finished(page: Any, count: int) -> list[dict[str, Any]]:
+    """Wait for the results, and give what the archive says of them."""
+    expect(page.locator("#status")).to_contain_text("Done.")
+    expect(page.locator("#results img")).to_have_count(count)
+    with page.expect_download() as download:
+        page.locator("#archive").click()
+    with zipfile.ZipFile(download.value.path()) as archive:
+        assert {f"image_{index:03d}.png" for index in range(count)} | {"contact_sheet.png"} < set(archive.namelist())
+        with Image.open(io.BytesIO(archive.read("image_000.png"))) as image:
+            assert "generated by AI" in image.text["description"]  # type: ignore[attr-defined]
+        return json.loads(archive.read("metadata.json"))
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_an_example_works_at_first_click(open_page: Any, size: dict[str, int]) -> None:
+    page = open_page(size)
+    page.evaluate(WATCH_STATUS)
+    page.get_by_role("button", name="One photo").click()
+    expect(page.locator("#generate")).to_be_in_viewport()
+    text = finished(page, 2)
+    assert any("of 2" in said for said in page.evaluate("window.statuses"))  # the progress bar
+    assert [entry["seed"] for entry in text] == [0, 1] and "red shirt" in text[0]["prompt"]
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # nothing sticks out
+
+
+def test_upload_and_generate(open_page: Any) -> None:
+    page = open_page()
+    upload(page, png(portrait(BOB), "bob.png"))
+    expect(beside(page, "person_1")).to_have_text("1 photo, a face in each.")
+    page.locator("#prompt textarea").fill("a person in a suit on a beach")
+    page.get_by_label("pencil sketch").check()
+    page.locator("#seed input").fill("7")
+    set_pictures(page, 1)
+    page.locator("#generate").click()
+    (text,) = finished(page, 1)
+    assert text["prompt"] == "a person in a suit on a beach, pencil sketch" and text["seed"] == 7
+
+
+def test_messages_stand_beside_their_fields(open_page: Any) -> None:
+    page = open_page()
+    page.locator("#generate").click()
+    expect(beside(page, "person_1")).to_contain_text("add a photo")
+    upload(page, {"name": "bad <b>.png", "mimeType": "image/png", "buffer": b"no picture"})
+    expect(beside(page, "person_1")).to_contain_text("bad b.png: the image is not a picture")
+    page.locator("#photos_1").get_by_role("button", name="Clear").click()
+    expect(beside(page, "person_1")).to_have_count(0)
+    upload(page, png(Image.new("RGB", (64, 64), "white"), "wall.png"))
+    expect(beside(page, "person_1")).to_contain_text("wall.png: no face found")
+    assert "/" not in beside(page, "person_1").inner_text()  # no path of the server
+    page.locator("#photos_1").get_by_role("button", name="Clear").click()
+    upload(page, png(portrait(ADA)))
+    expect(beside(page, "person_1")).to_contain_text("a face in each")
+    page.locator("#generate").click()
+    expect(beside(page, "prompt")).to_contain_text("not empty")
+    expect(page.locator("#cancel")).to_be_hidden()
+    page.locator("#prompt textarea").fill("a person")
+    page.locator("#seed input").fill("-3")
+    page.locator("#generate").click()
+    expect(beside(page, "seed")).to_contain_text("-3")
+    expect(beside(page, "prompt")).to_have_count(0)
+
+
+def test_a_file_above_the_limit_is_refused(open_page: Any) -> None:
+    page = open_page()
+    noise = Image.effect_noise((1200, 1200), 100).convert("RGB")
+    assert len(png(noise)["buffer"]) > 2**20
+    upload(page, png(noise, "noise.png"))
+    message = page.locator(".over-limit")
+    expect(message).to_contain_text("noise.png")
+    expect(message).to_contain_text("above the limit of 1.0 MB")
+    expect(page.locator("#photos_1 img")).to_have_count(0)
+    upload(page, png(portrait(ADA)))
+    expect(beside(page, "person_1")).to_contain_text("a face in each")
+    expect(message).to_have_count(0)
+
+
+def test_several_people_in_boxes(open_page: Any) -> None:
+    page = open_page()
+    upload(page, png(portrait(ADA)), person=1)
+    upload(page, png(portrait(BOB)), person=2)
+    expect(beside(page, "person_2")).to_contain_text("a face in each")
+    page.locator("#prompt textarea").fill("a photo of two people, a person in a suit and a person in a crown")
+    set_pictures(page, 1)
+    page.get_by_role("button", name="Where people go").click()
+    area = page.locator(".places-area")
+    area.scroll_into_view_if_needed()
+    page.wait_for_timeout(500)  # the section unfolds
+
+    def drag(x0: float, y0: float, x1: float, y1: float) -> None:
+        frame = area.bounding_box()
+        points = [(frame["x"] + x * frame["width"], frame["y"] + y * frame["height"]) for x, y in ((x0, y0), (x1, y1))]
+        page.mouse.move(*points[0])
+        page.mouse.down()
+        page.mouse.move(*points[1], steps=3)
+        page.mouse.up()
+
+    drag(0.125, 0.25, 0.375, 0.625)
+    expect(page.locator(".places-box")).to_have_count(1)
+    page.locator("#generate").click()
+    expect(beside(page, "places")).to_contain_text("person 2 has no box")
+    area.scroll_into_view_if_needed()
+    drag(0.875, 0.625, 0.625, 0.25)  # from below right
+    expect(page.locator(".places-box")).to_have_text(["1", "2"])
+    page.locator("#generate").click()
+    (text,) = finished(page, 1)
+    boxes = [[int(value) for value in box.split(", ")] for box in text["face_boxes"].split("; ")]
+    assert text["face_boxes_source"] == "drawn" and text["people"] == 2
+    for box, wanted in zip(boxes, ([16, 32, 48, 80], [80, 32, 112, 80]), strict=True):
+        assert all(abs(value - goal) <= 2 for value, goal in zip(box, wanted, strict=True)), boxes
+
+
+def test_faces_of_a_layout_picture_become_boxes(open_page: Any) -> None:
+    page = open_page()
+    scene = sample_scene(3, [ADA, BOB], expression="neutral", background="plain gray", style="photo", yaw=0)
+    page.get_by_role("button", name="Where people go").click()
+    with page.expect_file_chooser() as chooser:
+        page.locator("#layout").click()
+    chooser.value.set_files(png(to_pil(render([scene], 256).images[0]), "layout.png"))
+    expect(page.locator(".places-box")).to_have_text(["1", "2"])
+    expect(beside(page, "places")).to_contain_text("2 faces found")
+    page.get_by_role("button", name="Clear boxes").click()
+    expect(page.locator(".places-box")).to_have_count(0)
+
+
+def test_cancel_keeps_what_there_is(open_page: Any, engine: Any) -> None:
+    page = open_page()
+    page.get_by_role("button", name="More").click()
+    page.get_by_label("number input for Denoising steps").fill("150")
+    page.get_by_label("number input for Denoising steps").press("Tab")
+    page.get_by_role("button", name="One photo").click()
+    expect(page.locator("#status")).to_contain_text("Picture 1 of 2")
+    page.locator("#cancel").click()
+    expect(page.locator("#status")).to_contain_text("Cancelled")
+    expect(page.locator("#generate")).to_be_enabled()
+    page.get_by_label("number input for Denoising steps").fill("2")
+    page.get_by_label("number input for Denoising steps").press("Tab")
+    page.locator("#generate").click()
+    assert len(finished(page, 2)) == 2  # the pipeline is free again
+
+
+def test_two_users_at_once(open_page: Any) -> None:
+    ada, bob = open_page(), open_page()
+    ada.get_by_role("button", name="One photo").click()
+    bob.get_by_role("button", name="Watercolor").click()
+    for page, words in ((ada, "red shirt"), (bob, "watercolor")):
+        assert all(words in entry["prompt"] for entry in finished(page, 2))
+    assert ada.locator("#prompt textarea").input_value() != bob.locator("#prompt textarea").input_value()
+
+
+def test_identity_file_saved_and_loaded(open_page: Any, tmp_path: Path) -> None:
+    page = open_page()
+    upload(page, png(portrait(ADA)), png(portrait(ADA, 192), "again.png"))
+    expect(beside(page, "person_1")).to_have_text("2 photos, a face in each.")
+    with page.expect_download() as download:
+        page.locator("#save_1").click()
+    file = tmp_path / "ada.safetensors"
+    download.value.save_as(file)
+
+    other = open_page()
+    with other.expect_file_chooser() as chooser:
+        other.get_by_role("button", name="Load identity file").first.click()
+    chooser.value.set_files(file)
+    expect(beside(other, "person_1")).to_contain_text("identity of 2 photos")
+    other.locator("#prompt textarea").fill("a person in a green shirt")
+    set_pictures(other, 1)
+    other.locator("#generate").click()
+    assert finished(other, 1)[0]["face_mode"] == "adapter"
