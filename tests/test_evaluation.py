@@ -1,7 +1,6 @@
 """Evaluation: figures against hand-computed values, alignment, judges on fresh renders, the whole table in small."""
 
 import json
-import os
 from pathlib import Path
 
 import cv2
@@ -16,6 +15,7 @@ from face_fusion_pipeline.cli import avatars_evaluate
 from face_fusion_pipeline.evaluation import people_table
 from face_fusion_pipeline.evaluation.alignment import align_faces, face_template, similarity_transform
 from face_fusion_pipeline.evaluation.avatar_table import CEILING, FLOOR, as_markdown, compare, summarise
+from face_fusion_pipeline.evaluation.faces import FACE_HEIGHT, portrait_crops
 from face_fusion_pipeline.evaluation.generation import METHODS, Settings, image_path
 from face_fusion_pipeline.evaluation.judge_training import train_judges
 from face_fusion_pipeline.evaluation.judges import SHIPPED, WEIGHTS_NAME, Judges, load_judges
@@ -31,13 +31,12 @@ from face_fusion_pipeline.evaluation.metrics import (
 from face_fusion_pipeline.evaluation.model_quality import measure_model, quality_trials, reconstruction_psnr
 from face_fusion_pipeline.evaluation.recognisers import OnnxRecogniser, load_recognisers
 from face_fusion_pipeline.evaluation.recognition import measure_recognition
-from face_fusion_pipeline.evaluation.renders import write_image
+from face_fusion_pipeline.evaluation.renders import read_image, write_image
 from face_fusion_pipeline.evaluation.scoring import Panel
 from face_fusion_pipeline.evaluation.trials import FIRST_TEST_IDENTITY, plan_trials, portraits, true_renders
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
 
 
-DATA = Path(os.environ.get("FACE_FUSION_TEST_DATA", Path(__file__).parents[2] / "shared")) / "data" / "models"
 LABELS = {
     "expression": sorted(EXPRESSIONS),
     "clothing": sorted(CLOTHINGS),
@@ -226,9 +225,9 @@ def test_shipped_judges_see_what_renders_show() -> None:
 # --- Recognisers in ONNX files -----------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="no recogniser files")
-def test_recognisers_of_photographs_tell_avatars_apart() -> None:
-    recognisers = load_recognisers([f"first={DATA / 'mobileface_v2.onnx'}:raw"], DATA)
+def test_recognisers_of_photographs_tell_avatars_apart(test_data: Path) -> None:
+    models = test_data / "models"
+    recognisers = load_recognisers([f"first={models / 'mobileface_v2.onnx'}:raw"], models)
     assert [r.name for r in recognisers] == ["first", "mobileface_v2", "mobilefacenet_foamliu"]
     result = measure_recognition(recognisers[1:], None, identities=12, portraits=3)
     assert result["images"] == 36
@@ -278,7 +277,7 @@ def test_table_end_to_end_resumes(
     assert result["methods"][CEILING]["similarity"]["avatar recogniser"]["closed"] == 1
     assert "| adapter |" in (tmp_path / "table.md").read_text() == as_markdown(result, panel.names)
     assert (tmp_path / "sheet.png").is_file()
-    faces = [image_path(tmp_path, trials[0], method).read_bytes() for method in METHODS]
+    faces = [read_image(image_path(tmp_path, trials[0], method)).numpy().tobytes() for method in METHODS]
     assert len(set(faces)) == 3  # the face changes the image, and the two modes differ
 
     lost = [image_path(tmp_path, trial, "adapter") for trial in trials[2:]]  # one batch
@@ -323,9 +322,9 @@ def test_leakage_by_hand() -> None:
 def test_people_are_cut_out_as_portraits() -> None:
     image = torch.zeros(3, 128, 128)
     image[0, 40:60, 20:34] = 1
-    (crop,) = people_table.portrait_crops(image, [(20, 40, 34, 60)])
+    (crop,) = portrait_crops(image, [(20, 40, 34, 60)])
     rows, columns = (crop[0] > 0.5).nonzero().T
-    assert rows.max() - rows.min() + 1 == pytest.approx(people_table.FACE_HEIGHT, abs=3)
+    assert rows.max() - rows.min() + 1 == pytest.approx(FACE_HEIGHT, abs=3)
     assert (rows.float().mean(), columns.float().mean()) == pytest.approx((63.5, 63.5), abs=2)
 
 
@@ -396,8 +395,7 @@ def test_table_command(
         _run(*words, "--training-data", str(tmp_path))
 
 
-def test_recognition_command(capsys: pytest.CaptureFixture[str]) -> None:
-    if not DATA.is_dir():
-        pytest.skip("no recogniser files")
-    assert _run("recognition", "--recognisers", str(DATA), "--identities", "4", "--portraits", "2") == 0
+def test_recognition_command(test_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = str(test_data / "models")
+    assert _run("recognition", "--recognisers", models, "--identities", "4", "--portraits", "2") == 0
     assert "mobileface_v2: AUC" in capsys.readouterr().out

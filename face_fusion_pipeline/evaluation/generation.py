@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
+from ..contact_sheet import save_png
 from ..face_errors import FaceFusionError
-from .renders import write_image
+from ..generation import DISCLOSURE, SOURCE_TYPE
+from .pictures import Picture
+from .renders import to_pil
 from .trials import Trial, portraits
 
 
@@ -33,6 +37,7 @@ class Settings:
     training_free_scale: float = 1.0
     seed: int = 0
     batch: int = 4
+    adapter_hash: str | None = None  # of weights in a local file, which may be trained on
 
 
 def load_pipeline(settings: Settings, *, device: str = "cpu") -> Any:
@@ -47,12 +52,15 @@ def load_pipeline(settings: Settings, *, device: str = "cpu") -> Any:
 
 
 def keep_settings(out: Path, settings: Settings) -> None:
-    """Note the settings in `out`; FaceFusionError if images made with others lie there already."""
-    path = out / "settings.json"
-    if path.is_file() and json.loads(path.read_text()) != asdict(settings):
+    """Note the settings in `out`; FaceFusionError if images made with others lie there already.
+
+    The size of the batch may be another one: where memory was short, a run goes on with a smaller one.
+    """
+    path, now = out / "settings.json", asdict(settings)
+    if path.is_file() and {"adapter_hash": None} | json.loads(path.read_text()) | {"batch": settings.batch} != now:
         raise FaceFusionError(f"{out} holds images made with other settings ({path}): choose an empty folder")
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    path.write_text(json.dumps(now, indent=1) + "\n")
 
 
 def image_path(out: Path, trial: Trial, method: str) -> Path:
@@ -62,46 +70,68 @@ def image_path(out: Path, trial: Trial, method: str) -> Path:
 
 
 def generate(pipe: Any, trials: list[Trial], methods: list[str], settings: Settings, out: Path) -> None:
-    """Make the missing images of all trials by all methods: the same seed, hence the same noise, for every method.
-
-    One person is encoded once; `settings.batch` prompts are denoised together.
-    """
+    """Make the missing images of all trials of avatars by all methods, see `make_pictures`."""
     keep_settings(out, settings)
-    total = len(trials) * len(methods)
-    with tqdm(total=total, desc="images", unit="image") as progress:
-        for method, person, group in _groups(trials, methods):
-            missing = [trial for trial in group if not image_path(out, trial, method).is_file()]
-            progress.update(len(group) - len(missing))
-            face = {} if method == "none" or not missing else _face_arguments(pipe, person, method, settings)
-            for start in range(0, len(missing), settings.batch):
-                batch = missing[start : start + settings.batch]
-                images = _images(pipe, batch, face, settings)
-                for trial, image in zip(batch, images, strict=True):
-                    write_image(image_path(out, trial, method), image)
+    pictures = [
+        Picture(image_path(out, trial, method), method, (str(person),), trial.text, trial.seed)
+        for person, group in groupby(trials, key=lambda trial: trial.person)
+        for method, trial in product(methods, list(group))
+    ]
+    make_pictures(pipe, pictures, lambda name: portraits(int(name), seed=settings.seed).face, settings)
+
+
+def make_pictures(
+    pipe: Any,
+    pictures: Sequence[Picture],
+    face_of: Callable[[str], Image.Image],
+    settings: Settings,
+    *,
+    detector: Any = "auto",
+) -> None:
+    """Make the pictures that are not there yet: the same seed, hence the same noise, for every method.
+
+    Neighbours in the list with the same people and method encode them once, and `settings.batch` prompts are denoised
+    together; several people are placed one picture at a time, on the faces that `detector` finds in a draft.
+    `face_of` gives the reference crop of a person by name.
+    """
+    with tqdm(total=len(pictures), desc="images", unit="image") as progress:
+        for (people, method), group in groupby(pictures, key=lambda picture: (picture.people, picture.method)):
+            members = list(group)
+            missing = [picture for picture in members if not picture.path.is_file()]
+            progress.update(len(members) - len(missing))
+            face = _face_arguments(pipe, [face_of(name) for name in people], method, settings) if missing else {}
+            if len(people) > 1 and face:
+                face["face_detector"] = detector
+            size = settings.batch if len(people) == 1 else 1
+            for start in range(0, len(missing), size):
+                batch = missing[start : start + size]
+                for picture, image in zip(batch, _images(pipe, batch, face, settings), strict=True):
+                    save_png(to_pil(image), picture.path, _text(picture))
                 progress.update(len(batch))
 
 
-def _groups(trials: list[Trial], methods: list[str]) -> Iterator[tuple[str, int, list[Trial]]]:
-    for person, group in groupby(trials, key=lambda trial: trial.person):
-        members = list(group)
-        for method in methods:
-            yield method, person, members
+def _text(picture: Picture) -> dict[str, object]:
+    """What the file says of itself."""
+    made = {"prompt": picture.prompt, "seed": picture.seed, "method": picture.method}
+    return {**made, "description": DISCLOSURE, "digital_source_type": SOURCE_TYPE}
 
 
-def _face_arguments(pipe: Any, person: int, method: str, settings: Settings) -> dict[str, Any]:
-    face = portraits(person, seed=settings.seed).face
+def _face_arguments(pipe: Any, faces: list[Image.Image], method: str, settings: Settings) -> dict[str, Any]:
+    if method == "none":
+        return {}
+    people = [pipe.encode_face(face, face_mode=method) for face in faces]
     scale = settings.face_scale if method == "adapter" else settings.training_free_scale
-    return {"face_image": pipe.encode_face(face, face_mode=method), "face_scale": scale}
+    return {"face_image": people if len(people) > 1 else people[0], "face_scale": scale}
 
 
 @torch.inference_mode()
-def _images(pipe: Any, trials: list[Trial], face: dict[str, Any], settings: Settings) -> torch.Tensor:
+def _images(pipe: Any, pictures: Sequence[Picture], face: dict[str, Any], settings: Settings) -> torch.Tensor:
     """Images (B, 3, H, W) in [0, 1] on the CPU. Noise comes from CPU generators: the same on every device."""
     output = pipe(
-        [trial.text for trial in trials],
+        [picture.prompt for picture in pictures],
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
-        generator=[torch.Generator().manual_seed(trial.seed) for trial in trials],
+        generator=[torch.Generator().manual_seed(picture.seed or 0) for picture in pictures],
         output_type="pt",
         **face,
     )

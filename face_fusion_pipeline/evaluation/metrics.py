@@ -76,6 +76,20 @@ def closed_share(value: float, floor: float, ceiling: float) -> float:
     return (value - floor) / (ceiling - floor) if ceiling != floor else float("nan")
 
 
+def copy_paste_score(generated: np.ndarray, reference: np.ndarray, other: np.ndarray) -> float:
+    """Is a generated face nearer to the reference photo than to another photo of the person? In [-1, 1].
+
+    With θ the angle between two embeddings: (θ(generated, other) - θ(generated, reference)) / θ(reference, other).
+    1 is the reference itself, -1 the other photo, 0 neither; the copy-paste score of WithAnyone (arXiv 2510.14975).
+    """
+
+    def angle(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.arccos(np.clip(cosine_similarity(a, b), -1, 1)))
+
+    score = (angle(generated, other) - angle(generated, reference)) / max(angle(reference, other), 1e-6)
+    return float(np.clip(score, -1, 1))  # by the triangle inequality only rounding can take it beyond
+
+
 def psnr(image: np.ndarray, target: np.ndarray, *, peak: float = 1.0) -> float:
     """Peak signal-to-noise ratio in dB of two images in [0, peak]; infinite for equal ones.
 

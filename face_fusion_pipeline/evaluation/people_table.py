@@ -19,16 +19,15 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..avatars import render
-from ..face_images import crop_box
+from .faces import portrait_crops
 from .generation import Settings, image_path, keep_settings
 from .judges import IMAGE_SIZE, Judges
 from .metrics import bootstrap_mean, cosine_similarity
-from .renders import from_pil, read_image, to_pil, write_image
+from .renders import read_image, to_pil, write_image
 from .reports import circumstances, contact_sheet, markdown_table, write_report
 from .trials import Trial, portraits, true_renders
 
 
-FACE_HEIGHT = 52.0  # pixels of a face box in a portrait of 128, the median of the dataset
 CEILING, FLOOR = "true render", "somebody else"
 SHEET_ROWS = 6
 
@@ -96,17 +95,6 @@ def members(trial: Trial) -> list[int]:
 def true_boxes(trial: Trial) -> list[list[float]]:
     """Face boxes of the people in the true render of a trial's scene, in pixels of 128."""
     return [list(box) for box in render([trial.scene]).boxes[0].tolist()]
-
-
-def portrait_crops(image: torch.Tensor, boxes: Sequence[Sequence[float]]) -> torch.Tensor:
-    """The people of an image (3, H, W), each framed as a portrait by its face box: (n, 3, 128, 128)."""
-    picture, crops = to_pil(image), []
-    for x0, y0, x1, y1 in boxes:
-        half = (y1 - y0) * IMAGE_SIZE / FACE_HEIGHT / 2
-        x, y = (x0 + x1) / 2, (y0 + y1) / 2
-        square = crop_box(picture, (x - half, y - half, x + half, y + half))
-        crops.append(from_pil(square.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)))
-    return torch.stack(crops)
 
 
 def summarise(rows: list[dict], seed: int) -> dict[str, Any]:

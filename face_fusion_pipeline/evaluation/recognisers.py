@@ -1,7 +1,8 @@
-"""Face recognisers trained on photographs, read from ONNX files."""
+"""Face recognisers trained on photographs: from ONNX files, insightface or deepface."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,7 +42,7 @@ class OnnxRecogniser:
     """
 
     def __init__(self, path: str | Path, *, name: str | None = None, preprocessing: str | None = None) -> None:
-        path = Path(path)
+        self.path = path = Path(path)
         if not path.is_file():
             raise ModelNotFoundError(f"no recogniser file {path}")
         self.name = name or path.stem
@@ -70,6 +71,51 @@ def _open_session(path: Path) -> Any:
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def insightface_recogniser(pack: str = "buffalo_l") -> OnnxRecogniser:
+    """The ArcFace network of an insightface model pack. Its models are for non-commercial research only.
+
+    Raises ModelNotFoundError where the package is not installed, or the pack is neither there nor can be fetched.
+    """
+    try:  # by name: a written import would make diffusers demand the package of everybody
+        analysis: Any = importlib.import_module("insightface.app").FaceAnalysis
+        path = analysis(pack, allowed_modules=["detection", "recognition"]).models["recognition"].model_file
+    except ImportError as error:
+        raise ModelNotFoundError(
+            "insightface is not installed: pip install 'face-fusion-pipeline[insightface]'"
+        ) from error
+    except Exception as error:  # offline it raises anything from ConnectionError to a bare AssertionError
+        raise ModelNotFoundError(
+            f"insightface could not load {pack} ({type(error).__name__}: {error}): go online once"
+        ) from error
+    return OnnxRecogniser(path, name="ArcFace", preprocessing="arcface")
+
+
+class DeepFaceRecogniser:
+    """A recogniser of the package deepface, such as Facenet512 or VGG-Face, on aligned crops.
+
+    Raises ModelNotFoundError where the package is not installed, or the weights are neither there nor can be fetched.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        try:
+            self._model: Any = importlib.import_module("deepface").DeepFace.build_model(name)
+        except ImportError as error:
+            raise ModelNotFoundError(
+                "deepface is not installed: pip install 'face-fusion-pipeline[deepface]' (it brings TensorFlow)"
+            ) from error
+        except Exception as error:  # unknown names, no network, TensorFlow's own troubles: many types
+            raise ModelNotFoundError(f"deepface could not load {name} ({type(error).__name__}: {error})") from error
+        if self._model.input_shape[0] != self._model.input_shape[1]:
+            raise FaceFusionError(f"{name} takes crops of {self._model.input_shape} pixels: only square ones are made")
+
+    def embed(self, images: torch.Tensor, landmarks: torch.Tensor) -> np.ndarray:
+        crops = align_faces(images.float(), landmarks.float(), self._model.input_shape[0]).clamp(0, 1)
+        pixels = crops.flip(1).permute(0, 2, 3, 1).numpy()  # its networks take BGR in [0, 1], channels last
+        rows = [np.asarray(self._model.forward(pixels[i : i + 1]), np.float32).ravel() for i in range(len(pixels))]
+        return np.stack(rows) if rows else np.zeros((0, 1), np.float32)
 
 
 def load_recognisers(specs: list[str], folder: str | Path | None = None) -> list[OnnxRecogniser]:

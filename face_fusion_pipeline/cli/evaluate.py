@@ -1,0 +1,242 @@
+"""`face-fusion evaluate`: likeness, copying, prompt and quality of pictures of people, with tables and plots."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..avatar_model import embedded_model
+from ..face_errors import FaceFusionError
+from ..generation import ADAPTER_FILE, check_model
+
+
+if TYPE_CHECKING:
+    from ..evaluation.generation import Settings
+    from ..evaluation.people import Person
+    from ..evaluation.picture_rows import PicturePanel
+    from ..evaluation.pictures import Picture
+
+HELP = "measure likeness, copying, prompt and quality on people of your own, with tables and plots"
+METHODS = ("none", "training-free", "adapter")
+PACKAGES = ("matplotlib", "pyarrow", "scipy", "torchmetrics")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Generate pictures of people (--prompts), or take those that exist (--images), and compare the methods. A run "
+        "that was stopped goes on when the same command is given again; several processes: accelerate launch -m "
+        "face_fusion_pipeline evaluate ..."
+    )
+    parser.add_argument(
+        "--identities",
+        required=True,
+        metavar="DIR",
+        help="one folder of photos for each person, or what `avatars-dataset` or `prepare` wrote; the first photo of "
+        "a person is the reference, the others tell likeness from copying",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for pictures, rows and tables")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line: generate pictures of them")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures that exist, with a metadata.jsonl")
+    parser.add_argument("--max-identities", type=int, metavar="N", help="only the first N people")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_generation(parser.add_argument_group("generation"))
+    _add_judges(parser.add_argument_group("what looks at the pictures"))
+
+
+def _add_generation(group: Any) -> None:
+    group.add_argument("--model", metavar="DIR_OR_HUB_ID", help="Stable Diffusion 1.x model; default: the avatars")
+    group.add_argument(
+        "--adapter",
+        metavar="DIR_OR_FILE_OR_HUB_ID",
+        help=f"trained Face Fusion weights; default: {ADAPTER_FILE} in the model's folder, if any",
+    )
+    group.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        metavar="METHOD",
+        help="of none, training-free, adapter (default: all that can be)",
+    )
+    group.add_argument("--people", type=int, default=1, metavar="N", help="people in each picture")
+    group.add_argument("--images-per-prompt", type=int, default=1, metavar="N")
+    group.add_argument("--steps", type=int, default=25, help="denoising steps")
+    group.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance; 1 is off")
+    group.add_argument("--scale", type=float, default=1.0, help="strength of the face with the adapter")
+    group.add_argument("--training-free-scale", type=float, default=1.0, help="strength of the face without it")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--batch-size", type=int, default=4, help="pictures denoised together (memory)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    group.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
+
+
+def _add_judges(group: Any) -> None:
+    group.add_argument(
+        "--recogniser",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="NAME=FILE.onnx[:PREPROCESSING] (arcface, imagenet or raw), insightface[:PACK], deepface:Facenet512, "
+        "deepface:VGG-Face, ...; repeat for several",
+    )
+    group.add_argument("--recognisers", type=Path, metavar="DIR", help="folder of recognisers as .onnx files")
+    group.add_argument("--expression", type=Path, metavar="FILE.onnx", help="classifier of expressions, 112x112 crops")
+    group.add_argument("--clip", metavar="DIR_OR_HUB_ID", help="CLIP; default: the model's own, else one in the cache")
+    group.add_argument("--judges", nargs="?", type=Path, const=Path(), metavar="DIR",
+                       help="the judges of avatars; on by themselves with an avatar model")  # fmt: skip
+    group.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
+    group.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_arguments(args)
+
+    from ..evaluation.comparison import evaluate
+    from ..evaluation.comparison_tables import as_markdown
+    from ..evaluation.people import read_people
+    from ..evaluation.pictures import photos_to_compare
+
+    model = args.model or str(embedded_model())
+    people = read_people(args.identities, args.max_identities)
+    settings = _settings(args, model) if args.prompts is not None else None
+    pictures = _pictures(args, people, settings)
+    device = _device(args.device)
+    panel, left_out = _panel(args, people, model if settings is not None else args.model, device)
+    if max(len(picture.people) for picture in pictures) == 1:
+        pictures += photos_to_compare(people)
+    result = evaluate(
+        pictures,
+        panel,
+        args.out,
+        settings=settings,
+        load_pipeline=None if settings is None else lambda: _load_pipeline(settings, device, args.dtype),
+        left_out=left_out,
+        seed=args.seed,
+    )
+    if result is not None:
+        print(json.dumps(result, indent=1, ensure_ascii=False) if args.json else as_markdown(result))
+    return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Everything that can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise FaceFusionError(f"evaluate needs {missing[0]}: pip install 'face-fusion-pipeline[evaluate]'")
+    if args.prompts is None and args.images is None:
+        raise FaceFusionError("nothing to evaluate: give --prompts FILE to generate, or --images DIR, or both")
+    limits = {"people": 8, "images_per_prompt": 1000, "steps": 1000, "batch_size": 1000, "max_identities": 10**9}
+    for name, most in limits.items():
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= most:
+            raise FaceFusionError(f"--{name.replace('_', '-')} must be from 1 to {most}, got {value}")
+    if not 0 <= args.guidance <= 100:
+        raise FaceFusionError(f"--guidance must be from 0 to 100, got {args.guidance}")
+    if args.seed < 0:
+        raise FaceFusionError(f"--seed must be 0 or more, got {args.seed}")
+    if args.out.exists() and not args.out.is_dir():
+        raise FaceFusionError(f"--out {args.out} is a file: name a folder")
+    if args.model is not None and args.prompts is not None:
+        check_model(args.model)
+
+
+def _settings(args: argparse.Namespace, model: str) -> Settings:
+    from ..evaluation.generation import Settings, keep_settings
+    from ..face_loader_mixin import check_scale
+    from ..training.loop import process_group
+
+    adapter = args.adapter or (model if (Path(model) / ADAPTER_FILE).is_file() else None)
+    settings = Settings(
+        model=model,
+        adapter=adapter,
+        adapter_hash=_hash(adapter),
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        face_scale=check_scale(args.scale, "--scale"),
+        training_free_scale=check_scale(args.training_free_scale, "--training-free-scale"),
+        seed=args.seed,
+        batch=args.batch_size,
+    )
+    if "adapter" in (args.methods or ()) and settings.adapter is None:
+        raise FaceFusionError(f"--methods adapter: {model} has no {ADAPTER_FILE}, name one with --adapter")
+    with process_group().main_process_first():
+        keep_settings(args.out, settings)
+    return settings
+
+
+def _hash(adapter: str | None) -> str | None:
+    """Of the weights of an adapter, None for one on the Hub."""
+    files = [] if adapter is None else [Path(adapter), Path(adapter) / ADAPTER_FILE]
+    return next((hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files if file.is_file()), None)
+
+
+def _pictures(args: argparse.Namespace, people: list[Person], settings: Settings | None) -> list[Picture]:
+    """Those to be made, then those that exist; the first are listed, so that `--images` can read them too."""
+    from ..evaluation.pictures import list_pictures, plan_pictures, read_pictures, read_prompts
+    from ..training.loop import process_group
+
+    pictures: list[Picture] = []
+    if settings is not None:
+        methods = args.methods or [m for m in METHODS if m != "adapter" or settings.adapter is not None]
+        folder = args.out / "images"
+        pictures = plan_pictures(
+            people,
+            read_prompts(args.prompts),
+            methods,
+            folder,
+            together=args.people,
+            per_prompt=args.images_per_prompt,
+            seed=args.seed,
+        )
+        with process_group().main_process_first():
+            if process_group().is_main_process:
+                list_pictures(pictures, folder)
+    return pictures + (read_pictures(args.images, people) if args.images is not None else [])
+
+
+def _panel(
+    args: argparse.Namespace, people: list[Person], model: str | None, device: Any
+) -> tuple[PicturePanel, dict[str, str]]:
+    """All that looks at the pictures; a model of avatars brings its CLIP and the judges of avatars along."""
+    from ..evaluation.clip_score import is_pipeline_folder
+    from ..evaluation.judges import SHIPPED
+    from ..evaluation.picture_panel import load_panel
+    from ..face_detectors import load_detector
+
+    avatars = model is not None and is_pipeline_folder(Path(model))
+    judges = SHIPPED if args.judges == Path() or (avatars and args.judges is None) else args.judges
+    return load_panel(
+        {person.name: person for person in people},
+        load_detector(args.detector, args.detector_model),
+        recognisers=args.recogniser,
+        folder=args.recognisers,
+        expression=args.expression,
+        clip=args.clip or (model if avatars else None),
+        judges=judges,
+        device=device,
+    )
+
+
+def _device(name: str) -> Any:
+    """The device of this process; Accelerate knows which, for "auto". Raises [`FaceFusionError`]."""
+    import torch
+
+    from ..training.loop import process_group
+
+    if name == "auto":
+        return process_group().device
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise FaceFusionError(f"--device {name} cannot be used here: {error}") from error
+
+
+def _load_pipeline(settings: Settings, device: Any, dtype: str) -> Any:
+    """The safety checker of the model stays on: a picture that it blacks out shows no face."""
+    from ..generation import load_pipeline
+
+    pipe, _ = load_pipeline(settings.model, settings.adapter, str(device), dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
