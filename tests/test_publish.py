@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.training import publish
@@ -50,6 +50,18 @@ def test_copies_parts_and_writes_the_card(trained, tmp_path):
     for words in ("1,234 × 8", "99,000", "1.5 min", "a machine", "2026-01-02", "| measured |", "A note."):
         assert words in card
     assert card.startswith("---\nlicense: apache-2.0\n")
+
+
+def test_the_adapter_may_come_from_another_folder(trained, tmp_path):
+    weights, out = tmp_path / "weights", tmp_path / "out"
+    weights.mkdir()
+    (trained / "face_fusion_adapter.safetensors").unlink()
+    save_file({"w": torch.ones(3)}, weights / "face_fusion_adapter.safetensors")
+    (weights / "training.json").write_text(json.dumps({"face-fusion": {**RECORD, "steps": 4321}}))
+    publish.publish(trained, out, [], adapter=weights)
+    assert torch.equal(load_file(out / "face_fusion_adapter.safetensors")["w"], torch.ones(3))
+    assert json.loads((out / "training.json").read_text())["adapter"]["steps"] == 4321
+    assert "| Face Fusion adapter | 99,000 | 4,321 × 8" in (out / "README.md").read_text()
 
 
 def test_missing_part_or_too_large_leaves_everything_as_it_was(trained, tmp_path, capsys, monkeypatch):

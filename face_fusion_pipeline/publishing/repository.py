@@ -1,0 +1,98 @@
+"""What a repository of Face Fusion weights holds: card, pipeline, weights, records and pictures of the card.
+
+Two kinds of folder make one: what `face-fusion train` wrote (weights for a base that is elsewhere), and a whole model
+such as the avatars. A list of what is taken, never of what is left out: a folder of training also has checkpoints, and
+photos of people.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+from diffusers.utils.dynamic_modules_utils import get_relative_import_files
+
+from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata, read_tensors
+from ..face_errors import FaceFusionError, ModelNotFoundError
+from .card import REPOSITORY, finish_card
+
+
+PACKAGE = Path(__file__).parents[1]
+PIPELINES = ("pipeline.py", "pipeline_img2img.py", "pipeline_inpaint.py")
+MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_encoder", "clip_score", "controlnet")
+RECORDS = ("training.json", "logs/*/metrics.jsonl")
+PICTURES = "images/*.png"
+
+
+def repository_files(
+    folder: Path, repository: str = REPOSITORY, tables: Iterable[str] = (), license: str | None = None
+) -> dict[str, Path | bytes]:
+    """Path in the repository -> the file that goes there, or its content.
+
+    Args:
+        folder: has `README.md`, the card, and perhaps `images/`; beside the card lie the weights. `README.md` may be a
+            link: then the weights lie beside the file that it points to, and nothing is stored twice.
+        repository, tables, license: see `card.finish_card`.
+
+    Raises:
+        ModelNotFoundError: no card, or no Face Fusion weights beside it.
+        AdapterMismatchError: weights that are no Face Fusion weights.
+        FaceFusionError: a card that cannot be used.
+    """
+    if not (folder / "README.md").is_file():
+        raise ModelNotFoundError(
+            f"{folder} has no README.md: name a folder that `face-fusion train` or `avatars-publish` wrote"
+        )
+    weights = (folder / "README.md").resolve().parent
+    adapter = weights / ADAPTER_WEIGHTS_NAME
+    if not adapter.is_file():
+        raise ModelNotFoundError(f"{weights} has no {ADAPTER_WEIGHTS_NAME} beside its card")
+    AdapterMetadata.from_strings(read_tensors(adapter)[1])  # refuses anything else of that name
+
+    pictures = sorted(folder.glob(PICTURES))
+    files: dict[str, Path | bytes] = {
+        "README.md": finish_card(folder / "README.md", repository, pictures, tables, license).encode(),
+        "LICENSE": license_file(),
+    }
+    files |= {path.name: path for path in pipeline_modules()}
+    taken = [adapter, *(path for pattern in RECORDS for path in sorted(weights.glob(pattern)))]
+    if (weights / "model_index.json").is_file():
+        taken.append(weights / "model_index.json")
+        taken += sorted(path for part in MODEL_PARTS for path in (weights / part).rglob("*") if path.is_file())
+    files |= {path.relative_to(weights).as_posix(): path for path in taken}
+    files |= {path.relative_to(folder).as_posix(): path for path in pictures}
+    return files
+
+
+def pipeline_modules() -> list[Path]:
+    """The pipelines and all siblings that they need, found as diffusers finds them when it loads such a folder."""
+    pipelines = [PACKAGE / name for name in PIPELINES]
+    return sorted({*pipelines, *(Path(file) for entry in pipelines for file in get_relative_import_files(entry))})
+
+
+def license_file() -> Path:
+    """The licence of the pipeline's code: in the checkout, or with the installed package."""
+    if (PACKAGE.parent / "LICENSE").is_file():
+        return PACKAGE.parent / "LICENSE"
+    installed = metadata.distribution("face-fusion-pipeline")
+    return next(Path(str(path.locate())) for path in installed.files or () if path.name == "LICENSE")
+
+
+def write_folder(files: dict[str, Path | bytes], out: Path) -> None:
+    """Write the repository as the folder `out`, to look at or try. Raises [`FaceFusionError`] if it holds anything."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FaceFusionError(f"--out {out} exists and is no empty folder: name another")
+    for name, file in files.items():
+        target = out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(file, bytes):
+            target.write_bytes(file)
+        else:
+            shutil.copyfile(file, target)
+
+
+def size(file: Path | bytes) -> int:
+    """Bytes."""
+    return len(file) if isinstance(file, bytes) else file.stat().st_size
