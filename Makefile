@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 SEED ?= 1100007
 PROMPT ?= a photo of a smiling person in a red shirt in a garden
 
-.PHONY: demo test format clean
+.PHONY: demo app test format clean
 .DEFAULT_GOAL := demo
 
 $(INSTALLED): pyproject.toml setup.cfg constraints.txt
@@ -19,6 +19,10 @@ demo: $(INSTALLED)
 	$(BIN)/face-fusion avatars --out demo --portrait $(SEED)
 	$(BIN)/face-fusion generate --face demo/reference.png --prompt "$(PROMPT)" --num-images 4 --seed 0 --out demo
 	@echo "Look at demo/contact_sheet.png: reference | without Face Fusion | with Face Fusion"
+
+# The web page, on this machine only: open the address that it prints.
+app: $(INSTALLED)
+	$(BIN)/face-fusion app
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .

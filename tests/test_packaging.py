@@ -1,7 +1,6 @@
 """What a fresh clone and an installed package promise."""
 
 import re
-import shlex
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -24,10 +23,10 @@ def test_one_version_everywhere() -> None:
     assert f"\nversion: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_every_dependency_has_a_lower_bound() -> None:
+def test_every_dependency_has_a_lower_bound_or_a_pin() -> None:
     extras = PROJECT["optional-dependencies"]
     for line in [*PROJECT["dependencies"], *(line for lines in extras.values() for line in lines)]:
-        assert ">=" in line, line
+        assert re.search("[>=]=", line), line
     assert {"train", "insightface", "depth", "app", "test"} <= set(extras)
 
 
@@ -56,24 +55,6 @@ def test_two_commands_and_one_check() -> None:
     assert ".ci/run" in (ROOT / ".github" / "workflows" / "test.yml").read_text()
 
 
-def test_readme_commands_parse() -> None:
-    from face_fusion_pipeline.cli import build_parser
-
-    readme = (ROOT / "README.md").read_text()
-    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", readme, re.S)).replace("\\\n", " ")
-    lines = re.findall(r"^face-fusion (.*)$", blocks, re.M)
-    assert len(lines) >= 3
-    for line in lines:
-        build_parser().parse_args(shlex.split(line, comments=True))  # a wrong option would exit
-
-
-def test_readme_python_compiles() -> None:
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert snippets
-    for snippet in snippets:
-        compile(snippet, "README.md", "exec")
-
-
 def test_embedded_files_are_package_data() -> None:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert "embedded/**/*" in data["face_fusion_pipeline"]
+    assert {"embedded/**/*", "publishing/*.md"} <= set(data["face_fusion_pipeline"])

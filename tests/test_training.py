@@ -15,8 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from face_fusion_pipeline.avatars.dataset import write
-from face_fusion_pipeline.face_adapter import AdapterMetadata, load_adapter, read_tensors
-from face_fusion_pipeline.training.data import crop_boxes, load_avatars, render_avatars
+from face_fusion_pipeline.training.data import load_avatars, render_avatars
 from face_fusion_pipeline.training.loop import LoopOptions, Task, TrainingError, data_order, learning_rate, train
 
 
@@ -167,14 +166,6 @@ def test_learning_rate_rises_and_decays_to_zero():
     assert learning_rate(dataclasses.replace(OPTIONS, schedule="linear"), 9, 0.75) == pytest.approx(0.25 * OPTIONS.lr)
 
 
-def test_crop_repeats_the_edge_and_keeps_the_centre():
-    images = torch.arange(16.0).view(1, 1, 1, 16).expand(1, 3, 16, 16)
-    inside = crop_boxes(images, torch.tensor([[4.0, 4.0, 12.0, 12.0]]), size=8, enlarge=1.0)
-    torch.testing.assert_close(inside[0, 0, 0], torch.arange(4.0, 12.0))
-    outside = crop_boxes(images, torch.tensor([[0.0, 0.0, 8.0, 8.0]]), size=8, enlarge=2.0)
-    torch.testing.assert_close(outside[0, 0, 0, :2], torch.zeros(2))
-
-
 def test_pixels_are_cached_until_the_metadata_change(dataset, tmp_path):
     first = load_avatars(dataset, "train")
     assert first.pixels.shape == (12, 3, SIZE, SIZE) and (dataset / "train/pixels.safetensors").is_file()
@@ -219,7 +210,6 @@ def model(dataset, tmp_path_factory):
         "vae": {"encoder_width": 4, "decoder_width": 4, "blocks": (0, 0, 0, 1)},
         "clip": {"text_width": 32, "text_layers": 1, "vision_width": 32, "vision_layers": 1, "projection": 16},
         "unet": {"widths": (32, 32, 64), "attention": (True, True, True), "head_size": 16},
-        "adapter": {},
         "controlnet": {},
     }
     folder = tmp_path_factory.mktemp("model")
@@ -298,22 +288,9 @@ def test_text_encoder_and_score_tower_agree(model):
     torch.testing.assert_close(vision, frozen.image_encoder(pixels).image_embeds)
 
 
-def test_adapter_is_exported_with_its_metadata(model):
-    from face_fusion_pipeline.training.unet import load_unet
-
-    tensors, strings = read_tensors(model / "face_fusion_adapter.safetensors")
-    metadata = AdapterMetadata.from_strings(strings)
-    assert (metadata.reference_mode, metadata.resolution, metadata.face_crop) == ("clean", SIZE, 1.6)
-    unet = load_unet(model)
-    load_adapter(unet, tensors, metadata)
-    assert all(value.dtype == torch.float16 for value in tensors.values())
-    name = next(name for name in tensors if name.endswith("to_v_face.weight"))
-    start = unet.get_parameter(name.replace("attn2.to_v_face", "attn1.to_v"))
-    assert not torch.equal(tensors[name].float(), start) and (tensors[name].float() - start).abs().max() < 0.05
-    losses = [json.loads(line) for line in (model / "logs/adapter/metrics.jsonl").read_text().splitlines()][-1]
-    assert {"validation_loss_right_face", "validation_loss_wrong_face", "validation_loss_no_face"} <= losses.keys()
+def test_every_stage_is_recorded(model):
     records = json.loads((model / "training.json").read_text())
-    assert records.keys() == {"vae", "clip", "unet", "adapter", "controlnet"} and records["unet"]["samples"] == 8
+    assert records.keys() == {"vae", "clip", "unet", "controlnet"} and records["unet"]["samples"] == 8
 
 
 def test_controlnet_is_exported_small_and_followed(model, dataset):
@@ -374,33 +351,6 @@ def test_a_unet_is_fitted_to_another_number_of_latent_channels(model):
     fitted, source = load_unet_for(frozen, model), load_unet(model)
     assert fitted.conv_in.in_channels == fitted.conv_out.out_channels == 6
     assert torch.equal(fitted.mid_block.resnets[0].conv1.weight, source.mid_block.resnets[0].conv1.weight)
-
-
-def test_reference_is_another_image_of_the_same_person(model, dataset):
-    from face_fusion_pipeline.training.adapter import AdapterOptions, AdapterTask
-    from face_fusion_pipeline.training.unet import load_frozen, load_unet
-
-    data = load_avatars(dataset, "train")
-    task = AdapterTask(
-        load_unet(model), load_frozen(model), data, load_avatars(dataset, "validation"), AdapterOptions()
-    )
-    assert {name for name, p in task.named_parameters() if p.requires_grad} == {
-        f"adapter.{name}" for name, _ in task.adapter.named_parameters()
-    }
-    for target in range(12):
-        assert task.references.other_image(target, 0.99) == target ^ 1
-    batch = task.batch(torch.arange(12), torch.Generator().manual_seed(0), 0.0)
-    loss, _ = task(batch)
-    loss.backward()
-    assert all(p.grad is not None for p in task.adapter.parameters())
-    batch["has_face"][:] = False
-    dropped = task(batch)[0]
-    with torch.no_grad():
-        noisy, target = task.loss.noised(batch)
-        plain = task.unet(noisy, batch["timesteps"], batch["text"]).sample
-        expected = task.loss.per_image(plain, target, batch).mean()
-    torch.testing.assert_close(dropped, expected)
-    assert not torch.allclose(loss, expected)
 
 
 def test_timesteps_are_stratified_and_may_lean_to_noise():

@@ -1,4 +1,4 @@
-"""`face-fusion avatars-train`: train one part of the avatar Stable Diffusion, or the Face Fusion adapter on it."""
+"""`face-fusion avatars-train`: train one part of the avatar Stable Diffusion; the adapter is `face-fusion train`'s."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from ..training.loop import LoopOptions, Task
     from ..training.presets import Preset
 
-HELP = "train a part of the avatar model: vae, clip, unet, adapter or controlnet"
-STAGES = ("vae", "clip", "unet", "adapter", "controlnet")
+HELP = "train a part of the avatar model: vae, clip, unet or controlnet"
+STAGES = ("vae", "clip", "unet", "controlnet")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Train one part and write it into a diffusers folder. Order: vae, clip, unet, adapter, controlnet. A run that "
-        "was killed goes on from its last checkpoint when the same command is given again."
+        "Train one part and write it into a diffusers folder. Order: vae, clip, unet, controlnet. A run that was "
+        "killed goes on from its last checkpoint when the same command is given again. Face Fusion weights for the "
+        "result are trained as for any other checkpoint: `face-fusion prepare` and `face-fusion train`."
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--data", type=Path, required=True, help="dataset with train/ and validation/")
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--checkpoint-minutes", type=float)
     length.add_argument("--sample-minutes", type=float)
 
-    length.add_argument("--face-loss-weight", type=float, default=3.0, help="unet, adapter: loss weight in face boxes")
+    length.add_argument("--face-loss-weight", type=float, default=3.0, help="unet: loss weight in face boxes")
 
     vae = parser.add_argument_group("vae")
     vae.add_argument("--decoder-only", action="store_true", help="train the decoder on, latents stay as they are")
@@ -72,17 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     unet.add_argument(
         "--timestep-power", type=float, default=1.0, help="timesteps are T u^P: above 1 more often the less noisy ones"
     )
-
-    adapter = parser.add_argument_group("adapter")
-    adapter.add_argument("--init", choices=("attn1", "zero_v", "xavier"), default="attn1")
-    adapter.add_argument("--reference-timestep", type=int, default=0, help="noise level of the reference pass")
-    adapter.add_argument(
-        "--token-count-bias",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="train with log(text tokens / face tokens) on the face logits",
-    )
-    adapter.add_argument("--adapter-out", type=Path, help="file (default: OUT/face_fusion_adapter.safetensors)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -160,23 +150,11 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
             load_unet_for(frozen, source) if source else create_unet(frozen, data.pixels.shape[-1], **preset.network)
         )
         return UnetTask(unet, frozen, data, validation, args.face_loss_weight, args.timestep_power)
-    if args.stage == "controlnet":
-        from diffusers import ControlNetModel
+    from diffusers import ControlNetModel
 
-        from ..training.controlnet import ControlNetTask, create_controlnet
-        from ..training.unet import load_frozen, load_unet
-
-        base = load_unet(args.out)
-        controlnet = ControlNetModel.from_pretrained(source / "controlnet") if source else create_controlnet(base)
-        return ControlNetTask(controlnet, base, load_frozen(args.out), data, validation)
-    from ..training.adapter import AdapterOptions, AdapterTask
+    from ..training.controlnet import ControlNetTask, create_controlnet
     from ..training.unet import load_frozen, load_unet
 
-    adapter_options = AdapterOptions(
-        init=args.init,
-        reference_timestep=args.reference_timestep,
-        token_count_bias=args.token_count_bias,
-        face_loss_weight=args.face_loss_weight,
-        file=args.adapter_out,
-    )
-    return AdapterTask(load_unet(args.out), load_frozen(args.out), data, validation, adapter_options, source)
+    base = load_unet(args.out)
+    controlnet = ControlNetModel.from_pretrained(source / "controlnet") if source else create_controlnet(base)
+    return ControlNetTask(controlnet, base, load_frozen(args.out), data, validation)

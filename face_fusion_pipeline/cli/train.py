@@ -36,8 +36,9 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from ..finetuning.hub import create_repository, upload
     from ..finetuning.model_card import write_card
+    from ..publishing.hub import create_repository, upload
+    from ..publishing.repository import repository_files
     from ..training.loop import process_group, train
 
     if args.allow_tf32:
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         minutes = record["seconds"] / 60
         print(f"{record['steps']} steps of {options.batch_size} in {minutes:.1f} minutes, written to {args.out}")
         if repository is not None:
-            print(upload(args.out, repository))
+            print(upload(repository_files(args.out, repository), repository))
     return 0
 
 
@@ -127,8 +128,8 @@ def precision(args: argparse.Namespace) -> str:
 def start_adapter(args: argparse.Namespace, base: BaseModel, folder: Path) -> FaceFusionAdapter:
     """New weights, or those of `--init-adapter`, which must have been made for the same kind of reference."""
     from ..face_adapter import create_adapter
+    from ..finetuning.initial_weights import continued_adapter
     from ..finetuning.preparation import read_report
-    from ..training.adapter import continued_adapter
 
     settings = read_report(folder)["settings"]
     metadata = {

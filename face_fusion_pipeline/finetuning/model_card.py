@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..face_adapter import ADAPTER_WEIGHTS_NAME
+from ..publishing.card import render_card
 from ..training.loop import add_record, write_atomic
 from .preparation import METADATA, read_report
 from .task import FaceFusionTask
@@ -80,44 +80,30 @@ def card(record: dict[str, Any], validation: dict[str, float]) -> str:
         for kind in ("right", "wrong", "no")
         if (key := f"validation_loss_{kind}_face") in validation
     )
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
-    return "\n".join(
-        [
-            "---",
-            "library_name: diffusers",
-            "tags: [face-fusion, stable-diffusion, text-to-image]",
-            *([f"base_model: {base}"] if hub else []),
-            "---",
-            "",
-            f"# Face Fusion weights for {base}",
-            "",
-            "New pictures of the person in a photo, as a prompt describes them. They were trained by",
-            "`face-fusion train`; file format: `docs/adapter_format.md` of Face Fusion Pipeline.",
-            "",
-            "```bash",
-            f'face-fusion generate --model {base} --adapter {ADAPTER_WEIGHTS_NAME} --face photo.jpg --prompt "..."',
-            "```",
-            "",
-            "## Training",
-            "",
-            "| | |",
-            "| --- | --- |",
-            *(f"| {name} | {value} |" for name, value in rows.items()),
-            "",
-            "The command, with paths reduced to their last part; everything else is in `training.json`:",
-            "",
-            "```bash",
-            record["command"],
-            "```",
-            "",
-            f"Loss of people set aside, with the same noise: {losses}." if losses else "Nobody was set aside.",
-            "",
-            "## Limits and responsible use",
-            "",
-            "Use photos of people who agreed to it, and say that the pictures are generated. Likeness is no",
-            "identification. The licence of the base and the rights in the training photos apply.",
-            "",
-        ]
+    limits = "The licence of the base and the rights in the training photos apply."
+    if adapter["base_family"] == "sdxl":
+        limits += " The pipeline in this repository does not draw with Stable Diffusion XL yet."
+    training = [
+        "| | |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+        "The command, with paths reduced to their last part; everything else is in `training.json`:",
+        "",
+        "```bash",
+        record["command"],
+        "```",
+        "",
+        f"Loss of people set aside, with the same noise: {losses}." if losses else "Nobody was set aside.",
+    ]
+    return render_card(
+        title=f"Face Fusion weights for {base}",
+        summary="New pictures of the person in a photo, as a prompt describes them. These are the trained matrices\n"
+        f"of Face Fusion for `{base}`, two for each of its cross-attention layers.",
+        base=base,
+        training="\n".join(training),
+        limits=limits,
+        base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
     )
 
 

@@ -28,9 +28,10 @@ class Pairs:
         folder: the prepared folder.
         shards: the folder that `latent_cache.encode` returned.
         people: only these, see [`split_people`].
+        same_photo: the only reference of a target is its own face crop, to measure what such pairs teach.
     """
 
-    def __init__(self, folder: Path, shards: Path, people: list[list[int]]) -> None:
+    def __init__(self, folder: Path, shards: Path, people: list[list[int]], *, same_photo: bool = False) -> None:
         self.rows, self.people = read_rows(folder), people
         self.shards = Shards(shards, len(self.rows))
         self.targets = sorted(index for members in people for index in members)
@@ -42,7 +43,7 @@ class Pairs:
                 if self.rows[index]["own_reference"] or not (partnered[index] and others):
                     count = self.shards.reference_count(index)
                     others = [(index, number) for number in range(min(1, count - 1), count)]
-                self.references[index] = others
+                self.references[index] = [(index, 0)] if same_photo else others
 
     def __len__(self) -> int:
         return len(self.targets)

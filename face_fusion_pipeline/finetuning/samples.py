@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..contact_sheet import contact_sheet, save_png
 from ..face_adapter import FaceFusionAdapter
+from ..generation import DISCLOSURE, SOURCE_TYPE
 from .base_model import BaseModel
 from .sources import DataError
 
@@ -43,7 +44,9 @@ class Samples:
         self.without = self.without or self._pictures(pipe, [None] * len(self.faces))
         fused = self._pictures(pipe, self.faces)
         columns = {"reference": self.faces, "without Face Fusion": self.without, "with Face Fusion": fused}
-        save_png(contact_sheet(columns), path, {"prompts": "\n".join(self.prompts), "seed": self.seed})
+        text = {"prompts": "\n".join(self.prompts), "seed": self.seed}
+        text |= {"description": DISCLOSURE, "digital_source_type": SOURCE_TYPE}
+        save_png(contact_sheet(columns), path, text)
 
     def _pictures(self, pipe: Any, faces: list[Any]) -> list[Image.Image]:
         return [

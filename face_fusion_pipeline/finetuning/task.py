@@ -131,7 +131,11 @@ class FaceFusionTask(Task):
             states = self.kept_states()
             chosen = torch.tensor([self.kept_rows[reference] for reference in references])
             return batch | {STATE + name: state[chosen] for name, state in states.items()}
-        return batch | {"reference": pairs.reference_latents(references)}
+        return batch | {"reference": self.reference_inputs(pairs, references)}
+
+    def reference_inputs(self, pairs: Pairs, references: list[tuple[int, int]]) -> Tensor:
+        """What [`reference_states`] takes of these references (B, ...), on the CPU: latents of their face crops."""
+        return pairs.reference_latents(references)
 
     @torch.no_grad()
     def kept_states(self) -> dict[str, Tensor]:
@@ -140,8 +144,8 @@ class FaceFusionTask(Task):
             references = self.pairs.all_references()
             self.kept_rows = {reference: row for row, reference in enumerate(references)}
             for start in range(0, len(references), AT_ONCE):
-                latents = self.pairs.reference_latents(references[start : start + AT_ONCE])
-                for name, state in self.reference_states(latents.to(self.device)).items():
+                inputs = self.reference_inputs(self.pairs, references[start : start + AT_ONCE])
+                for name, state in self.reference_states(inputs.to(self.device)).items():
                     if name not in self.kept:
                         self.kept[name] = torch.empty(len(references), *state.shape[1:], dtype=torch.float16)
                     self.kept[name][start : start + len(state)] = state.cpu()
@@ -179,10 +183,14 @@ class FaceFusionTask(Task):
         return loss + self.options.identity_loss_weight * likeness, {"identity_loss": likeness}
 
     def fused(self, batch: Batch) -> AbstractContextManager[None]:
+        """Within it the UNet sees the faces of the batch."""
+        return face_fused_unet(self.unet, self.adapter, self.identity_tokens(batch), batch["has_face"])
+
+    def identity_tokens(self, batch: Batch) -> dict[str, Tensor]:
+        """The reference states of a batch, kept or computed now: layer name -> (B, 1, N_f, C)."""
         states = {key.removeprefix(STATE): state.float() for key, state in batch.items() if key.startswith(STATE)}
         states = states or self.reference_states(batch["reference"])
-        tokens = {name: state.unsqueeze(1) for name, state in states.items()}  # one reference each
-        return face_fused_unet(self.unet, self.adapter, tokens, batch["has_face"])
+        return {name: state.unsqueeze(1) for name, state in states.items()}  # one reference each
 
     def identity_loss(self, batch: Batch, noisy: Tensor, predicted: Tensor) -> Tensor:
         """Mean over the batch of the unlikeness of the predicted pictures, 0 for those that are too noisy yet."""

@@ -1,7 +1,10 @@
 """A small CLIP, trained contrastively. Its text tower conditions the UNet, both towers give CLIP scores.
 
 Captions repeat in a large batch, so all images with the same caption count as its positives:
-L = (CE(τ·I Tᵀ, P) + CE(τ·T Iᵀ, P)) / 2, where P spreads a row's mass evenly over equal captions.
+L = (CE(τ·I Tᵀ, P) + CE(τ·T Iᵀ, P)) / 2 + CE(cos(h, E) / 0.1, words), where P spreads a row's mass evenly over equal
+captions, h are the text tower's last hidden states, E its word embeddings. The last term keeps every word readable
+where it stands: a small image tower sees no difference between a smile and a frown, so that the contrastive terms
+alone let such words collapse into one, and no UNet could tell them apart afterwards.
 
 Exported parts: `text_encoder` (CLIPTextModel, what Stable Diffusion reads), `tokenizer`, `image_encoder`
 (CLIPVisionModelWithProjection, an optional component of the pipeline) and, for scores only and outside
@@ -66,6 +69,7 @@ def create_clip(
 
 
 PARTS = ("text_encoder", "clip_score", "image_encoder")
+WORD_TEMPERATURE = 0.1
 
 
 class ClipTask(Task):
@@ -97,12 +101,21 @@ class ClipTask(Task):
         }
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self.similarity(batch["images"], batch["tokens"])  # (images, captions)
+        output = self.clip(input_ids=batch["tokens"], pixel_values=batch["images"], return_dict=True)
+        logits = output.logits_per_image.float()  # (images, captions)
         positives = (batch["captions"][:, None] == batch["captions"]).float()
         positives = positives / positives.sum(dim=1, keepdim=True)
         loss = (F.cross_entropy(logits, positives) + F.cross_entropy(logits.T, positives)) / 2
         hit = positives.gather(1, logits.argmax(dim=1, keepdim=True)) > 0
-        return loss, {"accuracy": hit.float().mean()}
+        words = self.word_loss(output.text_model_output.last_hidden_state, batch["tokens"])
+        return loss + words, {"accuracy": hit.float().mean(), "word_loss": words}
+
+    def word_loss(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """How badly the words (B, N) can be read from hidden states (B, N, C); padding does not count."""
+        embeddings = self.clip.text_model.get_input_embeddings().weight
+        cosines = F.normalize(states.float(), dim=-1) @ F.normalize(embeddings.float(), dim=-1).T
+        padding = tokens == self.tokenizer.pad_token_id
+        return F.cross_entropy(cosines[~padding] / WORD_TEMPERATURE, tokens[~padding])
 
     def similarity(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Scaled cosines (images, captions)."""

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..avatars import render
@@ -135,22 +134,6 @@ def read_image(path: Path) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except OSError as error:
         raise TrainingError(f"cannot read {path}: {error}") from error
-
-
-def crop_boxes(images: Tensor, boxes: Tensor, size: int, enlarge: float = 1.6) -> Tensor:
-    """Square crops (B, C, size, size) around `boxes` (B, 4; XYXY pixels), enlarged about their centres.
-
-    Outside the image the edge pixels repeat. Sampling is bilinear, as differs little from antialiasing at scales
-    near one.
-    """
-    height, width = images.shape[-2:]
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-    side = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True) * enlarge
-    steps = (torch.arange(size, device=images.device, dtype=torch.float32) + 0.5) / size - 0.5
-    x = (centre[:, :1] + side * steps) / width * 2 - 1  # (B, size) in grid_sample's [-1, 1]
-    y = (centre[:, 1:] + side * steps) / height * 2 - 1
-    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def save_grid(rows: list[Tensor], path: Path) -> None:

@@ -213,9 +213,11 @@ def train(
     elif export_only:
         raise TrainingError(f"no checkpoint to export: {logs / CHECKPOINT} does not exist")
     metrics = Metrics(logs / "metrics.jsonl", step, accelerator.is_main_process, accelerator.log)
-    prepared, optimizer = accelerator.prepare(task, optimizer)
     if options.compile:
-        prepared = torch.compile(prepared)
+        # One graph: cutting it where gradients could already be exchanged pays between machines only.
+        torch._dynamo.config.optimize_ddp = False
+        task.compile()  # before Accelerate wraps it, so that what reads the task itself stays uncompiled
+    prepared, optimizer = accelerator.prepare(task, optimizer)
 
     started = time.monotonic() - used  # as if the earlier parts of a resumed run had just been done
     last_checkpoint = last_sample = time.monotonic()

@@ -66,8 +66,4 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "cpu": Preset({}, LoopOptions(batch_size=32, lr=3e-4, steps=2000, ema_decay=0.998, precision="bf16")),
         "gpu": Preset({}, LoopOptions(batch_size=256, lr=3e-4, steps=6000, ema_decay=0.9995, precision="bf16")),
     },
-    "adapter": {
-        "cpu": Preset({}, LoopOptions(batch_size=32, lr=1.5e-3, steps=2600, ema_decay=0.998, precision="bf16")),
-        "gpu": Preset({}, LoopOptions(batch_size=256, lr=3e-4, steps=10000, ema_decay=0.9995, precision="bf16")),
-    },
 }

@@ -9,28 +9,45 @@ from typing import Any
 
 from ..face_adapter import ADAPTER_WEIGHTS_NAME
 from ..face_errors import FaceFusionError, ModelNotFoundError
+from ..publishing.card import render_card
 
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_encoder", "clip_score")
 SIZE_LIMIT = 60_000_000  # bytes of weights
 _STAGES = {"vae": "autoencoder", "clip": "CLIP", "unet": "UNet", "adapter": "Face Fusion adapter"}
 
+_SUMMARY = """\
+New pictures of the person in one picture, as a prompt describes them: {megabytes:.1f} MB of float16 weights that draw
+128 × 128 pixels, an ordinary diffusers `StableDiffusionPipeline` (`AutoencoderTiny`, `CLIPTextModel`,
+`UNet2DConditionModel`, `EulerAncestralDiscreteScheduler` with v-prediction) and the two matrices for each
+cross-attention layer that Face Fusion adds. It was trained from nothing and is its own base; `image_encoder/` and
+`clip_score/` are the two towers of its CLIP, for scores."""
+_LIMITS = """\
+It has seen rendered avatars only: a photo goes through the same path, but what comes out is an avatar. It knows the
+words of its own captions (a few expressions, clothes, places and styles) and no others. How its people look was drawn
+at random and says nothing about real people."""
 
-def publish(model: Path, out: Path, tables: list[Path], note: str = "") -> int:
+
+def publish(model: Path, out: Path, tables: list[Path], note: str = "", adapter: Path | None = None) -> int:
     """Copy the parts of `model` to `out`, write `out/README.md` with the `tables`; returns the bytes of weights.
 
+    `adapter` is the folder that `face-fusion train` wrote; without it the adapter and its record are in `model`.
     Nothing of `out` changes unless everything is there. Raises ModelNotFoundError for a missing part or table,
     FaceFusionError for weights above SIZE_LIMIT.
     """
-    needed = [model / name for name in (*PARTS, "model_index.json", ADAPTER_WEIGHTS_NAME, "training.json")]
-    if missing := [str(path) for path in (*needed, *tables) if not path.exists()]:
+    copied = [model / name for name in (*PARTS, "model_index.json")] + [(adapter or model) / ADAPTER_WEIGHTS_NAME]
+    recorded = [folder / "training.json" for folder in (model, adapter) if folder]
+    if missing := [str(path) for path in (*copied, *recorded, *tables) if not path.exists()]:
         raise ModelNotFoundError(f"cannot publish {model}: {', '.join(missing)} missing; train that stage first")
-    weights = [*model.glob("*.safetensors"), *(f for part in PARTS for f in (model / part).glob("*.safetensors"))]
+    weights = [copied[-1], *(file for part in PARTS for file in (model / part).glob("*.safetensors"))]
     size = sum(path.stat().st_size for path in weights)
     if size > SIZE_LIMIT:
         raise FaceFusionError(f"the weights of {model} are {size / 1e6:.1f} MB, more than {SIZE_LIMIT / 1e6:.0f} MB")
+    records = json.loads(recorded[0].read_text())
+    if adapter:
+        records["adapter"] = json.loads(recorded[1].read_text())["face-fusion"]
     out.mkdir(parents=True, exist_ok=True)
-    for path in needed:
+    for path in copied:
         if path.is_dir():
             shutil.rmtree(out / path.name, ignore_errors=True)
             shutil.copytree(path, out / path.name)
@@ -38,7 +55,7 @@ def publish(model: Path, out: Path, tables: list[Path], note: str = "") -> int:
             shutil.copyfile(path, out / path.name)
     for config in out.rglob("*.json"):
         forget_origin(config)
-    records = json.loads((model / "training.json").read_text())
+    (out / "training.json").write_text(json.dumps(records, indent=2) + "\n")
     (out / "README.md").write_text(card(records, [path.read_text() for path in tables], size, note))
     return size
 
@@ -52,7 +69,7 @@ def forget_origin(config: Path) -> None:
 
 def card(records: dict[str, dict[str, Any]], tables: list[str], size: int, note: str) -> str:
     """The model card: what it is, what training took (from the records of the runs), what was measured."""
-    rows = []
+    rows, seconds = [], 0.0
     for stage, title in _STAGES.items():
         for name, record in records.items():
             if name.split("-")[0] != stage:
@@ -62,39 +79,30 @@ def card(records: dict[str, dict[str, Any]], tables: list[str], size: int, note:
             while earlier := runs[-1].get("continues"):
                 runs.append(earlier)
             rows += [_row(part, run) for run in reversed(runs)]
+            seconds += sum(run["seconds"] for run in runs)
     versions = next(iter(records.values()))["versions"]
-    return "\n".join(
-        [
-            "---",
-            "license: apache-2.0",
-            "library_name: diffusers",
-            "pipeline_tag: text-to-image",
-            "tags: [face-fusion, avatars, stable-diffusion]",
-            "---",
-            "",
-            "# Avatars: a small Stable Diffusion of a rendered world, with Face Fusion weights",
-            "",
-            f"128 × 128 pixels, {size / 1e6:.1f} MB of float16 weights, an ordinary diffusers",
-            "`StableDiffusionPipeline` (`AutoencoderTiny`, `CLIPTextModel`, `UNet2DConditionModel`, `DDIMScheduler`",
-            "with v-prediction). It has seen rendered avatars only: no photograph of anybody was used in training.",
-            "`image_encoder/` and `clip_score/` are the two towers of its CLIP, for scores.",
-            "",
-            "## Training",
-            "",
-            "| part | parameters | steps × batch | time | machine | seed | date |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-            *rows,
-            "",
-            f"{', '.join(f'{name} {version}' for name, version in versions.items())}. {note}".rstrip(),
-            "Data and commands: `face-fusion avatars-dataset`, then `face-fusion avatars-train` with `vae`, `clip`,",
-            "`unet` and `adapter`.",
-            "",
-            "## Measured",
-            "",
-            *tables,
-            "Training, validation and test people are disjoint.",
-            "",
-        ]
+    training = [
+        "Data: rendered avatars with exact captions, written by `face-fusion avatars-dataset`. No photograph of",
+        "anybody. Training, validation and test people are disjoint. Commands: `face-fusion avatars-train` with",
+        "`vae`, `clip` and `unet`, then `face-fusion prepare` and `face-fusion train` for the adapter.",
+        f"Cost: {seconds / 3600:.1f} hours in all.",
+        "",
+        "| part | parameters | steps × batch | time | machine | seed | date |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *rows,
+        "",
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}. {note}".rstrip(),
+    ]
+    return render_card(
+        title="Avatars: a small Stable Diffusion of a rendered world, with Face Fusion weights",
+        summary=_SUMMARY.format(megabytes=size / 1e6),
+        base="",
+        training="\n".join(training),
+        limits=_LIMITS,
+        tables=tables,
+        license="apache-2.0",
+        tags=["avatars"],
+        reference="images/reference.png",
     )
 
 

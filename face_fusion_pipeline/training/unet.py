@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
@@ -86,9 +92,13 @@ def load_frozen(folder: Path) -> Frozen:
     return Frozen(vae, text_encoder, load_tokenizer(folder), image_encoder)
 
 
-def create_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise levels, rescaled to end in pure noise, so that plain backgrounds get their colour."""
-    return DDIMScheduler(
+def create_scheduler() -> EulerAncestralDiscreteScheduler:
+    """Stable Diffusion's noise levels, rescaled to end in pure noise, so that plain backgrounds get their colour.
+
+    The sampler adds fresh noise in every step: that corrects the errors of a small network, which add up in a
+    deterministic one (faces come out far clearer than with DDIM at equal steps).
+    """
+    levels = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
@@ -99,6 +109,8 @@ def create_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         rescale_betas_zero_snr=True,
     )
+    # From its configuration, which keeps what only other schedulers read: whoever changes to one gets it right.
+    return EulerAncestralDiscreteScheduler.from_config(levels.config)
 
 
 def create_unet(

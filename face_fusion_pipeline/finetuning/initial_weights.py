@@ -1,0 +1,24 @@
+"""Weights of an earlier training to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffusers import UNet2DConditionModel
+
+from ..face_adapter import AdapterMetadata, FaceFusionAdapter, load_adapter, read_tensors
+from ..training.errors import TrainingError
+
+
+def continued_adapter(unet: UNet2DConditionModel, path: Path, metadata: Mapping[str, object]) -> FaceFusionAdapter:
+    """The weights of a file in float32, to be trained on; raises `TrainingError` where its metadata are others."""
+    tensors, strings = read_tensors(path)
+    stored = AdapterMetadata.from_strings(strings)
+    changed = [name for name, value in metadata.items() if getattr(stored, name) != value]
+    if changed:
+        raise TrainingError(
+            f"{path} has {changed[0]} {getattr(stored, changed[0])}, not {metadata[changed[0]]}: "
+            "give the same option to go on from it"
+        )
+    return load_adapter(unet, {key: value.float() for key, value in tensors.items()}, stored)

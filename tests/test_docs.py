@@ -1,0 +1,200 @@
+"""README and documentation: every link leads somewhere, every snippet works, and the site builds without a warning."""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
+from face_fusion_pipeline.avatars import sheet
+from face_fusion_pipeline.cli import build_parser, commands
+from face_fusion_pipeline.contact_sheet import save_png
+
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS, *sorted((ROOT / "benchmarks").glob("*.md"))]
+CARD = ROOT / "weights_card" / "README.md"
+NEEDS_NETWORK = ("stable-diffusion-v1-5/", "OWNER/NAME")  # snippets with these are read, not run
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that headings get, on GitHub and in MkDocs."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+# --- Links -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if re.match(r"\w+:", link):
+            assert link.startswith("https://"), link  # whether it answers is asked by the workflow `links`
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), f"{name(page)}: {link}"
+        assert ROOT in target.resolve().parents, f"{name(page)}: {link} leaves the repository"
+        assert not anchor or anchor in anchors(target), f"{name(page)}: no heading for {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_and_options_that_pages_name_exist(page: Path) -> None:
+    text = page.read_text()
+    for path in re.findall(r"`((?:docs|examples|benchmarks|face_fusion_pipeline|weights_card|tests)/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), f"{name(page)}: {path}"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra in re.findall(r"face-fusion-pipeline\[([\w,]+)\]", text):
+        assert set(extra.split(",")) <= extras.keys(), f"{name(page)}: {extra}"
+    for command in re.findall(r"`face-fusion ([a-z-]+)", text):
+        assert command in commands(), f"{name(page)}: face-fusion {command}"
+
+
+# --- Snippets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [*PAGES, CARD], ids=name)
+def test_shell_snippets_parse(page: Path) -> None:
+    """By the command's own parser: a wrong option or a missing value would exit."""
+    makefile = (ROOT / "Makefile").read_text()
+    for block in [*blocks(page, "bash"), *blocks(page, "sh")]:
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["face-fusion"]:
+                build_parser().parse_args(words[1:])
+            elif words[:1] == ["make"]:
+                assert re.search(rf"^{words[1]}:", makefile, re.M), line
+            elif words[:1] == ["python"] and words[1:2] != ["-m"]:
+                assert (ROOT / words[1]).is_file(), line
+
+
+@pytest.mark.parametrize("page", [*PAGES, CARD], ids=name)
+def test_python_snippets_name_what_exists(page: Path) -> None:
+    for snippet in blocks(page, "python"):
+        for node in ast.walk(ast.parse(snippet)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("face_fusion_pipeline"):
+                module = importlib.import_module(str(node.module))
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "pipe":
+                assert hasattr(StableDiffusionFaceFusionPipeline, node.attr), ast.unparse(node)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "pipe":
+                assert {keyword.arg for keyword in node.keywords} <= arguments_of_a_call(), ast.unparse(node)
+
+
+def arguments_of_a_call() -> set[str | None]:
+    classes = StableDiffusionFaceFusionPipeline.__mro__
+    return {
+        argument for c in classes if "__call__" in vars(c) for argument in inspect.signature(c.__call__).parameters
+    }
+
+
+def runnable(page: Path) -> list[str]:
+    return [s for s in blocks(page, "python") if not any(word in s for word in NEEDS_NETWORK)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of a reader: photos of avatars under the names that pages use; few denoising steps."""
+    for number, photo in enumerate(("demo/reference.png", "photo.jpg", "ada.jpg", "bob.jpg")):
+        path = tmp_path / photo
+        path.parent.mkdir(exist_ok=True)
+        sheet.portrait(1_100_004 + number).save(path, format="PNG")
+    save_png(sheet.portrait(1_100_007), tmp_path / "out" / "image_000.png", {"description": "generated by AI"})
+    monkeypatch.chdir(tmp_path)
+    original = StableDiffusionFaceFusionPipeline.__call__
+
+    def quick(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self, *args, **{"num_inference_steps": 2, **kwargs})
+
+    monkeypatch.setattr(StableDiffusionFaceFusionPipeline, "__call__", quick)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=name)
+def test_python_snippets_run(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of a page one after the other, on the embedded model, without a network."""
+    if "watermark" in page.read_text() and importlib.util.find_spec("blind_watermark") is None:
+        pytest.skip("the watermark extra is not installed")
+    names: dict[str, Any] = {}
+    for snippet in runnable(page):
+        exec(compile(snippet, name(page), "exec"), names)
+    if "image" in names:
+        assert names["image"].size == (128, 128)
+    if name(page) == "docs/responsible_use.md":
+        assert capsys.readouterr().out == "generated by AI\nFalse\n"
+
+
+def test_pages_with_snippets_to_run() -> None:
+    """A slip of the pattern above would run nothing and pass."""
+    ran = {name(page): len(runnable(page)) for page in PAGES if runnable(page)}
+    assert ran["README.md"] >= 2 and ran["docs/index.md"] == 1 and ran["docs/responsible_use.md"] == 2
+
+
+# --- Tables and figures ----------------------------------------------------------------------------------------------
+
+
+def test_tables_of_the_readme_are_those_of_the_card() -> None:
+    readme, card = (ROOT / "README.md").read_text(), CARD.read_text()
+    tables = re.findall(r"<!-- table: \w+ -->\n\n(.*?)\n\n<!-- /table -->", readme, re.S)
+    assert len(tables) == 2
+    for table in tables:
+        assert table in card, "README.md shows other figures than the card of the embedded model: " + table[:80]
+
+
+def test_the_diagram_is_what_its_script_draws() -> None:
+    spec = importlib.util.spec_from_file_location("draw_method", ROOT / "docs" / "draw_method.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.OUT.read_text() == script.draw(), "run: python docs/draw_method.py"
+
+
+# --- The site --------------------------------------------------------------------------------------------------------
+
+
+def test_every_page_is_in_the_navigation_and_every_module_in_the_reference() -> None:
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    pages = set(re.findall(r"[\w/]+\.md", str(navigation)))
+    assert pages == {page.relative_to(ROOT / "docs").as_posix() for page in DOCS}
+    described = "\n".join(page.read_text() for page in DOCS)
+    for module in (ROOT / "face_fusion_pipeline").glob("[!_]*.py"):
+        assert f"face_fusion_pipeline.{module.stem}" in described, f"{module.name} is on no page of docs/reference"
+
+
+def test_site_builds_without_warnings(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(ROOT / "mkdocs.yml")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # advertises the successor of the theme
+    command += ["--site-dir", str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "WARNING" not in result.stderr, result.stderr
+    page = (tmp_path / "reference" / "weights" / "index.html").read_text()
+    assert "load_face_fusion_adapter" in page and "AdapterMismatchError" in page
+    assert not re.search(r"\[<code>\w+</code>\]", page)
+    foreign = re.compile(r'<(?:script|img|iframe)[^>]+src="(https?:)?//|<link[^>]+stylesheet[^>]+href="(https?:)?//')
+    for built in tmp_path.rglob("*.html"):
+        assert not foreign.search(built.read_text()), f"{built.name} asks another server for something"
