@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import random
 import subprocess
@@ -87,6 +88,24 @@ class Regression(Task):
 def checkpoint_of(folder):
     with safe_open(folder / "logs/regression/checkpoint.safetensors", "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a safetensors file is no dict
+
+
+def test_the_record_keeps_the_options_of_the_task_too(tmp_path):
+    task = Regression()
+    task.settings = {"face_weight": 5.0}
+    assert train(task, OPTIONS, tmp_path)["options"].items() >= {"face_weight": 5.0, "lr": OPTIONS.lr}.items()
+
+
+def test_compiled_training_equals_plain_and_exports_the_task_itself(tmp_path):
+    plain, compiled = Regression(), Regression()
+    compile = functools.partial(nn.Module.compile, compiled, backend="aot_eager")
+    compiled.compile = lambda: compile()  # no compiler is needed to see what is compiled and that it is
+    train(plain, OPTIONS, tmp_path / "plain")
+    train(compiled, dataclasses.replace(OPTIONS, compile=True), tmp_path / "compiled")
+    assert compiled._compiled_call_impl is not None and plain._compiled_call_impl is None
+    assert compiled.exported.keys() == plain.exported.keys() == {"layer.weight", "layer.bias"}
+    for name, value in plain.exported.items():
+        torch.testing.assert_close(compiled.exported[name], value)
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
@@ -342,15 +361,62 @@ def test_two_processes_share_the_batch(dataset, model, tmp_path):
     assert len([line for line in lines if "validation_psnr" in line]) == 1
 
 
+def test_word_loss_is_the_cross_entropy_of_cosines_without_padding(model, dataset):
+    from face_fusion_pipeline.training.clip import ClipTask, load_clip, tokenize
+    from face_fusion_pipeline.training.tokenizer import load_tokenizer
+
+    clip, tokenizer, data = load_clip(model), load_tokenizer(model), load_avatars(dataset, "train")
+    task = ClipTask(clip, tokenizer, data, data)
+    tokens = tokenize(tokenizer, ["a red shirt", "blue"])
+    width = clip.config.text_config.hidden_size
+    states = torch.randn(*tokens.shape, width, generator=torch.Generator().manual_seed(0))
+    words = clip.text_model.get_input_embeddings().weight.detach().double().numpy()
+    losses = []
+    for row, state in zip(tokens.tolist(), states.double().numpy(), strict=True):
+        for token, vector in zip(row, state, strict=True):
+            if token != tokenizer.pad_token_id:
+                cosines = words @ vector / (np.linalg.norm(words, axis=1) * np.linalg.norm(vector))
+                losses.append(np.log(np.exp(cosines / 0.1).sum()) - cosines[token] / 0.1)
+    assert 5 <= len(losses) < tokens.numel()  # "blue" and three words, some with start and end; the rest is padding
+    assert float(task.word_loss(states, tokens).detach()) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
 def test_a_unet_is_fitted_to_another_number_of_latent_channels(model):
     import types
 
-    from face_fusion_pipeline.training.unet import load_unet, load_unet_for
+    from face_fusion_pipeline.training.unet import load_frozen, load_unet, load_unet_for
 
-    frozen = types.SimpleNamespace(vae=types.SimpleNamespace(config=types.SimpleNamespace(latent_channels=6)))
-    fitted, source = load_unet_for(frozen, model), load_unet(model)
+    frozen = load_frozen(model)
+    frozen.vae = types.SimpleNamespace(config=types.SimpleNamespace(latent_channels=6))
+    fitted, source = load_unet_for(frozen, model, ["a red shirt"]), load_unet(model)
     assert fitted.conv_in.in_channels == fitted.conv_out.out_channels == 6
     assert torch.equal(fitted.mid_block.resnets[0].conv1.weight, source.mid_block.resnets[0].conv1.weight)
+
+
+def test_a_unet_keeps_reading_text_after_a_change_of_its_encoder(model):
+    """States that are a linear map of the former ones: the refitted UNet answers as before."""
+    from face_fusion_pipeline.training.text_change import text_map
+    from face_fusion_pipeline.training.unet import load_frozen, load_unet, load_unet_for
+
+    captions = ["a red shirt", "a blue shirt", "a red blue shirt", ""]
+    frozen, generator = load_frozen(model), torch.Generator().manual_seed(0)
+    states = frozen.text_states(captions).float()
+    width = states.shape[-1]
+    mixing = torch.eye(width) + torch.randn(width, width, generator=generator) / (4 * width**0.5)
+    solution, explained = text_map(states.flatten(0, 1), states.flatten(0, 1) @ mixing)
+    torch.testing.assert_close(states.double() @ mixing.double() @ solution, states.double(), rtol=0, atol=1e-5)
+    assert explained == pytest.approx(1.0, abs=1e-8)
+    _, lost = text_map(states.flatten(0, 1), torch.randn(states.flatten(0, 1).shape, generator=generator))
+    assert lost < 0.9
+
+    norm = frozen.text_encoder.get_submodule("final_layer_norm")
+    norm.weight.data, norm.bias.data = norm.weight * 2, norm.bias * 2  # another encoder: all states are doubled
+    unet, fitted = load_unet(model), load_unet_for(frozen, model, captions)
+    noisy = torch.randn(4, unet.config.in_channels, 4, 4, generator=generator)
+    with torch.no_grad():
+        before, after = unet(noisy, 500, states).sample, fitted(noisy, 500, 2 * states).sample
+        unfitted = unet(noisy, 500, 2 * states).sample
+    assert (after - before).abs().max() < 0.1 * (unfitted - before).abs().max()
 
 
 def test_timesteps_are_stratified_and_may_lean_to_noise():

@@ -146,9 +146,10 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
         from ..training.unet import UnetTask, create_unet, load_frozen, load_unet_for
 
         frozen = load_frozen(args.out)
-        unet = (
-            load_unet_for(frozen, source) if source else create_unet(frozen, data.pixels.shape[-1], **preset.network)
-        )
+        if source:
+            unet = load_unet_for(frozen, source, data.captions[:1000])
+        else:
+            unet = create_unet(frozen, data.pixels.shape[-1], **preset.network)
         return UnetTask(unet, frozen, data, validation, args.face_loss_weight, args.timestep_power)
     from diffusers import ControlNetModel
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -80,6 +80,7 @@ class FaceFusionTask(Task):
     ) -> None:
         super().__init__()
         self.options = options or FaceFusionOptions()
+        self.settings = asdict(self.options)
         self.base, self.adapter, self.pairs, self.held_out, self.samples = base, adapter, train, validation, samples
         self.size = len(train)
         self.empty = {key: state.float().cpu() for key, state in base.conditions([""]).items()}

@@ -99,6 +99,7 @@ class Task(nn.Module):
 
     name: str
     size: int  # training images
+    settings: dict[str, Any] = {}  # options of its own, for the record of a run
 
     def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
         """Tensors of the training images `indices` (B,), with all random choices drawn from `generator`."""
@@ -417,7 +418,7 @@ def describe_run(
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, accelerate)},
-        "options": asdict(options),
+        "options": asdict(options) | task.settings,
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +31,11 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 from .clip import equal_caption_ids, run_in_float32, tokenize
 from .data import AvatarImages, cached, save_grid
 from .loop import Batch, Task, TrainingError, seeded
+from .text_change import change_text, text_map
 from .tokenizer import load_tokenizer
 
+
+logger = logging.getLogger(__name__)
 
 TEXT_DROPOUT = 0.1
 SNR_GAMMA = 5.0
@@ -138,17 +142,27 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
 
 
-def load_unet_for(frozen: Frozen, folder: Path) -> UNet2DConditionModel:
-    """The UNet of `folder`; if the VAE has another number of channels, with a new first and last convolution."""
+def load_unet_for(frozen: Frozen, folder: Path, captions: list[str]) -> UNet2DConditionModel:
+    """The UNet of the model `folder`, fitted to other frozen parts than it was trained with.
+
+    If the VAE has another number of channels, the first and last convolution are new. If the text encoder is another
+    one with the same words, the attention to text is re-expressed by the states of these `captions`.
+    """
     unet = load_unet(folder)
     channels = frozen.vae.config.latent_channels
-    if unet.config.in_channels == channels:
-        return unet
-    fitted = UNet2DConditionModel.from_config({**unet.config, "in_channels": channels, "out_channels": channels})
-    shapes = {name: weight.shape for name, weight in fitted.state_dict().items()}
-    kept = {name: weight for name, weight in unet.state_dict().items() if shapes[name] == weight.shape}
-    fitted.load_state_dict(kept, strict=False)
-    return fitted
+    if unet.config.in_channels != channels:
+        fitted = UNet2DConditionModel.from_config({**unet.config, "in_channels": channels, "out_channels": channels})
+        shapes = {name: weight.shape for name, weight in fitted.state_dict().items()}
+        kept = {name: weight for name, weight in unet.state_dict().items() if shapes[name] == weight.shape}
+        fitted.load_state_dict(kept, strict=False)
+        unet = fitted
+    former = load_frozen(folder)
+    same_words = former.tokenizer.get_vocab() == frozen.tokenizer.get_vocab()
+    if same_words and fingerprint(former.text_encoder) != fingerprint(frozen.text_encoder):
+        solution, explained = text_map(*(part.text_states(captions).flatten(0, 1) for part in (former, frozen)))
+        change_text(unet, solution)
+        logger.info("another text encoder: R² of its states for the former ones is %.2f", explained)
+    return unet
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -254,6 +268,7 @@ class UnetTask(Task):
         self.data, self.held_out = LatentData(frozen, train), LatentData(frozen, validation)
         self.loss = DiffusionLoss(face_weight, timestep_power)
         self.even_loss = DiffusionLoss(face_weight)  # validation losses stay comparable
+        self.settings = {"face_loss_weight": face_weight, "timestep_power": timestep_power}
 
     @property
     def device(self) -> torch.device:

@@ -79,6 +79,7 @@ class VaeTask(Task):
         self.name = "vae-decoder" if decoder_only else "vae"
         self.vae, self.decoder_only = vae, decoder_only
         self.latent_noise, self.equivariance = latent_noise, equivariance
+        self.settings = {"latent_noise": latent_noise, "equivariance": equivariance, "decoder_only": decoder_only}
         self.data, self.validation, self.size = train, validation, len(train)
         self.centres = (train.first_boxes[:, :2] + train.first_boxes[:, 2:]) / 2
         vae.requires_grad_(True)
