@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from face_fusion_pipeline.avatars.dataset import write
+from face_fusion_pipeline.training import loop
 from face_fusion_pipeline.training.data import load_avatars, render_avatars
 from face_fusion_pipeline.training.loop import LoopOptions, Task, TrainingError, data_order, learning_rate, train
 
@@ -52,7 +53,8 @@ def dataset(tmp_path_factory):
                 "text": f"a {draw.choice(['red', 'blue'])} shirt",
                 "identities": [index // 2],
             }
-            lines.append(json.dumps({**record, "boxes": [[8, 8, 24, 24]]}))
+            points = [[12.0, 20.0] if k >= 48 else [20.0, 12.0] for k in range(68)]  # the mouth, all else
+            lines.append(json.dumps({**record, "boxes": [[8, 8, 23, 23]], "landmarks68": [points]}))
         (root / split / "metadata.jsonl").write_text("\n".join(lines))
     return root
 
@@ -94,6 +96,16 @@ def test_the_record_keeps_the_options_of_the_task_too(tmp_path):
     task = Regression()
     task.settings = {"face_weight": 5.0}
     assert train(task, OPTIONS, tmp_path)["options"].items() >= {"face_weight": 5.0, "lr": OPTIONS.lr}.items()
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "no")])
+def test_bf16_is_taken_only_where_the_device_computes_in_it(native, expected, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(loop, "_computes_in_bf16", lambda: native)
+    options = dataclasses.replace(OPTIONS, precision="auto")
+    assert train(Regression(), options, tmp_path)["options"]["precision"] == expected
+    assert not caplog.records
+    assert loop.usable_precision("bf16") == "bf16"  # as asked, but not in silence
+    assert bool(caplog.records) is not native
 
 
 def test_compiled_training_equals_plain_and_exports_the_task_itself(tmp_path):
@@ -191,8 +203,9 @@ def test_pixels_are_cached_until_the_metadata_change(dataset, tmp_path):
     assert torch.equal(load_avatars(dataset, "train").pixels, first.pixels)
     assert len(load_avatars(dataset, "train", 5)) == 5
     assert torch.equal(load_avatars(dataset, "train").pixels, first.pixels)
-    masks = first.face_masks(4, 8)
-    assert masks[0, 0].sum() == 4 and masks[0, 0, 1:3, 1:3].all()
+    assert first.face_emphasis(4, 8)[0, 0].tolist() == [[0, 0, 0, 0], [0, 1, 2, 0], [0, 2, 1, 0], [0, 0, 0, 0]]
+    first.records[0] = {"boxes": [[-9, -9, -1, 40]], "landmarks68": []}  # to the left of the picture
+    assert not first.face_emphasis(4, 8)[0].any()
     with pytest.raises(TrainingError, match="avatars-dataset"):
         load_avatars(tmp_path, "train")
 

@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--max-grad-norm", type=float, default=1.0)
     length.add_argument("--use-8bit-adam", action="store_true", help="less memory; needs bitsandbytes")
     length.add_argument(
-        "--mixed-precision", choices=("no", "fp16", "bf16"), help="default: as the launcher says, or no"
+        "--mixed-precision",
+        choices=("auto", "no", "fp16", "bf16"),
+        help="auto: bf16 where the device computes in it; default: as the launcher says, or no",
     )
     length.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     length.add_argument("--allow-tf32", action="store_true", help="quicker float32 products on recent GPUs")

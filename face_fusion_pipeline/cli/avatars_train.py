@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--weight-decay", type=float)
     length.add_argument("--ema-decay", type=float)
     length.add_argument("--seed", type=int)
-    length.add_argument("--precision", choices=("no", "bf16", "fp16"))
+    length.add_argument("--precision", choices=("auto", "no", "bf16", "fp16"), help="auto: bf16 where it is quick")
     length.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory format of convolutions")
     length.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the training step")
     length.add_argument("--checkpoint-minutes", type=float)

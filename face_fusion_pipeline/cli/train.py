@@ -122,7 +122,9 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
 
 
 def precision(args: argparse.Namespace) -> str:
-    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    from ..training.loop import usable_precision
+
+    return usable_precision(args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
 
 
 def start_adapter(args: argparse.Namespace, base: BaseModel, folder: Path) -> FaceFusionAdapter:

@@ -91,7 +91,7 @@ class ControlNetTask(Task):
         return {
             "latents": data.latents[indices].to(self.device).float(),
             "text": data.text[data.caption_ids[indices]].to(self.device).float(),
-            "faces": data.face_masks[indices].to(self.device),
+            "faces": data.faces[indices].to(self.device),
             "depth": depth[indices].to(self.device).float().div(255).expand(-1, 3, -1, -1),
         }
 

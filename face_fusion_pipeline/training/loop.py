@@ -12,12 +12,13 @@ decays to the end; a resumed run continues with the time it had used.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ from .errors import TrainingError
 from .optimizers import create_optimizer
 
 
+logger = logging.getLogger(__name__)
+
 Batch = dict[str, Tensor]
 
 
@@ -62,7 +65,7 @@ class LoopOptions:
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     seed: int = 0
-    precision: str = "no"  # or "bf16", "fp16" (GPU)
+    precision: str = "no"  # or "bf16", "fp16" (GPU); "auto": "bf16" where the device computes in it
     channels_last: bool = False  # memory format of convolution weights; quicker for purely convolutional networks
     compile: bool = False
     log_every: int = 20  # steps
@@ -197,6 +200,7 @@ def train(
     if options.steps is None and options.minutes is None:
         raise TrainingError("the length of the training is open: give --steps or --minutes")
     process_group()
+    options = replace(options, precision=usable_precision(options.precision))
     accelerator = create_accelerator(options, folder / "logs" / task.name)
     task = task.to(accelerator.device)
     if options.channels_last:
@@ -312,6 +316,21 @@ def train(
             task.export(folder)
         add_record(folder / "training.json", task.name, record)
     return record
+
+
+def usable_precision(asked: str) -> str:
+    """What "auto" means on this machine; says so where what was asked for is possible but very slow."""
+    if asked == "auto":
+        return "bf16" if _computes_in_bf16() else "no"
+    if asked == "bf16" and not _computes_in_bf16():
+        logger.warning("this processor has no bf16 arithmetic and imitates it many times slower: take precision no")
+    return asked
+
+
+def _computes_in_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def create_accelerator(options: LoopOptions, logs: Path) -> Accelerator:

@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 steps=16000,
                 warmup=100,
                 ema_decay=0.998,
-                precision="bf16",
+                precision="auto",
                 channels_last=True,
             ),
         ),
@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "unet": {
         "cpu": Preset(
             {"widths": (64, 128, 256), "attention": (True, True, True), "head_size": 32},
-            LoopOptions(batch_size=64, lr=1e-3, steps=8000, ema_decay=0.998, weight_decay=0.0, precision="bf16"),
+            LoopOptions(batch_size=64, lr=1e-3, steps=8000, ema_decay=0.998, weight_decay=0.0, precision="auto"),
         ),
         "gpu": Preset(
             {"widths": (96, 192, 256), "attention": (True, True, True), "head_size": 32},
@@ -63,7 +63,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         ),
     },
     "controlnet": {
-        "cpu": Preset({}, LoopOptions(batch_size=32, lr=3e-4, steps=2000, ema_decay=0.998, precision="bf16")),
+        "cpu": Preset({}, LoopOptions(batch_size=32, lr=3e-4, steps=2000, ema_decay=0.998, precision="auto")),
         "gpu": Preset({}, LoopOptions(batch_size=256, lr=3e-4, steps=6000, ema_decay=0.9995, precision="bf16")),
     },
 }

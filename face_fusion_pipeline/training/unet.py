@@ -13,7 +13,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from .clip import equal_caption_ids, run_in_float32, tokenize
@@ -180,8 +181,10 @@ class LatentData:
         device = frozen.vae.device
 
         def encode_images() -> Tensor:
-            parts = torch.arange(len(data)).split(32)
-            return torch.cat([frozen.latents(data.images(part, device)).half().cpu() for part in parts])
+            vae = copy.deepcopy(frozen.vae).to(memory_format=torch.channels_last)  # twice as quick on a CPU
+            quick = replace(frozen, vae=vae)
+            parts = tqdm(torch.arange(len(data)).split(32), desc="latents", unit="batch")
+            return torch.cat([quick.latents(data.images(part, device)).half().cpu() for part in parts])
 
         key = f"{data.key}/{fingerprint(frozen.vae.encoder)}/{frozen.vae.config.scaling_factor}"
         self.latents = cached(data.folder / "latents.safetensors", key, encode_images)
@@ -190,14 +193,14 @@ class LatentData:
         key = f"{data.key}/{fingerprint(frozen.text_encoder)}"
         self.text = cached(data.folder / "text.safetensors", key, lambda: frozen.text_states(captions))
         self.empty_text = frozen.text_states([""])
-        self.face_masks = data.face_masks(self.latents.shape[-1], data.pixels.shape[-1] // self.latents.shape[-1])
+        self.faces = data.face_emphasis(self.latents.shape[-1], data.pixels.shape[-1] // self.latents.shape[-1])
 
 
 class DiffusionLoss:
     """Noising and the weighted v-loss of the module's docstring.
 
     Args:
-        face_weight: m of the module's docstring.
+        face_weight: m in face boxes; twice as much is added to 1 at brows and mouth.
         timestep_power: timesteps are drawn as T·u^power, u uniform; below 1 the noisy ones come more often.
     """
 
@@ -286,7 +289,7 @@ class UnetTask(Task):
             "latents": data.latents[indices].to(self.device).float(),
             "text": data.text[data.caption_ids[indices]].to(self.device).float(),
             "empty_text": data.empty_text.to(self.device).float(),
-            "faces": data.face_masks[indices].to(self.device),
+            "faces": data.faces[indices].to(self.device),
         }
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
