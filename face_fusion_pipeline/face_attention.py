@@ -181,6 +181,15 @@ def _columns(people: Sequence[PersonKeys]) -> tuple[list[Tensor], list[Tensor]]:
     return [person.key for person in people], [person.value for person in people]
 
 
+def split_heads(attn: Attention, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Projected face keys and values `(B or 1, K_f, inner)` as the layer attends to them, `(B or 1, K_f, heads, d)`.
+
+    Keys go through the layer's `norm_k` where it has one, as those of the text do.
+    """
+    key, value = (x.to(dtype).unflatten(-1, (attn.heads, -1)) for x in (key, value))
+    return key if attn.norm_k is None else attn.norm_k(key), value
+
+
 @dataclass(frozen=True)
 class Cast:
     """The people of a picture at one layer; `regions` says by number of queries which of them each query sees.
@@ -317,9 +326,7 @@ class FaceFusionAttnProcessor:
         if not people:
             return dispatch_attention_fn(query, key, value, mask, **dispatch)
         face_key, face_value, bias = join_people(people, key.shape[1])
-        face_key, face_value = (x.to(query.dtype).unflatten(-1, (attn.heads, -1)) for x in (face_key, face_value))
-        if attn.norm_k is not None:
-            face_key = attn.norm_k(face_key)
+        face_key, face_value = split_heads(attn, face_key, face_value, query.dtype)
         return joint_attention(query, key, value, face_key, face_value, bias, mask, **dispatch)
 
 

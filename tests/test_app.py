@@ -40,7 +40,7 @@ from face_fusion_pipeline.app.session import Sessions
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.face_errors import IdentityMismatchError
 from face_fusion_pipeline.face_images import locate_face
-from face_fusion_pipeline.generation import load_pipeline
+from face_fusion_pipeline.generation.loading import load_pipeline
 
 
 ROOT = Path(__file__).parents[1]
@@ -337,6 +337,7 @@ def test_examples_are_found_and_always_the_same(tmp_path: Path) -> None:
         ("--max-upload=0", "--max-upload"),
         ("--max-upload=nan", "--max-upload"),
         ("--model=some/where/else", "some/where/else"),
+        ("--model=./nowhere", "there is no folder ./nowhere"),
     ],
 )
 def test_bad_arguments(flag: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from face_fusion_pipeline.avatars import render, sample_scene
 from face_fusion_pipeline.avatars.sheet import portrait, to_pil
-from face_fusion_pipeline.generation import load_pipeline
+from face_fusion_pipeline.generation.loading import adapter_beside, load_pipeline
 
 
 pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
@@ -45,7 +45,8 @@ def engine() -> Any:
     from face_fusion_pipeline.app.engine import Engine
     from face_fusion_pipeline.face_detectors import HaarDetector
 
-    pipe, adapter = load_pipeline(device="cpu")
+    adapter = adapter_beside(None)
+    pipe = load_pipeline(adapter=adapter, device="cpu")
     return Engine(pipe, None, adapter, HaarDetector())
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import measure, report
+from benchmarks import measure, regions, report
 from benchmarks.__main__ import PAGE, main, parse
 from benchmarks.floor import STEPS, arithmetic, count_flops, floor_ratio
 from benchmarks.measure import Job, Result, Setup, Timing, counted, slope, timed
-from benchmarks.regions import Layer
+from benchmarks.regions import Layer, added_bytes, measure_layer, region_row
 from benchmarks.shapes import SHAPES, Model, twin
 from benchmarks.variants import comparison, growth, plain
 
@@ -192,3 +192,31 @@ def test_table_of_regions(tmp_path, monkeypatch, capsys):
     assert [cell.strip() for cell in row[:2]] == ["2", "16"]
     grouped, dense, over = (float(cell.split()[0]) for cell in row[2:5])
     assert over == pytest.approx(dense / grouped, rel=0.2)
+
+
+def test_the_first_round_of_both_ways_warms_up(monkeypatch):
+    now, seconds = [0.0], iter([50.0, 70.0, 1.0, 2.0, 3.0, 4.0])  # the first calls are slow
+
+    def call(layer):
+        now[0] += next(seconds)
+
+    monkeypatch.setattr(Layer, "grouped", call)
+    monkeypatch.setattr(Layer, "dense", call)
+    monkeypatch.setattr(regions.time, "perf_counter", lambda: now[0])
+    layer = Layer.create(2, tokens=4, setup=Setup("tiny"), side=8)
+    assert measure_layer(layer, Setup("tiny"), rounds=2) == {"grouped": [1.0, 3.0], "dense": [2.0, 4.0]}
+
+
+@pytest.mark.parametrize("way", ["grouped", "dense"])
+def test_added_memory_is_that_of_one_call(way, monkeypatch):
+    called = []
+    for name in ("grouped", "dense"):
+        monkeypatch.setattr(Layer, name, lambda layer, name=name: called.append(name))
+    monkeypatch.setattr(regions, "device_bytes", lambda setup, peak=False: 350 if peak and called else 100)
+    assert added_bytes(2, 4, way, Setup("tiny")) == 250 and called == [way]
+
+
+def test_a_row_of_regions_is_in_milliseconds_and_mebibytes():
+    times = {"grouped": [0.001, 0.002, 0.009], "dense": [0.002, 0.006, 0.009]}
+    row = region_row(3, 16, times, {"grouped": 2**20, "dense": 5 * 2**20})
+    assert row == [3, 16, "2.0", "6.0", "2.000 [1.000, 3.000]", "1", "5"]

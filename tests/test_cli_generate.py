@@ -14,7 +14,7 @@ from PIL import Image
 
 from face_fusion_pipeline import create_adapter, save_adapter
 from face_fusion_pipeline.cli import commands, main
-from face_fusion_pipeline.contact_sheet import contact_sheet, save_png
+from face_fusion_pipeline.generation.contact_sheet import contact_sheet, save_png
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,11 @@ BAD = {
     "odd height": ({"height": 100}, "--height"),
     "seed below zero": ({"seed": -1}, "--seed"),
     "no such model": ({"model": "some/where/else"}, "some/where/else"),
+    "no such folder here": ({"model": "./nowhere"}, "there is no folder ./nowhere"),
+    "no such folder above": ({"model": "../some/where"}, "there is no folder ../some/where"),
+    "no such folder above either": ({"model": "../nowhere"}, "there is no folder ../nowhere"),
+    "no such folder of a user": ({"model": "~/nowhere"}, "there is no folder ~/nowhere"),
+    "no such folder at all": ({"model": "/nowhere"}, "there is no folder /nowhere"),
     "model that is not cached": ({"model": "nobody/nothing"}, "nobody/nothing"),
     "no such adapter": ({"adapter": "absent.safetensors"}, "absent.safetensors"),
     "no such identity": ({"face": "absent.safetensors"}, "absent.safetensors"),

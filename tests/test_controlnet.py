@@ -6,7 +6,7 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 from test_several_people import LEFT, RIGHT, FakeDetector, close, differ
-from tiny_models import face, generate, tiny_components, tiny_pipeline
+from tiny_models import face, generate, tiny_components, tiny_controlnet, tiny_pipeline
 from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
@@ -19,20 +19,6 @@ from face_fusion_pipeline.pipeline_controlnet import at_size
 A, B = face(0), face(1)
 DEPTH = Image.fromarray(np.linspace(0, 255, 256, dtype=np.uint8).reshape(16, 16))
 PHOTO = face(7)
-
-
-def tiny_controlnet(unet, seed=2):
-    torch.manual_seed(seed)
-    net = ControlNetModel.from_unet(unet, conditioning_channels=3)
-    net = ControlNetModel(
-        **{
-            **{k: v for k, v in net.config.items() if not k.startswith("_")},
-            "conditioning_embedding_out_channels": (4, 8),
-        }
-    )
-    for parameter in net.parameters():  # zero convolutions would change nothing
-        torch.nn.init.normal_(parameter, std=0.1)
-    return net.eval()
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from face_fusion_pipeline.evaluation.copying import (
 )
 from face_fusion_pipeline.evaluation.distribution import cmmd
 from face_fusion_pipeline.evaluation.faces import FaceFinder
-from face_fusion_pipeline.evaluation.generation import Settings, keep_settings
+from face_fusion_pipeline.evaluation.generation import Settings, keep_settings, pipeline_of
 from face_fusion_pipeline.evaluation.metrics import copy_paste_score, psnr
 from face_fusion_pipeline.evaluation.observation import Observation, Observer, distribution
 from face_fusion_pipeline.evaluation.people import Person, read_people
@@ -51,7 +51,7 @@ from face_fusion_pipeline.evaluation.pictures import (
 )
 from face_fusion_pipeline.evaluation.recognisers import DeepFaceRecogniser, OnnxRecogniser, insightface_recogniser
 from face_fusion_pipeline.evaluation.renders import to_pil
-from face_fusion_pipeline.face_adapter import create_adapter
+from face_fusion_pipeline.face_adapter import create_adapter, save_adapter
 from face_fusion_pipeline.face_detectors import Face, HaarDetector, YuNetDetector
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
 from face_fusion_pipeline.finetuning.sources import Photo
@@ -455,7 +455,7 @@ def test_a_stopped_run_goes_on(words: list[str], tmp_path: Path, monkeypatch: py
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("nothing is missing, so nothing needs a model")
 
-    monkeypatch.setattr(evaluate, "_load_pipeline", refuse)
+    monkeypatch.setattr("face_fusion_pipeline.evaluation.generation.pipeline_of", refuse)
     assert main([*words, "--methods", "adapter", "--batch-size", "1"]) == 0
     assert len(calls) == 13
     made[0].write_bytes(made[1].read_bytes())  # another picture at its place is scored again
@@ -483,6 +483,15 @@ def test_an_adapter_that_was_trained_on_is_another_one(tmp_path: Path) -> None:
     file.write_bytes(b"second")
     with pytest.raises(FaceFusionError, match="other settings"):
         keep_settings(out, replace(settings, adapter_hash=evaluate._hash(str(tmp_path))))
+
+
+def test_the_pipeline_has_the_adapter_of_the_settings_and_no_other(tmp_path: Path) -> None:
+    unet = tiny_unet()
+    StableDiffusionFaceFusionPipeline(**{**tiny_components(), "unet": unet}).save_pretrained(tmp_path)
+    save_adapter(create_adapter(unet), tmp_path / evaluate.ADAPTER_FILE)
+    pipe = pipeline_of(Settings(model=str(tmp_path)))
+    assert pipe._face_adapter is None and pipe._progress_bar_config["disable"]
+    assert pipeline_of(Settings(model=str(tmp_path), adapter=str(tmp_path)))._face_adapter is not None
 
 
 def test_several_people_in_a_picture(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

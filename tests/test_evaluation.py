@@ -7,14 +7,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_components, tiny_unet
+from PIL import Image
+from tiny_models import tiny_components, tiny_controlnet, tiny_unet
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
-from face_fusion_pipeline.avatars import BACKGROUNDS, CLOTHINGS, EXPRESSIONS, STYLES
+from face_fusion_pipeline.avatars import BACKGROUNDS, CLOTHINGS, EXPRESSIONS, STYLES, render
 from face_fusion_pipeline.cli import avatars_evaluate
-from face_fusion_pipeline.evaluation import people_table
+from face_fusion_pipeline.evaluation import depth_table, people_table
 from face_fusion_pipeline.evaluation.alignment import align_faces, face_template, similarity_transform
 from face_fusion_pipeline.evaluation.avatar_table import CEILING, FLOOR, as_markdown, compare, summarise
+from face_fusion_pipeline.evaluation.depth_table import POSED, STRANGER, compare_depth, control_depth
 from face_fusion_pipeline.evaluation.faces import FACE_HEIGHT, portrait_crops
 from face_fusion_pipeline.evaluation.generation import METHODS, Settings, image_path
 from face_fusion_pipeline.evaluation.judge_training import train_judges
@@ -29,9 +31,10 @@ from face_fusion_pipeline.evaluation.metrics import (
     verification_auc,
 )
 from face_fusion_pipeline.evaluation.model_quality import measure_model, quality_trials, reconstruction_psnr
+from face_fusion_pipeline.evaluation.morph_table import compare_morphs
 from face_fusion_pipeline.evaluation.recognisers import OnnxRecogniser, load_recognisers
 from face_fusion_pipeline.evaluation.recognition import measure_recognition
-from face_fusion_pipeline.evaluation.renders import read_image, write_image
+from face_fusion_pipeline.evaluation.renders import depth_cells, from_pil, read_image, write_image
 from face_fusion_pipeline.evaluation.scoring import Panel
 from face_fusion_pipeline.evaluation.trials import FIRST_TEST_IDENTITY, plan_trials, portraits, true_renders
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
@@ -169,7 +172,7 @@ def test_judges_survive_saving(untrained: Judges, tmp_path: Path) -> None:
     assert loaded.labels == untrained.labels
     for name, value in untrained.networks.state_dict().items():
         torch.testing.assert_close(loaded.networks.state_dict()[name], value, atol=1e-3, rtol=1e-3)
-    assert (tmp_path / WEIGHTS_NAME).stat().st_size < 3_000_000
+    assert (tmp_path / WEIGHTS_NAME).stat().st_size < 4_000_000
     with pytest.raises(ModelNotFoundError, match="train-judges"):
         load_judges(tmp_path / "nowhere")
 
@@ -179,7 +182,7 @@ def test_locator_reads_its_peak(untrained: Judges, monkeypatch: pytest.MonkeyPat
     logits[:, :, 10, 20] = 50
     logits[:, 0, 10, 21] = 50  # equally high: half a cell further
     logits[:, :, 30, 2] = 49  # a second face, too far to pull on the first
-    monkeypatch.setattr(untrained.locator, "heatmaps", lambda images: logits)
+    monkeypatch.setattr(untrained.locator, "planes", lambda images: logits)
     landmarks = untrained.locate(torch.zeros(1, 3, 128, 128))
     assert landmarks[0, 1].tolist() == pytest.approx([81.5, 41.5], abs=1e-3)
     assert landmarks[0, 0].tolist() == pytest.approx([83.5, 41.5], abs=1e-3)
@@ -193,12 +196,16 @@ def test_judges_learn(tmp_path: Path) -> None:
             torch.manual_seed(i)
             image = torch.rand(3, 1, 1) * 0.4 * torch.ones(3, 128, 128) + (0.5 if i % 2 else 0.0)
             write_image(tmp_path / split / f"{i}.png", image)
+            near = np.full((128, 128), 60000 if i % 2 else 5000, np.uint16)
+            near[:, :4] = 0 if i % 2 else 65535  # a light picture is near nearly everywhere, a dark one far
+            Image.fromarray(near).save(tmp_path / split / f"depth{i}.png")
             words = {"expression": "sad", "clothing": "suit", "style": "photo", "background": ["dark", "light"][i % 2]}
             points = (face_template(60) + 30).tolist()
             record = {"file_name": f"{i}.png", "text": "", "identities": [first + i // 2], "people": 1}
+            record |= {"depth_file_name": f"depth{i}.png"}
             records.append({**record, **words, "landmarks5": [points], "boxes": [[30, 30, 90, 90]]})
         (tmp_path / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
-    result = train_judges(tmp_path, tmp_path / "judges", steps=9)
+    result = train_judges(tmp_path, tmp_path / "judges", steps=16)
     assert result["accuracy"]["background"] > 0.8
     assert result["images"] == 24 and result["landmark_error_pixels"] >= 0
     first = load_judges(tmp_path / "judges").scene.heads["background"].weight
@@ -206,6 +213,9 @@ def test_judges_learn(tmp_path: Path) -> None:
     assert again["started_from_judges"] and not result["started_from_judges"]
     second = load_judges(tmp_path / "again").scene.heads["background"].weight
     assert 0 < (second - first).abs().max() < 0.1  # went on from there
+    nearer = train_judges(tmp_path, tmp_path / "judges", steps=40, only=["depth"])
+    assert nearer["depth_error"] < 0.3  # one half for whoever says the same of all pictures
+    assert torch.equal(load_judges(tmp_path / "judges").scene.heads["background"].weight, first)
 
 
 @pytest.mark.skipif(not (SHIPPED / WEIGHTS_NAME).is_file(), reason="no trained judges in the package")
@@ -218,6 +228,8 @@ def test_shipped_judges_see_what_renders_show() -> None:
         asked = [(i, trial.wanted[trait]) for i, trial in enumerate(trials) if trait in trial.wanted]
         right = np.mean([said[trait][i] == word for i, word in asked])
         assert right >= 0.95, f"{trait}: {right:.3f}"
+    depth = depth_cells(torch.stack([from_pil(control_depth(trial.scene))[:1] for trial in trials]))
+    assert (judges.nearness(images) - depth).abs().mean() <= 0.05
     embeddings = judges.embed(images, judges.locate(images))
     assert verification_auc(embeddings, np.array([trial.person for trial in trials])) >= 0.95
 
@@ -308,6 +320,58 @@ def test_people_table_end_to_end(
     pictures = {image_path(tmp_path, trials[0], people_table.slug(m.name)).read_bytes() for m in methods}
     assert len(pictures) == 3 and (tmp_path / "sheet.png").is_file()
     assert result["methods"][FLOOR]["leakage"] is not None
+
+
+def test_depth_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path) -> None:
+    pipe.set_face_fusion_adapter(_adapter(pipe))
+    pipe.register_modules(controlnet=tiny_controlnet(pipe.unet))
+    trials = plan_trials(3, 1, style="photo")
+    settings = Settings(model="tiny", controlnet="tiny", steps=1)
+    result = compare_depth(pipe, trials, untrained, settings, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 8 and "| face and depth |" in (tmp_path / "depth.md").read_text()
+    assert len({path.read_bytes() for path in (tmp_path / "images").glob(f"{trials[0].key}_*")}) == 6
+    # The landmark error is a mean of distances over that of the eyes, in the scene with the next person in it.
+    truth = render([depth_table.posing_scene(trials[0])])
+    found = untrained.locate(truth.images)[0]
+    by_hand = np.linalg.norm(found - truth.landmarks5[0][0], axis=1).mean()
+    by_hand /= np.linalg.norm(truth.landmarks5[0][0][0] - truth.landmarks5[0][0][1])
+    posed = next(row for row in rows if row["method"] == POSED and row["trial"] == trials[0].key)
+    assert posed["landmark_error"] == pytest.approx(by_hand, rel=1e-4)
+    assert result["methods"][STRANGER]["similarity"]["count"] == 3
+
+
+def test_morph_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path) -> None:
+    pipe.set_face_fusion_adapter(_adapter(pipe))
+    trials = plan_trials(2, 1, style="photo")
+    result = compare_morphs(pipe, trials, untrained, Settings(model="tiny", steps=1), tmp_path, (0.0, 0.5, 1.0))
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["person"], row["second"]) for row in rows[::3]] == [
+        (trials[0].person, trials[1].person),
+        (trials[1].person, trials[0].person),
+    ]
+    assert len({path.read_bytes() for path in (tmp_path / "images").glob(f"{trials[0].key}_*")}) == 3
+    mean = np.mean([row["to_second"] for row in rows if row["share"] == 0.5])
+    assert result["shares"]["0.5"]["to_second"]["mean"] == pytest.approx(mean)
+    # The ends are the people alone: no trace of the other reference, whoever it is.
+    alone = pipe(
+        trials[0].text,
+        face_image=portraits(trials[0].person).face,
+        num_inference_steps=1,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(trials[0].seed),
+        output_type="pt",
+    ).images[0]
+    end = read_image(image_path(tmp_path, trials[0], "share000"))
+    torch.testing.assert_close(end, alone, rtol=0, atol=0.01)
+    with pytest.raises(FaceFusionError, match="two identities"):
+        compare_morphs(pipe, trials[:1], untrained, Settings(model="tiny", steps=1), tmp_path / "one")
+
+
+def test_control_depth_is_near_where_the_person_is() -> None:
+    near = np.asarray(control_depth(plan_trials(1, 1, style="photo")[0].scene))
+    assert near.shape == (128, 128, 3) and near.min() == 0 and near.max() == 255
+    assert near[64, 64, 0] > 200 > 60 > near[4, 4, 0]  # a head in the middle, the background in the corner
 
 
 def test_leakage_by_hand() -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from face_fusion_pipeline.avatars import render, sample_scene, sheet
 from face_fusion_pipeline.evaluation.renders import to_pil
+from face_fusion_pipeline.face_depth import depth_image
 
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +23,7 @@ EXAMPLES = {
     "several_references": ([ONE, "ada.png", "ada_2.png"], "several_references.png", None),
     "morph": (["ada.png", "bob.png", ONE], "morph.png", None),
     "two_people": (["ada.png", "bob.png", TWO], "two_people.png", None),
+    "two_people_depth": (["ada.png", "bob.png", "layout.png", TWO, "depth.png"], "two_people_depth.png", None),
     "identity_file": (["ada.png", ONE], "identity_file.png", (128, 128)),
     "custom_pipeline": (["ada.png", ONE, str(ROOT / "face_fusion_pipeline")], "custom_pipeline.png", (128, 128)),
 }
@@ -35,6 +37,9 @@ def photos(tmp_path_factory):
         sheet.portrait(identity).save(folder / f"{name}.png")
     scene = sample_scene(1, [1_100_007], expression="smiling", background="plain blue", style="photo", yaw=-8)
     to_pil(render([scene], 256).images[0]).save(folder / "ada_2.png")
+    rendered = render([sample_scene(3, [1_100_010, 1_100_011], style="photo", background="plain blue")], 256)
+    to_pil(rendered.images[0]).save(folder / "layout.png")
+    depth_image(rendered.depth[0]).save(folder / "depth.png")
     return folder
 
 

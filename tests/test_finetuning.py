@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,11 @@ from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapt
 from face_fusion_pipeline.cli import build_parser, main
 from face_fusion_pipeline.finetuning import objective
 from face_fusion_pipeline.finetuning.base_model import base_of, load_base
-from face_fusion_pipeline.finetuning.latent_cache import Shards, cache_folder, encode, is_encoded, shard_path
+from face_fusion_pipeline.finetuning.latent_cache import Shards, cache_folders, encode, is_encoded, shard_path
 from face_fusion_pipeline.finetuning.pairs import Pairs, split_people
 from face_fusion_pipeline.finetuning.preparation import PrepareOptions, prepare, read_rows
 from face_fusion_pipeline.finetuning.selection import SelectionOptions
-from face_fusion_pipeline.finetuning.sources import open_source
+from face_fusion_pipeline.finetuning.sources import DataError, open_source
 from face_fusion_pipeline.finetuning.task import FaceFusionOptions, FaceFusionTask
 from face_fusion_pipeline.training.loop import Part, TrainingError, data_order
 
@@ -67,8 +68,8 @@ def data(tmp_path_factory: pytest.TempPathFactory, base: Any) -> Path:
 
 
 def pairs_of(data: Path, base: Any, validation: int = 2) -> tuple[Pairs, Pairs]:
-    shards = cache_folder(data, base, 4)
-    return tuple(Pairs(data, shards, people) for people in split_people(read_rows(data), validation, seed=0))  # type: ignore[return-value]
+    cache = cache_folders(data, base, 4)
+    return tuple(Pairs(data, cache, people) for people in split_people(read_rows(data), validation, seed=0))  # type: ignore[return-value]
 
 
 def task_of(data: Path, base: Any, recogniser: Any = None, **options: Any) -> FaceFusionTask:
@@ -141,8 +142,8 @@ def test_unknown_prediction_and_recogniser_are_refused() -> None:
 
 
 def test_references_are_other_photos_of_the_person_or_altered_crops(data: Path, base: Any) -> None:
-    shards = encode(data, base, progress=False)
-    pairs = Pairs(data, shards, split_people(read_rows(data), 0, seed=0)[0])
+    cache = encode(data, base, progress=False)
+    pairs = Pairs(data, cache, split_people(read_rows(data), 0, seed=0)[0])
     assert pairs.references[0] == [(2, 0)] and pairs.references[4] == [(1, 0)]
     assert pairs.references[6] == [(6, 1), (6, 2), (6, 3), (6, 4)] and pairs.references[7][0] == (7, 1)
     chosen = pairs.choose(torch.tensor([6, 6, 0]), torch.tensor([0.0, 0.99, 0.99]))
@@ -163,7 +164,7 @@ def test_validation_shares_nobody_with_training(data: Path) -> None:
 
 
 def test_latents_are_those_of_the_pictures(data: Path, base: Any) -> None:
-    rows, shards = read_rows(data), Shards(cache_folder(data, base, 4), 10)
+    rows, shards = read_rows(data), Shards(cache_folders(data, base, 4), 10)
     for index in (0, 7):
         pixels = np.asarray(Image.open(data / rows[index]["file_name"]))
         expected = base.latents(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1)[0]
@@ -174,16 +175,51 @@ def test_latents_are_those_of_the_pictures(data: Path, base: Any) -> None:
 
 
 def test_a_broken_shard_is_made_again_and_another_base_has_its_own(data: Path, base: Any) -> None:
-    folder = encode(data, base, progress=False)
-    path = shard_path(folder, 0)
-    whole, tensors = path.read_bytes(), load_file(path)
-    path.unlink()  # the mapped tensors keep the old file
-    path.write_bytes(whole[: len(whole) // 2])
-    encode(data, base, progress=False)
-    again = load_file(path)
-    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+    cache = encode(data, base, progress=False)
+    for folder in (cache.latents, cache.conditions):
+        path = shard_path(folder, 0)
+        whole, tensors = path.read_bytes(), load_file(path)
+        path.unlink()  # the mapped tensors keep the old file
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(DataError, match="cannot be read"):
+            Shards(cache, 10)
+        encode(data, base, progress=False)
+        again = load_file(path)
+        assert tensors.keys() == again.keys() and all(torch.equal(tensors[name], again[name]) for name in tensors)
     other = base_of(tiny_models.tiny_pipeline(seed=1))
     assert is_encoded(data, base) and not is_encoded(data, other) and not is_encoded(data, base, augmentations=3)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_another_part_of_the_base_leaves_what_it_does_not_encode(
+    part: str, data: Path, base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tiny_models.tiny_pipeline()
+    pipe.register_modules(**{part: tiny_models.tiny_components(seed=2)[part]})
+    other = base_of(pipe)
+    assert not is_encoded(data, other)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(other, "conditions" if part == "vae" else "latents", refuse)
+    first, second = cache_folders(data, base), encode(data, other, progress=False)
+    assert is_encoded(data, other)
+    old, new = Shards(first, 10), Shards(second, 10)
+    assert torch.equal(old.latents(3), new.latents(3)) == (part != "vae")
+    assert torch.equal(old.reference(6, 2), new.reference(6, 2)) == (part != "vae")
+    assert torch.equal(old.conditions(3)["text"], new.conditions(3)["text"]) == (part == "vae")
+
+
+def test_all_text_encoders_and_the_family_decide_where_captions_lie(data: Path, base: Any) -> None:
+    def place(encoders: list[Any], is_xl: bool = False) -> Path:
+        like: Any = SimpleNamespace(vae=base.vae, text_encoders=encoders, is_xl=is_xl)
+        return cache_folders(data, like).conditions
+
+    first, second, third = (tiny_models.tiny_components(seed)["text_encoder"] for seed in (0, 1, 2))
+    pairs = ([first], [first, second], [first, third], [second, first])
+    assert len({place(pair) for pair in pairs} | {place([first], is_xl=True)}) == 5
+    assert place([first]) == cache_folders(data, base, augmentations=3).conditions
 
 
 # --- Task --------------------------------------------------------------------------------------------------------
@@ -302,8 +338,8 @@ def test_sdxl_goes_through_the_same_task(data: Path, tmp_path: Path) -> None:
     )
     xl = base_of(pipe, "tiny xl")
     assert xl.is_xl and xl.conditions(["a", "b"])["pooled"].shape == (2, 20)
-    shards = encode(data, xl, progress=False)
-    pairs = Pairs(data, shards, split_people(read_rows(data), 0, seed=0)[0])
+    cache = encode(data, xl, progress=False)
+    pairs = Pairs(data, cache, split_people(read_rows(data), 0, seed=0)[0])
     task = FaceFusionTask(xl, create_adapter(unet, metadata={"resolution": SIDE}), pairs)
     batch = part_of(task, [0, 1])
     assert {"text", "pooled", "reference"} <= batch.keys()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import face_fusion_pipeline
+from face_fusion_pipeline.publishing.repository import pipeline_modules
 
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,11 @@ def test_two_commands_and_one_check() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
     assert ".ci/run" in (ROOT / ".github" / "workflows" / "test.yml").read_text()
+
+
+def test_flat_modules_are_those_that_the_pipelines_need() -> None:
+    flat = {path.name for path in (ROOT / "face_fusion_pipeline").glob("*.py")}
+    assert flat - {path.name for path in pipeline_modules()} == {"__init__.py", "__main__.py", "avatar_model.py"}
 
 
 def test_embedded_files_are_package_data() -> None:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from face_fusion_pipeline.cli import main
+from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
 from face_fusion_pipeline.training import publish
 
 
@@ -74,3 +75,57 @@ def test_missing_part_or_too_large_leaves_everything_as_it_was(trained, tmp_path
     assert main(["avatars-publish", "--model", str(trained), "--out", str(out)]) == 2
     assert "MB" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("absent", ["unet", "tokenizer", publish.ADAPTER_WEIGHTS_NAME, "training.json", "table.md"])
+def test_whatever_is_missing_is_named_before_anything_is_written(absent, trained, tmp_path):
+    table = trained / "table.md"
+    table.write_text("| measured |\n")
+    (trained / absent).rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelNotFoundError, match=f"{absent} missing"):
+        publish.publish(trained, tmp_path / "out", [table])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_limit_of_the_weights_is_allowed_and_a_byte_more_is_not(trained, tmp_path, monkeypatch):
+    size = sum(path.stat().st_size for path in trained.rglob("*.safetensors"))
+    monkeypatch.setattr(publish, "SIZE_LIMIT", size - 1)
+    with pytest.raises(FaceFusionError, match="more than"):
+        publish.publish(trained, tmp_path / "out", [])
+    monkeypatch.setattr(publish, "SIZE_LIMIT", size)
+    assert publish.publish(trained, tmp_path / "out", []) == size
+
+
+def test_publishing_again_leaves_nothing_of_the_parts_before(trained, tmp_path):
+    old = trained / "unet" / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    save_file({"w": torch.zeros(3)}, old)
+    publish.publish(trained, tmp_path / "out", [])
+    old.unlink()
+    publish.publish(trained, tmp_path / "out", [])
+    published = {path.name for path in (tmp_path / "out" / "unet").iterdir()}
+    assert published == {path.name for path in (trained / "unet").iterdir()}
+
+
+def test_the_card_counts_every_run_and_orders_the_parts():
+    hours = {
+        name: {**RECORD, "seconds": 3600 * n} for n, name in enumerate(("adapter", "unet", "clip-text", "vae"), 1)
+    }
+    hours["unet"]["continues"] = {**RECORD, "seconds": 3600 * 5, "continues": {**RECORD, "seconds": 3600 * 6}}
+    text = publish.card(hours, [], 12_300_000, "A note.")
+    assert "Cost: 21.0 hours" in text and "12.3 MB" in text and "torch 2.13.0. A note." in text
+    parts = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if "1,234 × 8" in line]
+    assert parts == ["autoencoder", "CLIP (text alone)", "UNet", "UNet", "UNet", "Face Fusion adapter"]
+
+
+def test_a_controlnet_goes_along_within_a_limit_of_its_own(trained, tmp_path, monkeypatch):
+    (trained / "controlnet").mkdir()
+    (trained / "controlnet" / "config.json").write_text("{}")
+    save_file({"w": torch.zeros(1000)}, trained / "controlnet" / "diffusion_pytorch_model.safetensors")
+    monkeypatch.setattr(publish, "CONTROLNET_LIMIT", 3000)
+    with pytest.raises(FaceFusionError, match="controlnet are 0.0 MB, more than"):
+        publish.publish(trained, tmp_path / "out", [])
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(publish, "CONTROLNET_LIMIT", 10_000)
+    size = publish.publish(trained, tmp_path / "out", [])
+    assert (tmp_path / "out" / "controlnet" / "diffusion_pytorch_model.safetensors").is_file()
+    assert size < 4000, "the ControlNet is not counted with the model"

@@ -5,16 +5,21 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_models import face
+from tiny_models import face, tiny_pipeline
 
-from face_fusion_pipeline import watermark
-from face_fusion_pipeline.cli import main
+from face_fusion_pipeline.app.engine import Engine, Picture
+from face_fusion_pipeline.app.form import Form
+from face_fusion_pipeline.app.session import Sessions
+from face_fusion_pipeline.cli import app, main
 from face_fusion_pipeline.face_errors import FaceFusionError
-from face_fusion_pipeline.watermark import add_watermark, has_watermark
+from face_fusion_pipeline.generation import watermark
+from face_fusion_pipeline.generation.watermark import add_watermark, has_watermark
 
 
 if find_spec("blind_watermark") is None:
@@ -51,7 +56,7 @@ def test_the_package_decides_nothing_for_the_whole_program() -> None:
     """Imported by itself, it sets the start method of all processes, or fails where one was set."""
     script = """
 import multiprocessing
-from face_fusion_pipeline.watermark import blind_watermark
+from face_fusion_pipeline.generation.watermark import blind_watermark
 blind_watermark()
 assert multiprocessing.get_start_method(allow_none=True) is None
 multiprocessing.set_start_method("spawn")
@@ -77,3 +82,47 @@ def test_the_command_marks_pictures_and_sheet(tmp_path: Path) -> None:
     for name in ("image_000.png", "contact_sheet.png"):
         with Image.open(tmp_path / name) as image:
             assert has_watermark(image) and "AI" in image.info["description"], name
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_app_marks_pictures_and_sheet(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gr = pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
+    from face_fusion_pipeline.app.handlers import Handlers
+    from face_fusion_pipeline.app.page import build_page
+
+    with gr.Blocks():
+        widgets = build_page([], 1.0, 25, True, False)
+    with Image.open(IMAGES / "reference.png") as image:
+        picture = image.convert("RGB")
+    made = [Picture(picture, picture, None, False, {"description": "AI"})]
+    engine: Any = SimpleNamespace(watermark=wanted, run=lambda *_: iter(made))
+    sessions, user = Sessions(), SimpleNamespace(session_hash="ada")
+    run = sessions.of("ada").new_run()
+    monkeypatch.setattr(Handlers, "read_form", lambda *_: Form(people=(), prompt="a cat"))
+    list(Handlers(engine, sessions, widgets).run({}, user, progress=lambda *_, **__: None))
+    for name in ("image_000.png", "contact_sheet.png"):
+        with Image.open(run.folder / name) as image:
+            assert has_watermark(image) == wanted and image.info["description"] == "AI", name
+    sessions.close()
+
+
+def test_the_app_says_when_there_can_be_no_watermark(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
+    monkeypatch.setattr(app, "load_pipeline", lambda *_: tiny_pipeline())
+    assert main(["app", "--watermark"]) == 2
+    assert "16 × 16" in capsys.readouterr().err
+    monkeypatch.setattr(watermark, "MIN_SIDE", 16)
+    engine = Engine(tiny_pipeline(), watermark=True)
+    wide = Form(people=(), prompt="a cat", control=Image.new("RGB", (32, 16)))
+    with pytest.raises(FaceFusionError, match="16 × 8"):
+        next(engine.run(wide, [], lambda *_: None, lambda: False))
+
+    def load(*_: Any) -> None:
+        raise AssertionError("nothing is loaded before the package is looked for")
+
+    monkeypatch.setattr(app, "load_pipeline", load)
+    monkeypatch.setitem(sys.modules, "blind_watermark", None)
+    assert main(["app", "--watermark"]) == 2
+    assert "[watermark]" in capsys.readouterr().err

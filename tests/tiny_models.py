@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -44,6 +44,21 @@ def tiny_unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
         "attention_head_dim": 2,
     }
     return UNet2DConditionModel(**{**settings, **config}).eval()
+
+
+def tiny_controlnet(unet: UNet2DConditionModel, seed: int = 2) -> ControlNetModel:
+    """For a VAE that halves the picture once; no weight is zero."""
+    torch.manual_seed(seed)
+    net = ControlNetModel.from_unet(unet, conditioning_channels=3)
+    net = ControlNetModel(
+        **{
+            **{k: v for k, v in net.config.items() if not k.startswith("_")},
+            "conditioning_embedding_out_channels": (4, 8),
+        }
+    )
+    for parameter in net.parameters():  # zero convolutions would change nothing
+        torch.nn.init.normal_(parameter, std=0.1)
+    return net.eval()
 
 
 def tiny_tokenizer() -> CLIPTokenizer:

@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from ..face_attention import FaceFusionAttnProcessor, PersonKeys
+from ..face_attention import FaceFusionAttnProcessor, PersonKeys, split_heads
 
 
 def face_attention(
@@ -53,9 +53,7 @@ class AddedFaceAttnProcessor(FaceFusionAttnProcessor):
         attended = dispatch_attention_fn(query, key, value, mask, **dispatch)
         for person in people:
             if person.scale > 0:
-                keys, values = (x.to(query.dtype).unflatten(-1, (attn.heads, -1)) for x in (person.key, person.value))
-                if attn.norm_k is not None:
-                    keys = attn.norm_k(keys)
-                face = face_attention(query, keys, values, person.reference_bias, **dispatch)
+                face_key, face_value = split_heads(attn, person.key, person.value, query.dtype)
+                face = face_attention(query, face_key, face_value, person.reference_bias, **dispatch)
                 attended = attended + person.scale * face
         return attended

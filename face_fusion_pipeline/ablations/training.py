@@ -17,7 +17,7 @@ from torch import Tensor
 from ..face_adapter import save_tensors
 from ..face_errors import FaceFusionError
 from ..finetuning.base_model import BaseModel
-from ..finetuning.latent_cache import encode
+from ..finetuning.latent_cache import Cache, encode
 from ..finetuning.pairs import Pairs, split_people
 from ..finetuning.preparation import read_rows
 from ..finetuning.task import FaceFusionOptions, FaceFusionTask
@@ -103,7 +103,7 @@ class Trainer:
     keep_references: bool = False
 
     @cached_property
-    def shards(self) -> Path:
+    def cache(self) -> Cache:
         return encode(self.data, self.base)
 
     def trained(self, variant: Variant, seed: int) -> tuple[Conditioning | None, dict[str, Any]]:
@@ -135,7 +135,7 @@ class Trainer:
 
     def _train(self, conditioning: Conditioning, variant: Variant, seed: int, folder: Path) -> None:
         people, aside = split_people(read_rows(self.data), None, seed=0)
-        pairs = Pairs(self.data, self.shards, people, same_photo=variant.same_photo)
-        held_out = Pairs(self.data, self.shards, aside) if aside else None
+        pairs = Pairs(self.data, self.cache, people, same_photo=variant.same_photo)
+        held_out = Pairs(self.data, self.cache, aside) if aside else None
         options = replace(LOSS, keep_references=self.keep_references)
         train(VariantTask(self.base, conditioning, pairs, held_out, options), self.budget.loop(variant, seed), folder)

@@ -14,7 +14,9 @@ from ..face_errors import FaceFusionError, InvalidLayoutError, ModelNotFoundErro
 from ..face_identity import FaceIdentity
 from ..face_images import FacePhoto, detect_faces, locate_face
 from ..face_layout import Box, assign_boxes, even_boxes, scale_boxes
-from ..generation import describe, reference_crops
+from ..generation.provenance import describe
+from ..generation.references import reference_crops
+from ..generation.watermark import check_size
 from .form import WHOLE_PHOTO, FieldError, Form, PersonForm
 
 
@@ -48,16 +50,28 @@ class Engine:
 
     Args:
         pipe: [`StableDiffusionFaceFusionPipeline`].
-        model, adapter: their names, for the text in the pictures; see `generation.describe`.
+        model, adapter: their names, for the text in the pictures; see `provenance.describe`.
         detector: see `face_detectors.load_detector`.
+        watermark: the files of the pictures are to carry a watermark.
+
+    Raises:
+        FaceFusionError: the model's pictures are too small for a watermark.
     """
 
     def __init__(
-        self, pipe: Any, model: str | None = None, adapter: str | None = None, detector: FaceDetector | None = None
+        self,
+        pipe: Any,
+        model: str | None = None,
+        adapter: str | None = None,
+        detector: FaceDetector | None = None,
+        watermark: bool = False,
     ) -> None:
         pipe.set_progress_bar_config(disable=True)
         self.pipe, self.model, self.adapter = pipe, model, adapter
         self.detector = detector or load_detector()
+        self.watermark = watermark
+        if watermark:
+            check_size(*self.size())
         self._unet_lock, self._detector_lock = threading.Lock(), threading.Lock()
 
     def size(self, control: Image.Image | None = None) -> tuple[int, int]:
@@ -140,6 +154,8 @@ class Engine:
             CancelledError: `cancelled()` was true; the pictures so far have been handed out.
             FieldError, FaceFusionError: bad input that only the pipeline could see.
         """
+        if self.watermark:
+            check_size(*self.size(form.control))
         boxes = form.face_boxes and scale_boxes(form.face_boxes, (1, 1), self.size(form.control))
         draft = len(identities) > 1 and boxes is None
         passes = 2 if form.compare or draft else 1

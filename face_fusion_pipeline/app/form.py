@@ -7,7 +7,7 @@ from typing import Any
 from ..face_errors import FaceFusionError
 from ..face_layout import Box
 from ..face_loader_mixin import check_scale
-from ..generation import MAX_SEED, check_prompt
+from ..generation.arguments import MAX_SEED, check_prompt
 
 
 MAX_PEOPLE, MAX_PHOTOS, MAX_PICTURES, MAX_STEPS = 3, 8, 8, 200

@@ -117,7 +117,7 @@ class Handlers:
                 run.references |= {f"person {person.number}" if len(form.people) > 1 else "reference": crops}
             step = lambda part, words: progress(part, desc=words)  # noqa: E731
             for picture in self.engine.run(form, identities, step, run.cancelled.is_set):
-                run.add(picture, save_picture(picture, run.folder, len(run.pictures)))
+                run.add(picture, save_picture(picture, run.folder, len(run.pictures), self.engine.watermark))
                 words = f"<p>{len(run.pictures)} of {form.count} …</p>"
                 yield {w.results: run.files, w.status: words}
         except CancelledError:
@@ -145,7 +145,7 @@ class Handlers:
         w = self.widgets
         updates: Updates = {**self._buttons(running=False), w.status: f"<p>{words}</p>" if words else ""}
         pictures, files = list(run.pictures), list(run.files)
-        sheet = save_sheet(pictures, run.references, run.folder)
+        sheet = save_sheet(pictures, run.references, run.folder, self.engine.watermark)
         if sheet is None:
             return updates
         if any(picture.hidden for picture in pictures):

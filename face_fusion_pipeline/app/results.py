@@ -7,17 +7,25 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..contact_sheet import contact_sheet, save_png
+from ..generation.contact_sheet import contact_sheet, save_png
+from ..generation.watermark import add_watermark
 from .engine import Picture
 
 
-def save_picture(picture: Picture, folder: Path, index: int) -> Path:
-    """Write picture `index` as PNG; its text chunks say what made it, and that it is generated."""
-    return save_png(picture.image, folder / f"image_{index:03d}.png", picture.text)
+def save_picture(picture: Picture, folder: Path, index: int, watermark: bool = False) -> Path:
+    """Write picture `index` as PNG; its text chunks say what made it, and that it is generated.
+
+    With `watermark` the pixels say so, too; see `watermark.add_watermark`.
+    """
+    image = add_watermark(picture.image) if watermark else picture.image
+    return save_png(image, folder / f"image_{index:03d}.png", picture.text)
 
 
 def save_sheet(
-    pictures: Sequence[Picture], references: Mapping[str, Sequence[Image.Image]], folder: Path
+    pictures: Sequence[Picture],
+    references: Mapping[str, Sequence[Image.Image]],
+    folder: Path,
+    watermark: bool = False,
 ) -> Path | None:
     """Write the contact sheet: a column for the references of each person, without and with Face Fusion.
 
@@ -31,6 +39,7 @@ def save_sheet(
         "with Face Fusion": [picture.image for picture in pictures],
     }
     sheet = contact_sheet({label: column for label, column in columns.items() if column})
+    sheet = add_watermark(sheet) if watermark else sheet
     return save_png(sheet, folder / "contact_sheet.png", pictures[0].text)
 
 

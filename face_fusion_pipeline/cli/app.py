@@ -6,7 +6,9 @@ import threading
 from typing import Any
 
 from ..face_errors import FaceFusionError
-from ..generation import check_model, load_pipeline
+from ..generation.arguments import check_model
+from ..generation.loading import adapter_beside, load_pipeline
+from ..generation.watermark import blind_watermark
 
 
 HELP = "a web page on this machine: photos and a prompt in, pictures out"
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-upload", type=float, default=20, metavar="MB", help="largest file that may be uploaded")
     parser.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
     parser.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
+    parser.add_argument("--watermark", action="store_true", help="hide in the pixels, too, that they are generated")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
 
@@ -38,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     from ..face_detectors import load_detector
 
     detector = load_detector(args.detector, args.detector_model)
-    pipe, adapter = load_pipeline(args.model, args.adapter, args.device, args.dtype, args.controlnet)
-    engine = Engine(pipe, args.model, adapter, detector)
+    adapter = args.adapter or adapter_beside(args.model)
+    pipe = load_pipeline(args.model, adapter, args.device, args.dtype, args.controlnet)
+    engine = Engine(pipe, args.model, adapter, detector, args.watermark)
     stop = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):  # both end with the uploads removed
         signal.signal(name, lambda *_: stop.set())
@@ -59,6 +63,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise FaceFusionError(f"--max-upload must be above 0 and up to 10000 MB, got {args.max_upload}")
     if args.model is not None:
         check_model(args.model)
+    if args.watermark:
+        blind_watermark()
 
 
 def import_server() -> Any:

@@ -42,6 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     people.add_argument("--adapter", help="adapter file or folder (default: the one beside the model, if any)")
     people.add_argument("--scale", type=float, default=1.0, help="face scale (default: 1)")
 
+    depth = actions.add_parser("depth", help="faces under a depth ControlNet: pose followed, likeness kept")
+    _add_generation(depth)
+    depth.add_argument("--controlnet", help="folder or Hub id of a ControlNet (default: `controlnet` of the model)")
+    depth.add_argument("--identities", type=_positive, default=50, help="test people (default: 50)")
+    depth.add_argument("--prompts", type=_positive, default=2, help="prompts for each of them (default: 2)")
+    depth.add_argument("--adapter", help="adapter file or folder (default: the one beside the model, if any)")
+    depth.add_argument("--scale", type=float, default=1.0, help="face scale (default: 1)")
+
+    morph = actions.add_parser("morph", help="from one person to another by weights: how likeness moves")
+    _add_generation(morph)
+    morph.add_argument("--identities", type=_positive, default=50, help="pairs of test people (default: 50)")
+    morph.add_argument("--adapter", help="adapter file or folder (default: the one beside the model, if any)")
+    morph.add_argument("--scale", type=float, default=1.0, help="face scale (default: 1)")
+
     recognition = actions.add_parser("recognition", help="do tools made for photographs accept avatars?")
     _add_judges(recognition)
     recognition.add_argument("--identities", type=_positive, default=100, help="test people (default: 100)")
@@ -56,14 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only",
         nargs="+",
         metavar="JUDGE",
-        choices=("locator", "scene", "expression", "recogniser"),
-        help="train only these and keep the others that are in --out (locator, scene, expression, recogniser)",
+        choices=("locator", "scene", "expression", "recogniser", "depth"),
+        help="train only these and keep the others that are in --out (locator, scene, expression, recogniser, depth)",
     )
     train.add_argument("--start", type=Path, metavar="DIR", help="judges to go on from (default: begin anew)")
     train.add_argument("--limit", type=_positive, default=20000, help="images to use at most (default: 20000)")
     train.add_argument("--seed", type=int, default=0)
 
-    for action in (table, model, people, recognition, train):
+    for action in (table, model, people, depth, morph, recognition, train):
         action.add_argument("--threads", type=_positive, help="CPU threads of torch (default: torch decides)")
         action.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -77,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         "table": _table,
         "model": _model,
         "people": _people,
+        "depth": _depth,
+        "morph": _morph,
         "recognition": _recognition,
         "train-judges": _train,
     }
@@ -162,7 +178,7 @@ def _adapter(args: argparse.Namespace) -> str | None:
 
 def _table(args: argparse.Namespace) -> tuple[dict, str]:
     from ..evaluation.avatar_table import as_markdown, compare
-    from ..evaluation.generation import METHODS, load_pipeline
+    from ..evaluation.generation import METHODS, pipeline_of
     from ..evaluation.trials import plan_trials
     from ..face_errors import FaceFusionError
 
@@ -174,23 +190,23 @@ def _table(args: argparse.Namespace) -> tuple[dict, str]:
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
     panel = _panel(args)
-    result = compare(load_pipeline(settings, device=args.device), trials, methods, panel, settings, args.out)
+    result = compare(pipeline_of(settings, args.device), trials, methods, panel, settings, args.out)
     return result, as_markdown(result, panel.names)
 
 
 def _model(args: argparse.Namespace) -> tuple[dict, str]:
-    from ..evaluation.generation import load_pipeline
+    from ..evaluation.generation import pipeline_of
     from ..evaluation.model_quality import as_markdown, measure_model, quality_trials
 
     settings = _settings(args)
     trials = quality_trials(args.prompts, seed=args.seed, exclude=_training_captions(args.training_data))
     panel = _panel(args)
-    result = measure_model(load_pipeline(settings, device=args.device), trials, panel, settings, args.out)
+    result = measure_model(pipeline_of(settings, args.device), trials, panel, settings, args.out)
     return result, as_markdown(result)
 
 
 def _people(args: argparse.Namespace) -> tuple[dict, str]:
-    from ..evaluation.generation import load_pipeline
+    from ..evaluation.generation import pipeline_of
     from ..evaluation.judges import SHIPPED, load_judges
     from ..evaluation.people_table import as_markdown, compare_people
     from ..evaluation.trials import plan_trials
@@ -201,7 +217,37 @@ def _people(args: argparse.Namespace) -> tuple[dict, str]:
         args.identities, args.prompts, seed=args.seed, people=args.people, exclude=exclude, style="photo"
     )
     judges = load_judges(args.judges or SHIPPED)
-    result = compare_people(load_pipeline(settings, device=args.device), trials, judges, settings, args.out)
+    result = compare_people(pipeline_of(settings, args.device), trials, judges, settings, args.out)
+    return result, as_markdown(result)
+
+
+def _depth(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..evaluation.depth_table import as_markdown, compare_depth
+    from ..evaluation.generation import pipeline_of
+    from ..evaluation.judges import SHIPPED, load_judges
+    from ..evaluation.trials import plan_trials
+
+    controlnet = args.controlnet or str(Path(_settings(args).model) / "controlnet")
+    settings = _settings(args, adapter=_adapter(args), controlnet=controlnet, face_scale=args.scale)
+    exclude = _training_captions(args.training_data)
+    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
+    judges = load_judges(args.judges or SHIPPED)
+    result = compare_depth(pipeline_of(settings, args.device), trials, judges, settings, args.out)
+    return result, as_markdown(result)
+
+
+def _morph(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..evaluation.generation import pipeline_of
+    from ..evaluation.judges import SHIPPED, load_judges
+    from ..evaluation.morph_table import as_markdown, compare_morphs
+    from ..evaluation.trials import plan_trials
+
+    settings = _settings(args, adapter=_adapter(args), face_scale=args.scale)
+    trials = plan_trials(
+        args.identities, 1, seed=args.seed, exclude=_training_captions(args.training_data), style="photo"
+    )
+    judges = load_judges(args.judges or SHIPPED)
+    result = compare_morphs(pipeline_of(settings, args.device), trials, judges, settings, args.out)
     return result, as_markdown(result)
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..avatar_model import embedded_model
 from ..face_errors import FaceFusionError
-from ..generation import ADAPTER_FILE, check_model
+from ..generation.arguments import check_model
+from ..generation.loading import ADAPTER_FILE
 
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..evaluation.comparison import evaluate
     from ..evaluation.comparison_tables import as_markdown
+    from ..evaluation.generation import pipeline_of
     from ..evaluation.people import read_people
     from ..evaluation.pictures import photos_to_compare
 
@@ -112,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         panel,
         args.out,
         settings=settings,
-        load_pipeline=None if settings is None else lambda: _load_pipeline(settings, device, args.dtype),
+        load_pipeline=None if settings is None else lambda: pipeline_of(settings, str(device), args.dtype),
         left_out=left_out,
         seed=args.seed,
     )
@@ -231,12 +233,3 @@ def _device(name: str) -> Any:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise FaceFusionError(f"--device {name} cannot be used here: {error}") from error
-
-
-def _load_pipeline(settings: Settings, device: Any, dtype: str) -> Any:
-    """The safety checker of the model stays on: a picture that it blacks out shows no face."""
-    from ..generation import load_pipeline
-
-    pipe, _ = load_pipeline(settings.model, settings.adapter, str(device), dtype)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..face_errors import FaceFusionError
-from ..generation import ADAPTER_FILE, MAX_IMAGES, MAX_SEED, check_model, check_prompt, describe, reference_crops
+from ..generation.arguments import MAX_IMAGES, MAX_SEED, check_model, check_prompt
+from ..generation.loading import ADAPTER_FILE, adapter_beside, load_pipeline
+from ..generation.provenance import describe
+from ..generation.references import reference_crops
 
 
 if TYPE_CHECKING:
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     faces = read_faces(args)
     pipe = load_model(args)
     if args.watermark:
-        from ..watermark import add_watermark, check_size
+        from ..generation.watermark import add_watermark, check_size
 
         check_size(args.width or pipe._default_resolution(), args.height or pipe._default_resolution())
     references, identity = encode(pipe, faces)
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     plain = [] if args.no_sheet else generate(pipe, args, None)
     fused = generate(pipe, args, identity)
 
-    from ..contact_sheet import contact_sheet, save_png
+    from ..generation.contact_sheet import contact_sheet, save_png
 
     written = []
     for index, picture in enumerate(fused):
@@ -112,7 +115,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.model is not None:
         check_model(args.model)
     if args.watermark:
-        from ..watermark import blind_watermark
+        from ..generation.watermark import blind_watermark
 
         blind_watermark()
 
@@ -133,10 +136,10 @@ def read_faces(args: argparse.Namespace) -> "list[FacePhoto] | Any":
 def load_model(args: argparse.Namespace) -> Any:
     """The pipeline; `args.adapter` then says which adapter it has."""
     from ..face_loader_mixin import check_scale
-    from ..generation import load_pipeline
 
     check_scale(args.scale, "--scale")
-    pipe, args.adapter = load_pipeline(args.model, args.adapter, args.device, args.dtype)
+    args.adapter = args.adapter or adapter_beside(args.model)
+    pipe = load_pipeline(args.model, args.adapter, args.device, args.dtype)
     if args.adapter is None:
         print(
             f"face-fusion: no --adapter for {args.model or 'it'}: training-free mode, a weaker likeness",

@@ -141,7 +141,7 @@ def first_look(source: str, args: argparse.Namespace) -> Iterator[Piece]:
 
 def load(model: str, args: argparse.Namespace) -> BaseModel:
     """The base on the device of this process, in float32: encoding happens once, and exactly."""
-    from .generate import check_model
+    from ..generation.arguments import check_model
 
     check_model(model)
 

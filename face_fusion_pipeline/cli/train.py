@@ -87,15 +87,15 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
     """The adapter, the pairs and what else the options ask for, as a task; the base gets its training precision."""
     import torch
 
-    from ..finetuning.latent_cache import cache_folder
+    from ..finetuning.latent_cache import cache_folders
     from ..finetuning.objective import load_recogniser
     from ..finetuning.pairs import Pairs, split_people
     from ..finetuning.preparation import read_rows
     from ..finetuning.task import FaceFusionOptions, FaceFusionTask
 
-    shards = cache_folder(folder, base, args.augmentations)
+    cache = cache_folders(folder, base, args.augmentations)
     people, aside = split_people(read_rows(folder), args.validation_people, args.seed)
-    pairs, held_out = Pairs(folder, shards, people), Pairs(folder, shards, aside) if aside else None
+    pairs, held_out = Pairs(folder, cache, people), Pairs(folder, cache, aside) if aside else None
     adapter = start_adapter(args, base, folder)
     options = FaceFusionOptions(
         text_dropout=args.text_dropout,

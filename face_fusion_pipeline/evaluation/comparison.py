@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from ..face_errors import FaceFusionError, UnreadableImageError
-from ..generation import reference_crops
+from ..generation.references import reference_crops
 from ..training.loop import process_group, write_atomic
 from .comparison_tables import as_markdown, columns, summarise
 from .generation import Settings, make_pictures

@@ -14,15 +14,17 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..contact_sheet import save_png
 from ..face_errors import FaceFusionError
-from ..generation import DISCLOSURE, SOURCE_TYPE
+from ..generation.contact_sheet import save_png
+from ..generation.loading import load_pipeline
+from ..generation.provenance import DISCLOSURE, SOURCE_TYPE
 from .pictures import Picture
 from .renders import to_pil
 from .trials import Trial, portraits
 
 
 METHODS = ("none", "training-free", "adapter")
+_LATER = {"adapter_hash": None, "controlnet": None}  # settings that older folders do not name
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,17 @@ class Settings:
     seed: int = 0
     batch: int = 4
     adapter_hash: str | None = None  # of weights in a local file, which may be trained on
+    controlnet: str | None = None
 
 
-def load_pipeline(settings: Settings, *, device: str = "cpu") -> Any:
-    """The model folder or Hub id as Face Fusion pipeline, with its adapter if one is named."""
-    from ..pipeline import StableDiffusionFaceFusionPipeline
+def pipeline_of(settings: Settings, device: str = "cpu", dtype: str = "float32") -> Any:
+    """The pipeline with exactly the adapter that the settings name, or none; see `loading.load_pipeline`.
 
-    pipe = StableDiffusionFaceFusionPipeline.from_pretrained(settings.model, safety_checker=None)
-    if settings.adapter is not None:
-        pipe.load_face_fusion_adapter(settings.adapter)
+    The safety checker of the model stays on: a picture that it blacks out shows no face.
+    """
+    pipe = load_pipeline(settings.model, settings.adapter, device, dtype, settings.controlnet)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe
 
 
 def keep_settings(out: Path, settings: Settings) -> None:
@@ -57,7 +59,7 @@ def keep_settings(out: Path, settings: Settings) -> None:
     The size of the batch may be another one: where memory was short, a run goes on with a smaller one.
     """
     path, now = out / "settings.json", asdict(settings)
-    if path.is_file() and {"adapter_hash": None} | json.loads(path.read_text()) | {"batch": settings.batch} != now:
+    if path.is_file() and _LATER | json.loads(path.read_text()) | {"batch": settings.batch} != now:
         raise FaceFusionError(f"{out} holds images made with other settings ({path}): choose an empty folder")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(now, indent=1) + "\n")

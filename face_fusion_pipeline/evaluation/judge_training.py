@@ -39,7 +39,7 @@ def train_judges(
     only: Sequence[str] = JUDGE_NAMES,
     start: str | Path | None = None,
 ) -> dict:
-    """Train all four judges on DATA/train, write them to `out` and return their figures on DATA/validation.
+    """Train all judges on DATA/train, write them to `out` and return their figures on DATA/validation.
 
     `steps` batches for each, half of them for the recogniser. What looks at aligned faces is trained on faces
     as the locator finds them. With `only` a few of the names, the others are those already in `out`. `start` is a
@@ -64,6 +64,8 @@ def train_judges(
         _fit(judges.expression, _expression_loss(judges, singles, found), _random(singles, rng, FACES), steps)
     if "recogniser" in only:
         _fit(judges.recogniser, _recogniser_loss(judges, singles, found), _people(singles, rng), steps // 2)
+    if "depth" in only:
+        _fit(judges.depth, _depth_loss(judges, renders), _random(renders, rng, IMAGES), steps)
     judges.save(out)
     figures = report(load_judges(out), load_renders(data, "validation", limit))
     figures |= {
@@ -79,12 +81,14 @@ def train_judges(
 
 
 def report(judges: Judges, renders: Renders) -> dict[str, Any]:
-    """Accuracy by trait, mean landmark error in pixels and recogniser AUC, landmarks found by the judges themselves.
+    """Accuracy by trait, mean landmark error in pixels, mean depth error and recogniser AUC.
+
+    Landmarks are those that the judges find themselves.
 
     Only what a picture can show counts, see `decidable`; landmarks and identity on single portraits.
     """
     hits: dict[str, list[bool]] = {trait: [] for trait in TRAITS}
-    errors, embeddings, identities = [], [], []
+    errors, depth_errors, embeddings, identities = [], [], [], []
     for rows in torch.arange(len(renders)).split(256):
         images = renders.floats(rows)
         found = judges.locate(images)
@@ -96,11 +100,13 @@ def report(judges: Judges, renders: Renders) -> dict[str, Any]:
                 if _decidable(trait, renders.records[row]):
                     hits[trait].append(said[trait][i] == str(renders.records[row][trait]))
         errors.append((found - truth)[single].norm(dim=-1).mean(1))
+        depth_errors.append((judges.nearness(images) - renders.depth[rows]).abs().mean(dim=(1, 2)))
         embeddings.append(judges.embed(images[single], found[single]))
         identities += [renders.records[int(rows[i])]["identities"][0] for i in single]
     return {
         "accuracy": {trait: float(np.mean(values)) for trait, values in hits.items()},
         "landmark_error_pixels": float(torch.cat(errors).mean()),
+        "depth_error": float(torch.cat(depth_errors).mean()),
         "recogniser_auc": verification_auc(np.concatenate(embeddings), np.array(identities)),
         "images": len(renders),
     }
@@ -165,7 +171,7 @@ def _locator_loss(judges: Judges, renders: Renders) -> Loss:
     def loss(rows: torch.Tensor) -> torch.Tensor:
         distance = heatmap_cells() - renders.landmarks[rows][:, :, None, None, :]  # (B, 5, 32, 32, 2)
         target = (-distance.square().sum(-1) / (2 * sigma**2)).flatten(2).softmax(-1)
-        logits = judges.locator.heatmaps(_augment(renders.floats(rows))).flatten(2)
+        logits = judges.locator.planes(_augment(renders.floats(rows))).flatten(2)
         return -(target * logits.log_softmax(-1)).sum(-1).mean()
 
     return loss
@@ -215,5 +221,14 @@ def _recogniser_loss(judges: Judges, renders: Renders, found: torch.Tensor) -> L
         logits = first @ second.T / TEMPERATURE
         target = torch.arange(len(logits))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    return loss
+
+
+def _depth_loss(judges: Judges, renders: Renders) -> Loss:
+    """Mean absolute error of the estimated nearness."""
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        return (judges.depth(_augment(renders.floats(rows))) - renders.depth[rows]).abs().mean()
 
     return loss

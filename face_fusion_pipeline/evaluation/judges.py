@@ -19,7 +19,7 @@ from ..face_errors import ModelNotFoundError
 from .alignment import align_faces
 
 
-JUDGE_NAMES = ("locator", "scene", "expression", "recogniser")
+JUDGE_NAMES = ("locator", "scene", "expression", "recogniser", "depth")
 IMAGE_SIZE = 128
 SCENE_TRAITS = ("clothing", "background", "style", "people")
 TRAITS = ("expression", *SCENE_TRAITS)
@@ -51,32 +51,51 @@ def _tower(*widths: int) -> nn.Sequential:
     return nn.Sequential(*blocks, _block(widths[-1], widths[-1], 1))
 
 
-class FaceLocator(nn.Module):
-    """Five landmarks of the main person: one 32 x 32 heatmap each, read around its peak."""
+class _Map(nn.Module):
+    """Planes of 32 x 32 cells from an image of 128 pixels, which see what is near and what the whole image shows."""
 
     grid = 32
-    window = 10.0  # pixels around the peak that the read-out averages
 
-    def __init__(self) -> None:
+    def __init__(self, planes: int) -> None:
         super().__init__()
         self.fine = _tower(16, 32)  # 32 x 32
         self.coarse = nn.Sequential(_block(32, 64), _block(64, 96), _block(96, 96, 1), nn.Conv2d(96, 32, 1))  # 8 x 8
-        self.merge = nn.Sequential(_block(32, 32, 1), nn.Conv2d(32, 5, 1))
+        self.merge = nn.Sequential(_block(32, 32, 1), nn.Conv2d(32, planes, 1))
 
-    def heatmaps(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, 5, 32, 32) for images (B, 3, 128, 128) in [0, 1]."""
+    def planes(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (B, planes, 32, 32) for images (B, 3, 128, 128) in [0, 1]."""
         fine = self.fine(images - 0.5)
         coarse = F.interpolate(self.coarse(fine), size=fine.shape[-2:], mode="bilinear", align_corners=False)
         return self.merge(fine + coarse)
 
+
+class FaceLocator(_Map):
+    """Five landmarks of the main person: one 32 x 32 heatmap each, read around its peak."""
+
+    window = 10.0  # pixels around the peak that the read-out averages
+
+    def __init__(self) -> None:
+        super().__init__(5)
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Landmarks (B, 5, 2), pixels."""
-        logits = self.heatmaps(images)
+        logits = self.planes(images)
         cells = heatmap_cells().to(logits)
         peak = cells.flatten(0, 1)[logits.flatten(2).argmax(-1)]  # (B, 5, 2)
         near = (cells - peak[..., None, None, :]).norm(dim=-1) <= self.window
         weights = logits.masked_fill(~near, -torch.inf).flatten(2).softmax(-1)
         return weights @ cells.flatten(0, 1)
+
+
+class DepthJudge(_Map):
+    """How near everything is: 1 where the picture is nearest, 0 where it is farthest, by cells of four pixels."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Nearness (B, 32, 32) in [0, 1] for images (B, 3, 128, 128) in [0, 1]."""
+        return self.planes(images)[:, 0].sigmoid()
 
 
 def heatmap_cells() -> torch.Tensor:
@@ -121,13 +140,14 @@ class FaceJudge(nn.Module):
 
 @dataclass
 class Judges:
-    """The four networks with the words that their outputs stand for."""
+    """The five networks with the words that their outputs stand for."""
 
     labels: dict[str, list[str]]
     locator: FaceLocator
     scene: SceneJudge
     expression: FaceJudge
     recogniser: FaceJudge
+    depth: DepthJudge
 
     name = "avatar recogniser"
 
@@ -136,7 +156,7 @@ class Judges:
         """Untrained judges for the given words, by trait."""
         expression = FaceJudge(len(labels["expression"]), crop=80, zoom=1.1)
         recogniser = FaceJudge(96, crop=64, zoom=0.6)  # a wider crop: hair, ears and chin tell people apart
-        return cls(labels, FaceLocator(), SceneJudge(labels), expression, recogniser)
+        return cls(labels, FaceLocator(), SceneJudge(labels), expression, recogniser, DepthJudge())
 
     @property
     def networks(self) -> nn.ModuleDict:
@@ -159,6 +179,11 @@ class Judges:
     def embed(self, images: torch.Tensor, landmarks: torch.Tensor) -> np.ndarray:
         """Identity embeddings (B, 96) of unit length."""
         return F.normalize(self.recogniser(self.recogniser.faces(images, landmarks))).numpy()
+
+    @torch.inference_mode()
+    def nearness(self, images: torch.Tensor) -> torch.Tensor:
+        """Estimated depth (B, 32, 32) in [0, 1] of images (B, 3, 128, 128); near is 1, as in a depth control image."""
+        return self.depth(images)
 
     def save(self, folder: str | Path) -> None:
         """Write fp16 weights and labels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from ..face_images import load_image
@@ -16,10 +18,11 @@ from ..face_images import load_image
 
 @dataclass
 class Renders:
-    """Images (N, 3, H, W) uint8 with one metadata record each."""
+    """Images (N, 3, H, W) uint8 with one metadata record each; `read_depth` gives their depth maps (N, 1, H, W)."""
 
     images: torch.Tensor
     records: list[dict[str, Any]]
+    read_depth: Callable[[], torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -39,6 +42,12 @@ class Renders:
         return torch.tensor([r["landmarks5"][0] for r in self.records], dtype=torch.float32).reshape(-1, 5, 2)
 
     @cached_property
+    def depth(self) -> torch.Tensor:
+        """Nearness (N, 32, 32) in [0, 1]; `TrainingError` where the dataset was written without `--depth`."""
+        assert self.read_depth is not None, "a selection of renders has no depth"
+        return torch.cat([depth_cells(part.float() / 255) for part in self.read_depth().split(256)])
+
+    @cached_property
     def identities(self) -> np.ndarray:
         """Identity seed (N,) of the first person of each image."""
         return np.array([r["identities"][0] for r in self.records])
@@ -46,10 +55,16 @@ class Renders:
 
 def load_renders(data: str | Path, split: str, limit: int | None = None) -> Renders:
     """The first `limit` images of a split ("train" or "validation") of a dataset folder."""
+    from ..training.controlnet import load_depth
     from ..training.data import load_avatars
 
     avatars = load_avatars(Path(data), split, limit)
-    return Renders(avatars.pixels, avatars.records)
+    return Renders(avatars.pixels, avatars.records, lambda: load_depth(avatars))
+
+
+def depth_cells(depth: torch.Tensor) -> torch.Tensor:
+    """Depth control images (N, 1, H, W) in [0, 1] as means over 32 x 32 cells (N, 32, 32)."""
+    return F.adaptive_avg_pool2d(depth, 32)[:, 0]
 
 
 def read_image(path: str | Path, size: int | None = None) -> torch.Tensor:

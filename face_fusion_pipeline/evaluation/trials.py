@@ -103,11 +103,11 @@ def portraits(person: int, *, seed: int = 0) -> Portraits:
 
 def true_renders(trials: list[Trial], *, person_shift: int = 0, batch: int = 16) -> torch.Tensor:
     """The scenes of the trials as the renderer draws them (N, 3, 128, 128); `person_shift` puts other people in."""
-    scenes = [_with_others(trial.scene, person_shift) for trial in trials]
+    scenes = [with_others(trial.scene, person_shift) for trial in trials]
     parts = [render(scenes[start : start + batch]).images.cpu() for start in range(0, len(scenes), batch)]
     return torch.cat(parts)
 
 
-def _with_others(scene: Scene, shift: int) -> Scene:
+def with_others(scene: Scene, shift: int) -> Scene:
     people = tuple(replace(p, identity=sample_identity(p.identity.seed + shift)) for p in scene.people)
     return replace(scene, people=people)

@@ -1,9 +1,10 @@
-"""Latents and text embeddings of a prepared folder, computed once for a base and kept as safetensors shards.
+"""Latents and text embeddings of a prepared folder, computed once and kept as safetensors shards.
 
-A shard holds `SHARD` examples: `latents` (n, c, h, w); `references` (m, c, r, r), those of example i from
+Pictures and captions lie apart: another text encoder does not encode the pictures again. A shard holds `SHARD`
+examples in float16. Of the pictures: `latents` (n, c, h, w), and `references` (m, c, r, r), those of example i from
 `reference_start[i]` to `reference_start[i + 1]`: the plain face crop, then its augmentations for people of whom there
-is no other photo; the conditions (u, ...) of its u different captions, and `caption` (n,), which of them is whose. All
-are float16. A finished shard is not computed again.
+is no other photo. Of the captions: the conditions (u, ...) of the u different ones, and `caption` (n,), which of them
+is whose. A finished shard is not computed again.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import hashlib
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,23 +37,38 @@ from .sources import DataError
 SHARD = 512  # examples
 BATCH = 8  # images encoded at a time
 CONDITION = "condition/"
+COMPLETE = "complete.json"
 AUGMENTATIONS = 4
 
 
-def cache_folder(folder: Path, base: BaseModel, augmentations: int) -> Path:
-    """Where the latents of a prepared folder lie for this base: another VAE, text encoder or data is another place."""
-    parts = [fingerprint(module) for module in (base.vae, *base.text_encoders)]
+@dataclass(frozen=True)
+class Cache:
+    """The folders of the shards: `latents` of a VAE, `conditions` of text encoders."""
+
+    latents: Path
+    conditions: Path
+
+
+def cache_folders(folder: Path, base: BaseModel, augmentations: int = AUGMENTATIONS) -> Cache:
+    """Where the shards of a prepared folder lie for this base: another part of it or other data is another place."""
     data = hashlib.sha256((folder / METADATA).read_bytes()).hexdigest()
-    described = json.dumps([parts, base.vae.config.scaling_factor, data, augmentations])
-    return folder / "latents" / hashlib.sha256(described.encode()).hexdigest()[:16]
+    vae = [fingerprint(base.vae), base.vae.config.scaling_factor, data, augmentations]
+    text = [[fingerprint(encoder) for encoder in base.text_encoders], base.is_xl, data]  # XL takes an earlier layer
+    return Cache(folder / "latents" / _digest(vae), folder / "conditions" / _digest(text))
+
+
+def _digest(described: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
 def is_encoded(folder: Path, base: BaseModel, augmentations: int = AUGMENTATIONS) -> bool:
-    return (cache_folder(folder, base, augmentations) / "complete.json").is_file()
+    """Whether pictures and captions of a prepared folder are all encoded for this base."""
+    cache = cache_folders(folder, base, augmentations)
+    return all((part / COMPLETE).is_file() for part in (cache.latents, cache.conditions))
 
 
-def encode(folder: Path, base: BaseModel, augmentations: int = AUGMENTATIONS, progress: bool = True) -> Path:
-    """Compute what is missing of the latents of a prepared folder; returns the folder of the shards.
+def encode(folder: Path, base: BaseModel, augmentations: int = AUGMENTATIONS, progress: bool = True) -> Cache:
+    """Compute what is missing of the latents and conditions of a prepared folder; returns the folders of the shards.
 
     Args:
         augmentations: pictures made of the face crop of a person of whom there is no other photo.
@@ -58,19 +77,32 @@ def encode(folder: Path, base: BaseModel, augmentations: int = AUGMENTATIONS, pr
         DataError: not a prepared folder, or a picture of it cannot be read.
     """
     rows = read_rows(folder)
-    target = cache_folder(folder, base, augmentations)
-    starts = range(0, len(rows), SHARD)
-    partnered = has_partner(rows)
-    for start in tqdm(starts, desc="encoding", unit="shard", disable=not progress):
+    cache = cache_folders(folder, base, augmentations)
+    copies = [0 if partnered else augmentations for partnered in has_partner(rows)]
+
+    def pictures(members: range) -> dict[str, Tensor]:
+        return picture_shard(folder, base, rows, members, copies)
+
+    def captions(members: range) -> dict[str, Tensor]:
+        return caption_shard(base, [rows[index]["text"] for index in members])
+
+    described = {"examples": len(rows), "base": Path(base.name).name}
+    write_shards(cache.latents, pictures, {**described, "augmentations": augmentations}, "pictures", progress)
+    write_shards(cache.conditions, captions, described, "captions", progress)
+    return cache
+
+
+def write_shards(
+    target: Path, shard: Callable[[range], dict[str, Tensor]], described: dict[str, Any], what: str, progress: bool
+) -> None:
+    """Write what is missing of the shards of `described["examples"]` examples; `shard` makes one of its members."""
+    count = described["examples"]
+    for start in tqdm(range(0, count, SHARD), desc=f"encoding {what}", unit="shard", disable=not progress):
         path = shard_path(target, start // SHARD)
-        if path.is_file() and is_whole(path):
-            continue
-        members = range(start, min(start + SHARD, len(rows)))
-        tensors = encode_shard(folder, base, rows, members, [0 if partnered[i] else augmentations for i in members])
-        save_tensors(path, tensors, {"first": str(start), "base": base.name})
-    described = {"examples": len(rows), "base": Path(base.name).name, "augmentations": augmentations}
-    write_text(target / "complete.json", json.dumps(described) + "\n")
-    return target
+        if not (path.is_file() and is_whole(path)):
+            tensors = shard(range(start, min(start + SHARD, count)))
+            save_tensors(path, tensors, {"first": str(start), "base": described["base"]})
+    write_text(target / COMPLETE, json.dumps(described) + "\n")
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -92,26 +124,33 @@ def has_partner(rows: list[Row]) -> list[bool]:
     return [row["own_reference"] or people[row["identity"]] > 1 for row in rows]
 
 
-def encode_shard(
+def picture_shard(
     folder: Path, base: BaseModel, rows: list[Row], members: range, augmentations: list[int]
 ) -> dict[str, Tensor]:
+    """The tensors of the pictures of `members`; `augmentations` of each of all rows."""
+
     def pictures(index: int) -> list[Image.Image]:
         row = rows[index]
         crop = read_picture(folder / row["face_file_name"])
-        copies = [augmented(crop, random.Random(f"{index} {k}")) for k in range(augmentations[index - members.start])]
+        copies = [augmented(crop, random.Random(f"{index} {k}")) for k in range(augmentations[index])]
         return [read_picture(folder / row["file_name"]), crop, *copies]
 
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(pictures, members))
-    starts = torch.tensor([0, *(len(item) - 1 for item in found)]).cumsum(0)
-    captions = list(dict.fromkeys(rows[index]["text"] for index in members))
-    conditions = [base.conditions(captions[k : k + BATCH]) for k in range(0, len(captions), BATCH)]
     return {
         "latents": encode_pictures(base, [item[0] for item in found]),
         "references": encode_pictures(base, [picture for item in found for picture in item[1:]]),
-        "reference_start": starts,
-        "caption": torch.tensor([captions.index(rows[index]["text"]) for index in members]),
-        **{CONDITION + key: torch.cat([part[key].half().cpu() for part in conditions]) for key in conditions[0]},
+        "reference_start": torch.tensor([0, *(len(item) - 1 for item in found)]).cumsum(0),
+    }
+
+
+def caption_shard(base: BaseModel, captions: list[str]) -> dict[str, Tensor]:
+    """The tensors of n captions, each different one encoded once."""
+    different = list(dict.fromkeys(captions))
+    parts = [base.conditions(different[start : start + BATCH]) for start in range(0, len(different), BATCH)]
+    return {
+        "caption": torch.tensor([different.index(caption) for caption in captions]),
+        **{CONDITION + key: torch.cat([part[key].half().cpu() for part in parts]) for key in parts[0]},
     }
 
 
@@ -134,23 +173,17 @@ def read_picture(path: Path) -> Image.Image:
 
 
 class Shards:
-    """Random access to the shards of one folder; files are mapped into memory, not read."""
+    """Random access to the shards of pictures and captions; files are mapped into memory, not read."""
 
-    def __init__(self, folder: Path, count: int) -> None:
-        paths = [shard_path(folder, number) for number in range(-(-count // SHARD))]
-        try:
-            self.files = [safe_open(path, "pt") for path in paths]
-        except (SafetensorError, OSError) as error:
-            raise DataError(
-                f"a shard of {folder} cannot be read ({error}): run `face-fusion prepare` again"
-            ) from error
-        self.starts = [file.get_tensor("reference_start").tolist() for file in self.files]
-        self.captions = [file.get_tensor("caption").tolist() for file in self.files]
-        self.keys = [key for key in self.files[0].keys() if key.startswith(CONDITION)]  # noqa: SIM118, no dict
+    def __init__(self, cache: Cache, count: int) -> None:
+        self.pictures, self.texts = (open_shards(folder, count) for folder in (cache.latents, cache.conditions))
+        self.starts = [file.get_tensor("reference_start").tolist() for file in self.pictures]
+        self.captions = [file.get_tensor("caption").tolist() for file in self.texts]
+        self.keys = [key for key in self.texts[0].keys() if key.startswith(CONDITION)]  # noqa: SIM118, no dict
 
     def latents(self, index: int) -> Tensor:
         """(c, h, w) of example `index`."""
-        return self.files[index // SHARD].get_slice("latents")[index % SHARD]
+        return self.pictures[index // SHARD].get_slice("latents")[index % SHARD]
 
     def reference_count(self, index: int) -> int:
         starts = self.starts[index // SHARD]
@@ -159,9 +192,17 @@ class Shards:
     def reference(self, index: int, number: int) -> Tensor:
         """(c, r, r) of reference `number` of example `index`: 0 is the plain crop."""
         row = self.starts[index // SHARD][index % SHARD] + number
-        return self.files[index // SHARD].get_slice("references")[row]
+        return self.pictures[index // SHARD].get_slice("references")[row]
 
     def conditions(self, index: int) -> dict[str, Tensor]:
         """The conditions of the caption of example `index`, see `BaseModel.conditions`."""
-        file, row = self.files[index // SHARD], self.captions[index // SHARD][index % SHARD]
+        file, row = self.texts[index // SHARD], self.captions[index // SHARD][index % SHARD]
         return {key.removeprefix(CONDITION): file.get_slice(key)[row] for key in self.keys}
+
+
+def open_shards(folder: Path, count: int) -> list[Any]:
+    """The files of `count` examples. Raises [`DataError`] if one cannot be read."""
+    try:
+        return [safe_open(shard_path(folder, number), "pt") for number in range(-(-count // SHARD))]
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"a shard of {folder} cannot be read ({error}): run `face-fusion prepare` again") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .latent_cache import Shards, has_partner
+from .latent_cache import Cache, Shards, has_partner
 from .preparation import Row, read_rows
 from .sources import DataError
 
@@ -26,14 +26,14 @@ class Pairs:
 
     Args:
         folder: the prepared folder.
-        shards: the folder that `latent_cache.encode` returned.
+        cache: what `latent_cache.encode` returned.
         people: only these, see [`split_people`].
         same_photo: the only reference of a target is its own face crop, to measure what such pairs teach.
     """
 
-    def __init__(self, folder: Path, shards: Path, people: list[list[int]], *, same_photo: bool = False) -> None:
+    def __init__(self, folder: Path, cache: Cache, people: list[list[int]], *, same_photo: bool = False) -> None:
         self.rows, self.people = read_rows(folder), people
-        self.shards = Shards(shards, len(self.rows))
+        self.shards = Shards(cache, len(self.rows))
         self.targets = sorted(index for members in people for index in members)
         self.references: dict[int, list[tuple[int, int]]] = {}
         partnered = has_partner(self.rows)

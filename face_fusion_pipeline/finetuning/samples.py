@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..contact_sheet import contact_sheet, save_png
 from ..face_adapter import FaceFusionAdapter
-from ..generation import DISCLOSURE, SOURCE_TYPE
+from ..generation.contact_sheet import contact_sheet, save_png
+from ..generation.provenance import DISCLOSURE, SOURCE_TYPE
 from .base_model import BaseModel
 from .sources import DataError
 

@@ -14,7 +14,14 @@ from ..publishing.card import render_card
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_encoder", "clip_score")
 SIZE_LIMIT = 60_000_000  # bytes of weights
-_STAGES = {"vae": "autoencoder", "clip": "CLIP", "unet": "UNet", "adapter": "Face Fusion adapter"}
+CONTROLNET_LIMIT = 15_000_000  # of those of the ControlNet, which may lie beside the model
+_STAGES = {
+    "vae": "autoencoder",
+    "clip": "CLIP",
+    "unet": "UNet",
+    "adapter": "Face Fusion adapter",
+    "controlnet": "depth ControlNet",
+}
 
 _SUMMARY = """\
 New pictures of the person in one picture, as a prompt describes them: {megabytes:.1f} MB of float16 weights that draw
@@ -32,17 +39,21 @@ def publish(model: Path, out: Path, tables: list[Path], note: str = "", adapter:
     """Copy the parts of `model` to `out`, write `out/README.md` with the `tables`; returns the bytes of weights.
 
     `adapter` is the folder that `face-fusion train` wrote; without it the adapter and its record are in `model`.
-    Nothing of `out` changes unless everything is there. Raises ModelNotFoundError for a missing part or table,
-    FaceFusionError for weights above SIZE_LIMIT.
+    A ControlNet in `model` goes along. Nothing of `out` changes unless everything is there. Raises ModelNotFoundError
+    for a missing part or table, FaceFusionError for weights above SIZE_LIMIT or CONTROLNET_LIMIT.
     """
-    copied = [model / name for name in (*PARTS, "model_index.json")] + [(adapter or model) / ADAPTER_WEIGHTS_NAME]
+    controlnet = [model / "controlnet"] if (model / "controlnet").is_dir() else []
+    copied = [model / name for name in (*PARTS, "model_index.json")] + controlnet
+    copied.append((adapter or model) / ADAPTER_WEIGHTS_NAME)
     recorded = [folder / "training.json" for folder in (model, adapter) if folder]
     if missing := [str(path) for path in (*copied, *recorded, *tables) if not path.exists()]:
         raise ModelNotFoundError(f"cannot publish {model}: {', '.join(missing)} missing; train that stage first")
     weights = [copied[-1], *(file for part in PARTS for file in (model / part).glob("*.safetensors"))]
     size = sum(path.stat().st_size for path in weights)
-    if size > SIZE_LIMIT:
-        raise FaceFusionError(f"the weights of {model} are {size / 1e6:.1f} MB, more than {SIZE_LIMIT / 1e6:.0f} MB")
+    beside = sum(path.stat().st_size for folder in controlnet for path in folder.glob("*.safetensors"))
+    for what, found, limit in ((model, size, SIZE_LIMIT), (model / "controlnet", beside, CONTROLNET_LIMIT)):
+        if found > limit:
+            raise FaceFusionError(f"the weights of {what} are {found / 1e6:.1f} MB, more than {limit / 1e6:.0f} MB")
     records = json.loads(recorded[0].read_text())
     if adapter:
         records["adapter"] = json.loads(recorded[1].read_text())["face-fusion"]

@@ -1,0 +1,178 @@
+"""Faces under a depth ControlNet: does the picture follow the depth map, and is it still the person?
+
+The depth map is that of the prompt's scene with *somebody else* in it, as when a user takes the pose from another
+picture: so it asks for another head, and what it costs in likeness shows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..avatars import Scene, render
+from ..face_depth import depth_image
+from .generation import Settings, image_path, keep_settings
+from .judges import IMAGE_SIZE, Judges
+from .metrics import bootstrap_mean, cosine_similarity
+from .renders import depth_cells, from_pil, read_image, to_pil, write_image
+from .reports import circumstances, contact_sheet, markdown_table, write_report
+from .trials import Trial, portraits, true_renders, with_others
+
+
+POSED, STRANGER = "render that the depth is of", "render of another scene"
+POSER = 1  # the depth map shows the next person
+SHEET_ROWS = 6
+
+
+@dataclass(frozen=True)
+class Method:
+    """With the face or without, and how strong the ControlNet is inside the face box; None is no ControlNet."""
+
+    name: str
+    face: bool
+    inside: float | None
+
+
+METHODS = (
+    Method("prompt alone", False, None),
+    Method("depth", False, 1.0),
+    Method("face", True, None),
+    Method("face and depth", True, 1.0),
+    Method("face and depth, half inside the face", True, 0.5),
+    Method("face and depth, none inside the face", True, 0.0),
+)
+
+
+def compare_depth(
+    pipe: Any, trials: list[Trial], judges: Judges, settings: Settings, out: Path, methods: Sequence[Method] = METHODS
+) -> dict[str, Any]:
+    """Generate, score, write `rows.jsonl`, `depth.json`, `depth.md` and `sheet.png` to `out`; returns the result.
+
+    `pipe` is a Face Fusion pipeline with a depth ControlNet.
+    """
+    keep_settings(out, settings)
+    for trial in tqdm(trials, desc="images", unit="trial"):
+        missing = [method for method in methods if not image_path(out, trial, slug(method)).is_file()]
+        face = pipe.encode_face(portraits(trial.person, seed=settings.seed).face) if missing else None
+        for method in missing:
+            write_image(image_path(out, trial, slug(method)), _image(pipe, trial, method, face, settings))
+    rows = _score(trials, judges, settings, out, methods)
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = [*(method.name for method in methods), POSED, STRANGER]
+    result = {
+        "settings": asdict(settings),
+        "images_per_method": len(trials),
+        **circumstances(),
+        "methods": {name: summarise([row for row in rows if row["method"] == name], settings.seed) for name in names},
+    }
+    write_report(out, "depth", result, as_markdown(result))
+    write_image(out / "sheet.png", _sheet(trials, methods, settings, out))
+    return result
+
+
+def slug(method: Method) -> str:
+    """A method's name in file names."""
+    return method.name.replace(", ", "-").replace(" ", "-")
+
+
+def posing_scene(trial: Trial) -> Scene:
+    """The trial's scene with somebody else in it."""
+    return with_others(trial.scene, POSER)
+
+
+def control_depth(scene: Scene) -> Image.Image:
+    """The exact depth map of a scene as control image."""
+    return depth_image(render([scene]).depth[0])
+
+
+def summarise(rows: list[dict], seed: int) -> dict[str, Any]:
+    """Depth error, landmark error and similarity: mean and interval over people."""
+    groups = np.array([row["person"] for row in rows])
+    return {
+        key: asdict(bootstrap_mean(np.array([row[key] for row in rows]), groups, seed=seed))
+        for key in ("depth_error", "landmark_error", "similarity")
+    }
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """The table with its legend."""
+
+    def interval(estimate: dict[str, float]) -> str:
+        return f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+    rows = [[name, *(interval(estimate) for estimate in f.values())] for name, f in result["methods"].items()]
+    s = result["settings"]
+    return (
+        markdown_table(["", "depth error ↓", "landmark error ↓", "own person ↑"], rows)
+        + f"\n{result['images_per_method']} pictures a method, people that no training saw, {s['steps']} steps, "
+        f"guidance {s['guidance_scale']}, face scale {s['face_scale']}, seed {s['seed']}; {result['machine']}, "
+        f"{result['date']}.\nThe depth map is that of the scene with somebody else in it. Depth error: mean absolute "
+        "difference between it and the depth that a judge sees in the picture, both from 0 to 1. Landmark error: "
+        "mean distance of five landmarks from those of the scene, over the distance of its eyes. Own person: avatar "
+        "recogniser, cosine to another portrait. 95 % bootstrap intervals over people.\n"
+    )
+
+
+@torch.inference_mode()
+def _image(pipe: Any, trial: Trial, method: Method, face: Any, settings: Settings) -> torch.Tensor:
+    arguments: dict[str, Any] = {}
+    if method.face:
+        arguments = {"face_image": face, "face_scale": settings.face_scale}
+    if method.inside is not None:
+        arguments |= {"control_image": control_depth(posing_scene(trial)), "control_kind": "depth"}
+    if method.face and method.inside is not None:  # a box for all of these, so that they differ in `inside` alone
+        box = render([posing_scene(trial)]).boxes[0][0].tolist()
+        arguments |= {"control_face_scale": method.inside, "face_boxes": [box]}
+    output = pipe(
+        trial.text,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        generator=torch.Generator().manual_seed(trial.seed),
+        output_type="pt",
+        **arguments,
+    )
+    return output.images[0].float().cpu()
+
+
+def _score(
+    trials: list[Trial], judges: Judges, settings: Settings, out: Path, methods: Sequence[Method]
+) -> list[dict]:
+    posed, strange = true_renders(trials, person_shift=POSER), true_renders(trials[1:] + trials[:1])
+    rows = []
+    for i, trial in enumerate(tqdm(trials, desc="scores", unit="trial")):
+        other = portraits(trial.person, seed=settings.seed).other[None]
+        known = judges.embed(other, judges.locate(other))
+        rendered = render([posing_scene(trial)])
+        depth, landmarks = (
+            depth_cells(from_pil(control_depth(posing_scene(trial)))[None, :1]),
+            rendered.landmarks5[0][0],
+        )
+        eyes = float((landmarks[1] - landmarks[0]).norm())
+        images = [read_image(image_path(out, trial, slug(method)), IMAGE_SIZE) for method in methods]
+        images = torch.stack([*images, posed[i], strange[i]])
+        found = judges.locate(images)
+        depth_errors = (judges.nearness(images) - depth).abs().mean(dim=(1, 2)).tolist()
+        landmark_errors = ((found - landmarks).norm(dim=-1).mean(dim=1) / eyes).tolist()
+        similarity = cosine_similarity(judges.embed(images, found), np.repeat(known, len(images), 0)).tolist()
+        names = [*(method.name for method in methods), POSED, STRANGER]
+        for name, near, place, own in zip(names, depth_errors, landmark_errors, similarity, strict=True):
+            row = {"trial": trial.key, "person": trial.person, "method": name}
+            rows.append({**row, "depth_error": near, "landmark_error": place, "similarity": own})
+    return rows
+
+
+def _sheet(trials: list[Trial], methods: Sequence[Method], settings: Settings, out: Path) -> Image.Image:
+    rows = []
+    for trial in trials[:: max(1, len(trials) // SHEET_ROWS)][:SHEET_ROWS]:
+        near = control_depth(posing_scene(trial))
+        pictures = [to_pil(read_image(image_path(out, trial, slug(method)))) for method in methods]
+        rows.append((trial.text, [portraits(trial.person, seed=settings.seed).face, near, *pictures]))
+    return contact_sheet(["reference", "depth map", *(method.name for method in methods)], rows)
