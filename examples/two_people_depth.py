@@ -2,9 +2,9 @@
 
     python examples/two_people_depth.py ada.jpg bob.jpg layout.jpg "two people on a beach" [depth.png]
 
-Without a depth map (near is white) the depth of the layout photo is estimated, by controlnet-aux or transformers. Writes
-two_people_depth.png: the photos of the people, the layout, its depth, the picture, and one with a ControlNet that is
-weaker inside the faces.
+Without a depth map (near is white) the depth of the layout photo is estimated, by controlnet-aux or transformers.
+Writes two_people_depth.png: the photos of the people, the layout, its depth, the picture, and one with a ControlNet
+that is weaker inside the faces.
 """
 
 import sys

@@ -329,7 +329,7 @@ def test_depth_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrain
     settings = Settings(model="tiny", controlnet="tiny", steps=1)
     result = compare_depth(pipe, trials, untrained, settings, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 3 * 8 and "| face and depth |" in (tmp_path / "depth.md").read_text()
+    assert len(rows) == 3 * 8 and "| face, depth |" in (tmp_path / "depth.md").read_text()
     assert len({path.read_bytes() for path in (tmp_path / "images").glob(f"{trials[0].key}_*")}) == 6
     # The landmark error is a mean of distances over that of the eyes, in the scene with the next person in it.
     truth = render([depth_table.posing_scene(trials[0])])

@@ -117,6 +117,12 @@ def test_the_card_counts_every_run_and_orders_the_parts():
     assert parts == ["autoencoder", "CLIP (text alone)", "UNet", "UNet", "UNet", "Face Fusion adapter"]
 
 
+def test_the_card_names_the_controlnet_where_there_is_one():
+    records = {"unet": RECORD, "controlnet": RECORD}
+    assert "depth ControlNet for it" in publish.card(records, [], 1, "")
+    assert "ControlNet" not in publish.card({"unet": RECORD}, [], 1, "")
+
+
 def test_a_controlnet_goes_along_within_a_limit_of_its_own(trained, tmp_path, monkeypatch):
     (trained / "controlnet").mkdir()
     (trained / "controlnet" / "config.json").write_text("{}")
@@ -129,3 +135,6 @@ def test_a_controlnet_goes_along_within_a_limit_of_its_own(trained, tmp_path, mo
     size = publish.publish(trained, tmp_path / "out", [])
     assert (tmp_path / "out" / "controlnet" / "diffusion_pytorch_model.safetensors").is_file()
     assert size < 4000, "the ControlNet is not counted with the model"
+    (trained / "controlnet").rename(tmp_path / "elsewhere")
+    publish.publish(trained, tmp_path / "out", [])
+    assert not (tmp_path / "out" / "controlnet").exists()

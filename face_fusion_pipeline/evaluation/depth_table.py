@@ -45,9 +45,9 @@ METHODS = (
     Method("prompt alone", False, None),
     Method("depth", False, 1.0),
     Method("face", True, None),
-    Method("face and depth", True, 1.0),
-    Method("face and depth, half inside the face", True, 0.5),
-    Method("face and depth, none inside the face", True, 0.0),
+    Method("face, depth", True, 1.0),
+    Method("face, depth, half inside", True, 0.5),
+    Method("face, depth, none inside", True, 0.0),
 )
 
 
@@ -114,10 +114,11 @@ def as_markdown(result: dict[str, Any]) -> str:
         markdown_table(["", "depth error ↓", "landmark error ↓", "own person ↑"], rows)
         + f"\n{result['images_per_method']} pictures a method, people that no training saw, {s['steps']} steps, "
         f"guidance {s['guidance_scale']}, face scale {s['face_scale']}, seed {s['seed']}; {result['machine']}, "
-        f"{result['date']}.\nThe depth map is that of the scene with somebody else in it. Depth error: mean absolute "
-        "difference between it and the depth that a judge sees in the picture, both from 0 to 1. Landmark error: "
-        "mean distance of five landmarks from those of the scene, over the distance of its eyes. Own person: avatar "
-        "recogniser, cosine to another portrait. 95 % bootstrap intervals over people.\n"
+        f"{result['date']}.\nInside: `control_face_scale`, the ControlNet's strength in the face box. The depth map "
+        "is that of the scene with somebody else in it. Depth error: mean absolute difference between it and the "
+        "depth that a judge sees in the picture, both from 0 to 1. Landmark error: mean distance of five landmarks "
+        "from those of the scene, over the distance of its eyes. Own person: avatar recogniser, cosine to another "
+        "portrait. 95 % bootstrap intervals over people.\n"
     )
 
 

@@ -130,8 +130,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         + f"\n{result['images_per_method']} pictures of {result['people']} people a method, people that no training "
         f"saw, {s['steps']} steps, guidance {s['guidance_scale']}, face scale {s['face_scale']}, seed {s['seed']}; "
         f"{result['machine']}, {result['date']}.\nSimilarity: avatar recogniser, cosine to another portrait, with a "
-        "95 % bootstrap interval over people. Leakage: share of the way from the floor to the own similarity that the "
-        "neighbour's has come.\n"
+        "95 % bootstrap interval over people; of somebody else: mean over everybody whom a face is not. Leakage: "
+        "share of the way from the floor to the own similarity that the neighbour's has come.\n"
     )
 
 
@@ -165,32 +165,32 @@ def _score(
     out: Path,
     methods: Sequence[Method],
 ) -> list[dict]:
-    truth, strangers = true_renders(trials), true_renders(trials, person_shift=len(trials[0].scene.people))
+    count = len(trials[0].scene.people)
+    truth, strangers = true_renders(trials), true_renders(trials, person_shift=count)
+    everybody = sorted({person for trial in trials for person in members(trial)})
+    others = torch.stack([portraits(person, seed=settings.seed).other for person in everybody])
+    known = dict(zip(everybody, judges.embed(others, judges.locate(others)), strict=True))
     rows = []
     for i, (trial, places) in enumerate(zip(tqdm(trials, desc="scores", unit="trial"), boxes, strict=True)):
-        others = torch.stack([portraits(person, seed=settings.seed).other for person in members(trial)])
-        known = judges.embed(others, judges.locate(others))
         images = [read_image(image_path(out, trial, slug(m.name)), IMAGE_SIZE) for m in methods]
         images += [truth[i], strangers[i]]
         counts = judges.describe(torch.stack(images))["people"]
-        for name, image, count in zip([*(m.name for m in methods), CEILING, FLOOR], images, counts, strict=True):
+        for name, image, people in zip([*(m.name for m in methods), CEILING, FLOOR], images, counts, strict=True):
             crops = portrait_crops(image, places)
             found = judges.embed(crops, judges.locate(crops))
-            similarity = cosine_similarity(found[:, None], known[None])  # (faces, people)
-            for k in range(len(places)):
-                neighbours = np.delete(similarity[k], k)
-                rows.append(
-                    {
-                        "trial": trial.key,
-                        "person": trial.person,
-                        "place": k,
-                        "method": name,
-                        "own": float(similarity[k, k]),
-                        "neighbour": float(neighbours.mean()) if len(neighbours) else float("nan"),
-                        "all_present": count == str(len(places)),
-                    }
-                )
+            for k, person in enumerate(members(trial)):
+                like = {p: float(cosine_similarity(found[k], known[p])) for p in everybody}
+                if name == FLOOR:  # against everybody whom this face is not: one stranger alone says little
+                    own = neighbour = _mean([like[p] for p in everybody if p != person + count])
+                else:
+                    own, neighbour = like[person], _mean([like[p] for p in members(trial) if p != person])
+                row = {"trial": trial.key, "person": trial.person, "place": k, "method": name}
+                rows.append({**row, "own": own, "neighbour": neighbour, "all_present": people == str(count)})
     return rows
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
 
 
 def _sheet(trials: list[Trial], methods: Sequence[Method], settings: Settings, out: Path) -> Image.Image:

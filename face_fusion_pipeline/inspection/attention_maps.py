@@ -102,7 +102,7 @@ def record_attention(
         FaceFusionError: a layer that is not there, or a compiled UNet.
         InvalidLayoutError: during the call, a box that is empty or outside the picture.
 
-    Example:
+    Examples:
         >>> with record_attention(pipe, steps=[0, 12, 24], boxes={"mouth": (56, 72, 72, 80)}) as record:
         ...     image = pipe(prompt, face_image=face).images[0]
         >>> record.maps[record.layers[0], 12][0].mass  # (1, 16, 16)

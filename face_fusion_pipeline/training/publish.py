@@ -29,6 +29,8 @@ New pictures of the person in one picture, as a prompt describes them: {megabyte
 `UNet2DConditionModel`, `EulerAncestralDiscreteScheduler` with v-prediction) and the two matrices for each
 cross-attention layer that Face Fusion adds. It was trained from nothing and is its own base; `image_encoder/` and
 `clip_score/` are the two towers of its CLIP, for scores."""
+_CONTROLNET = """ `controlnet/` holds a
+depth ControlNet for it, an ordinary diffusers `ControlNetModel`."""
 _LIMITS = """\
 It has seen rendered avatars only: a photo goes through the same path, but what comes out is an avatar. It knows the
 words of its own captions (a few expressions, clothes, places and styles) and no others. How its people look was drawn
@@ -58,6 +60,7 @@ def publish(model: Path, out: Path, tables: list[Path], note: str = "", adapter:
     if adapter:
         records["adapter"] = json.loads(recorded[1].read_text())["face-fusion"]
     out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / "controlnet", ignore_errors=True)  # one of an earlier model would not fit this one
     for path in copied:
         if path.is_dir():
             shutil.rmtree(out / path.name, ignore_errors=True)
@@ -106,7 +109,7 @@ def card(records: dict[str, dict[str, Any]], tables: list[str], size: int, note:
     ]
     return render_card(
         title="Avatars: a small Stable Diffusion of a rendered world, with Face Fusion weights",
-        summary=_SUMMARY.format(megabytes=size / 1e6),
+        summary=_SUMMARY.format(megabytes=size / 1e6) + (_CONTROLNET if "controlnet" in records else ""),
         base="",
         training="\n".join(training),
         limits=_LIMITS,
