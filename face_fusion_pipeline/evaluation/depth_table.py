@@ -157,8 +157,8 @@ def _score(
             rendered.landmarks5[0][0],
         )
         eyes = float((landmarks[1] - landmarks[0]).norm())
-        images = [read_image(image_path(out, trial, slug(method)), IMAGE_SIZE) for method in methods]
-        images = torch.stack([*images, posed[i], strange[i]])
+        generated = [read_image(image_path(out, trial, slug(method)), IMAGE_SIZE) for method in methods]
+        images = torch.stack([*generated, posed[i], strange[i]])
         found = judges.locate(images)
         depth_errors = (judges.nearness(images) - depth).abs().mean(dim=(1, 2)).tolist()
         landmark_errors = ((found - landmarks).norm(dim=-1).mean(dim=1) / eyes).tolist()
