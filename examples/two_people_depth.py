@@ -28,6 +28,8 @@ def main(ada: str, bob: str, layout: str, prompt: str, depth: str | None = None,
     people = [pipe.encode_face(face) for face in faces]  # from left to right
     photo = load_image(layout)
     near = load_image(depth) if depth else control_depth(photo, "photo")
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor  # the depth map decides how large the picture becomes
+    near = near.resize((side, side))
     pictures: list[Image.Image] = []
     for inside in (1.0, 0.5):
         result = pipe(

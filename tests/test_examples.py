@@ -37,7 +37,9 @@ def photos(tmp_path_factory):
         sheet.portrait(identity).save(folder / f"{name}.png")
     scene = sample_scene(1, [1_100_007], expression="smiling", background="plain blue", style="photo", yaw=-8)
     to_pil(render([scene], 256).images[0]).save(folder / "ada_2.png")
-    rendered = render([sample_scene(3, [1_100_010, 1_100_011], style="photo", background="plain blue")], 256)
+    frontal = {"yaw": 0, "pitch": 0, "roll": 0, "expression": "neutral"}  # so that both faces are found
+    pair = sample_scene(6, [1_100_010, 1_100_011], style="photo", background="plain blue", **frontal)
+    rendered = render([pair], 256)
     to_pil(rendered.images[0]).save(folder / "layout.png")
     depth_image(rendered.depth[0]).save(folder / "depth.png")
     return folder
