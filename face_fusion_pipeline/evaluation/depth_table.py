@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..avatars import Scene, render
 from ..face_depth import depth_image
-from .generation import Settings, image_path, keep_settings
+from .generation import Settings, image_path, keep_settings, trial_image
 from .judges import IMAGE_SIZE, Judges
 from .metrics import bootstrap_mean, cosine_similarity
 from .renders import depth_cells, from_pil, read_image, to_pil, write_image
@@ -122,7 +122,6 @@ def as_markdown(result: dict[str, Any]) -> str:
     )
 
 
-@torch.inference_mode()
 def _image(pipe: Any, trial: Trial, method: Method, face: Any, settings: Settings) -> torch.Tensor:
     arguments: dict[str, Any] = {}
     if method.face:
@@ -132,15 +131,7 @@ def _image(pipe: Any, trial: Trial, method: Method, face: Any, settings: Setting
     if method.face and method.inside is not None:  # a box for all of these, so that they differ in `inside` alone
         box = render([posing_scene(trial)]).boxes[0][0].tolist()
         arguments |= {"control_face_scale": method.inside, "face_boxes": [box]}
-    output = pipe(
-        trial.text,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        generator=torch.Generator().manual_seed(trial.seed),
-        output_type="pt",
-        **arguments,
-    )
-    return output.images[0].float().cpu()
+    return trial_image(pipe, trial, settings, **arguments)
 
 
 def _score(

@@ -138,3 +138,17 @@ def _images(pipe: Any, pictures: Sequence[Picture], face: dict[str, Any], settin
         **face,
     )
     return output.images.float().cpu()
+
+
+@torch.inference_mode()
+def trial_image(pipe: Any, trial: Trial, settings: Settings, **face: Any) -> torch.Tensor:
+    """The picture (3, H, W) in [0, 1] of one trial on the CPU, with the arguments about faces that `pipe` takes."""
+    output = pipe(
+        trial.text,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        generator=torch.Generator().manual_seed(trial.seed),
+        output_type="pt",
+        **face,
+    )
+    return output.images[0].float().cpu()

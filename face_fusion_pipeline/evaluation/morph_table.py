@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..face_errors import FaceFusionError
-from .generation import Settings, image_path, keep_settings
+from .generation import Settings, image_path, keep_settings, trial_image
 from .judges import IMAGE_SIZE, Judges
 from .metrics import bootstrap_mean, cosine_similarity
 from .renders import read_image, to_pil, write_image
@@ -108,19 +108,9 @@ def _next(trials: list[Trial], index: int) -> int:
     return others[0]
 
 
-@torch.inference_mode()
 def _image(pipe: Any, trial: Trial, both: Any, share: float, settings: Settings) -> torch.Tensor:
-    output = pipe(
-        trial.text,
-        face_image=both,
-        face_weights=[1 - share, share],
-        face_scale=settings.face_scale,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        generator=torch.Generator().manual_seed(trial.seed),
-        output_type="pt",
-    )
-    return output.images[0].float().cpu()
+    weights = [1 - share, share]
+    return trial_image(pipe, trial, settings, face_image=both, face_weights=weights, face_scale=settings.face_scale)
 
 
 def _sheet(pairs: list[tuple[Trial, int]], shares: Sequence[float], settings: Settings, out: Path) -> Image.Image:

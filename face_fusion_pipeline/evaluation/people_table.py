@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..avatars import render
 from .faces import portrait_crops
-from .generation import Settings, image_path, keep_settings
+from .generation import Settings, image_path, keep_settings, trial_image
 from .judges import IMAGE_SIZE, Judges
 from .metrics import bootstrap_mean, cosine_similarity
 from .renders import read_image, to_pil, write_image
@@ -135,7 +135,6 @@ def as_markdown(result: dict[str, Any]) -> str:
     )
 
 
-@torch.inference_mode()
 def _image(
     pipe: Any, trial: Trial, method: Method, people: list[Any], boxes: list[list[float]], settings: Settings
 ) -> torch.Tensor:
@@ -146,15 +145,7 @@ def _image(
             face |= {"face_masks": [np.ones((8, 8))] * len(people), "face_overlap": "shared"}
         else:
             face |= {"face_boxes": boxes, "face_overlap": method.overlap, "face_background": method.background}
-    output = pipe(
-        trial.text,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        generator=torch.Generator().manual_seed(trial.seed),
-        output_type="pt",
-        **face,
-    )
-    return output.images[0].float().cpu()
+    return trial_image(pipe, trial, settings, **face)
 
 
 def _score(
