@@ -22,12 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     table = actions.add_parser("table", help="likeness and obedience: no face, training-free, trained Face Fusion")
     _add_generation(table)
+    _add_adapter(table)
     table.add_argument("--methods", nargs="+", choices=("none", "training-free", "adapter"), metavar="METHOD",
                        help="none, training-free, adapter (default: all that the model allows)")  # fmt: skip
     table.add_argument("--identities", type=_positive, default=50, help="test people (default: 50)")
     table.add_argument("--prompts", type=_positive, default=4, help="prompts for each of them (default: 4)")
-    table.add_argument("--adapter", help="adapter file or folder (default: the one beside the model, if any)")
-    table.add_argument("--scale", type=float, default=1.0, help="face scale of the adapter (default: 1)")
     table.add_argument("--training-free-scale", type=float, default=1.0, help="scale without adapter (default: 1)")
 
     model = actions.add_parser("model", help="VAE reconstruction and prompt obedience of the avatar model")
@@ -36,25 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     people = actions.add_parser("people", help="two or three people in a picture: likeness, leakage, who is missing")
     _add_generation(people)
+    _add_adapter(people)
     people.add_argument("--people", type=int, choices=(1, 2, 3), default=2, help="people in a picture (default: 2)")
     people.add_argument("--identities", type=_positive, default=25, help="groups of test people (default: 25)")
     people.add_argument("--prompts", type=_positive, default=2, help="prompts for each group (default: 2)")
-    people.add_argument("--adapter", help="adapter file or folder (default: the one beside the model, if any)")
-    people.add_argument("--scale", type=float, default=1.0, help="face scale (default: 1)")
 
     depth = actions.add_parser("depth", help="faces under a depth ControlNet: pose followed, likeness kept")
     _add_generation(depth)
+    _add_adapter(depth)
     depth.add_argument("--controlnet", help="folder or Hub id of a ControlNet (default: `controlnet` of the model)")
     depth.add_argument("--identities", type=_positive, default=50, help="test people (default: 50)")
     depth.add_argument("--prompts", type=_positive, default=2, help="prompts for each of them (default: 2)")
-    depth.add_argument("--adapter", help="adapter file or folder (default: the one beside the model, if any)")
-    depth.add_argument("--scale", type=float, default=1.0, help="face scale (default: 1)")
 
     morph = actions.add_parser("morph", help="from one person to another by weights: how likeness moves")
     _add_generation(morph)
+    _add_adapter(morph)
     morph.add_argument("--identities", type=_positive, default=50, help="pairs of test people (default: 50)")
-    morph.add_argument("--adapter", help="adapter file or folder (default: the one beside the model, if any)")
-    morph.add_argument("--scale", type=float, default=1.0, help="face scale (default: 1)")
 
     recognition = actions.add_parser("recognition", help="do tools made for photographs accept avatars?")
     _add_judges(recognition)
@@ -119,6 +115,11 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--training-data", type=Path, metavar="DIR", help="dataset whose captions are not to be asked")
     parser.add_argument("--judges", type=Path, help="folder of judges (default: those in the package)")
     _add_judges(parser)
+
+
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", help="adapter file or folder (default: the one beside the model, if any)")
+    parser.add_argument("--scale", type=float, default=1.0, help="face scale of the adapter (default: 1)")
 
 
 def _add_judges(parser: argparse.ArgumentParser) -> None:

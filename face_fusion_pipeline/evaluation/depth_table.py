@@ -21,7 +21,7 @@ from ..avatars import Scene, render
 from ..face_depth import depth_image
 from .generation import Settings, image_path, keep_settings, trial_image
 from .judges import IMAGE_SIZE, Judges
-from .metrics import bootstrap_mean, cosine_similarity
+from .metrics import Estimate, bootstrap_mean, cosine_similarity
 from .renders import depth_cells, from_pil, read_image, to_pil, write_image
 from .reports import circumstances, contact_sheet, markdown_table, write_report
 from .trials import Trial, portraits, true_renders, with_others
@@ -104,11 +104,7 @@ def summarise(rows: list[dict], seed: int) -> dict[str, Any]:
 
 def as_markdown(result: dict[str, Any]) -> str:
     """The table with its legend."""
-
-    def interval(estimate: dict[str, float]) -> str:
-        return f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
-
-    rows = [[name, *(interval(estimate) for estimate in f.values())] for name, f in result["methods"].items()]
+    rows = [[name, *(str(Estimate(**estimate)) for estimate in f.values())] for name, f in result["methods"].items()]
     s = result["settings"]
     return (
         markdown_table(["", "depth error ↓", "landmark error ↓", "own person ↑"], rows)

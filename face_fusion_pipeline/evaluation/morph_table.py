@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..face_errors import FaceFusionError
 from .generation import Settings, image_path, keep_settings, trial_image
 from .judges import IMAGE_SIZE, Judges
-from .metrics import bootstrap_mean, cosine_similarity
+from .metrics import Estimate, bootstrap_mean, cosine_similarity
 from .renders import read_image, to_pil, write_image
 from .reports import circumstances, contact_sheet, markdown_table, write_report
 from .trials import Trial, portraits
@@ -81,12 +81,8 @@ def summarise(rows: list[dict], seed: int) -> dict[str, Any]:
 
 def as_markdown(result: dict[str, Any]) -> str:
     """The table with its legend."""
-
-    def interval(estimate: dict[str, float]) -> str:
-        return f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
-
     rows = [
-        [f"{float(share):.0%}", interval(found["to_first"]), interval(found["to_second"])]
+        [f"{float(share):.0%}", str(Estimate(**found["to_first"])), str(Estimate(**found["to_second"]))]
         for share, found in result["shares"].items()
     ]
     s = result["settings"]

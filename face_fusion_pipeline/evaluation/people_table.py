@@ -22,7 +22,7 @@ from ..avatars import render
 from .faces import portrait_crops
 from .generation import Settings, image_path, keep_settings, trial_image
 from .judges import IMAGE_SIZE, Judges
-from .metrics import bootstrap_mean, cosine_similarity
+from .metrics import Estimate, bootstrap_mean, cosine_similarity
 from .renders import read_image, to_pil, write_image
 from .reports import circumstances, contact_sheet, markdown_table, write_report
 from .trials import Trial, portraits, true_renders
@@ -116,12 +116,14 @@ def add_leakage(methods: dict[str, dict]) -> None:
 
 def as_markdown(result: dict[str, Any]) -> str:
     """The table with its legend."""
-
-    def interval(estimate: dict[str, float]) -> str:
-        return f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
-
     rows = [
-        [name, interval(f["own"]), interval(f["neighbour"]), f["leakage"], f"{100 * f['all_present']:.1f} %"]
+        [
+            name,
+            str(Estimate(**f["own"])),
+            str(Estimate(**f["neighbour"])),
+            f["leakage"],
+            f"{100 * f['all_present']:.1f} %",
+        ]
         for name, f in result["methods"].items()
     ]
     s = result["settings"]
