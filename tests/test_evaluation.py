@@ -320,6 +320,13 @@ def test_people_table_end_to_end(
     pictures = {image_path(tmp_path, trials[0], people_table.slug(m.name)).read_bytes() for m in methods}
     assert len(pictures) == 3 and (tmp_path / "sheet.png").is_file()
     assert result["methods"][FLOOR]["leakage"] is not None
+    # The floor: a stranger's face (the next but one) against everybody in the table but that stranger.
+    first = trials[0].person
+    crops = portrait_crops(true_renders(trials, person_shift=2)[0], [[8, 16, 24, 40], [40, 16, 56, 40]])
+    others = torch.stack([portraits(person).other for person in (first, first + 1)])  # first + 2 is the stranger
+    found, known = (untrained.embed(images, untrained.locate(images)) for images in (crops, others))
+    floor = next(row for row in rows if row["method"] == FLOOR)
+    assert floor["own"] == pytest.approx((known @ found[0]).mean(), abs=1e-5)
 
 
 def test_depth_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path) -> None:
@@ -342,7 +349,10 @@ def test_depth_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrain
 
 
 def test_morph_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path) -> None:
-    pipe.set_face_fusion_adapter(_adapter(pipe))
+    adapter = _adapter(pipe)
+    for weight in adapter.parameters():
+        weight.data.mul_(20)  # so that a face changes more than the rounding of a PNG
+    pipe.set_face_fusion_adapter(adapter)
     trials = plan_trials(2, 1, style="photo")
     result = compare_morphs(pipe, trials, untrained, Settings(model="tiny", steps=1), tmp_path, (0.0, 0.5, 1.0))
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -362,7 +372,8 @@ def test_morph_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrain
         generator=torch.Generator().manual_seed(trials[0].seed),
         output_type="pt",
     ).images[0]
-    end = read_image(image_path(tmp_path, trials[0], "share000"))
+    end, far = (read_image(image_path(tmp_path, trials[0], name)) for name in ("share000", "share100"))
+    assert 2 * (end - alone).abs().mean() < (far - alone).abs().mean()
     torch.testing.assert_close(end, alone, rtol=0, atol=0.01)
     with pytest.raises(FaceFusionError, match="two identities"):
         compare_morphs(pipe, trials[:1], untrained, Settings(model="tiny", steps=1), tmp_path / "one")

@@ -408,7 +408,7 @@ def test_a_unet_is_fitted_to_another_number_of_latent_channels(model):
 
 def test_a_unet_keeps_reading_text_after_a_change_of_its_encoder(model):
     """States that are a linear map of the former ones: the refitted UNet answers as before."""
-    from face_fusion_pipeline.training.text_change import text_map
+    from face_fusion_pipeline.training.text_change import change_text, text_map
     from face_fusion_pipeline.training.unet import load_frozen, load_unet, load_unet_for
 
     captions = ["a red shirt", "a blue shirt", "a red blue shirt", ""]
@@ -419,6 +419,12 @@ def test_a_unet_keeps_reading_text_after_a_change_of_its_encoder(model):
     solution, explained = text_map(states.flatten(0, 1), states.flatten(0, 1) @ mixing)
     torch.testing.assert_close(states.double() @ mixing.double() @ solution, states.double(), rtol=0, atol=1e-5)
     assert explained == pytest.approx(1.0, abs=1e-8)
+    unet, fitted = load_unet(model), load_unet(model)
+    change_text(fitted, solution)
+    noisy = torch.randn(4, unet.config.in_channels, 4, 4, generator=generator)
+    with torch.no_grad():
+        before, after = unet(noisy, 500, states).sample, fitted(noisy, 500, states @ mixing).sample
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
     _, lost = text_map(states.flatten(0, 1), torch.randn(states.flatten(0, 1).shape, generator=generator))
     assert lost < 0.9
 
