@@ -353,6 +353,37 @@ def test_controlnet_is_exported_small_and_followed(model, dataset):
     assert {"validation_loss_right_depth", "validation_loss_wrong_depth"} <= losses.keys()
 
 
+def test_a_controlnet_follows_another_unet(model, tmp_path):
+    """What its training added to the copy of its UNet stays, also below another text encoder."""
+    from diffusers import ControlNetModel
+
+    from face_fusion_pipeline.training.controlnet import load_controlnet_for
+    from face_fusion_pipeline.training.text_change import text_map
+    from face_fusion_pipeline.training.unet import load_frozen, load_unet
+
+    captions, generator = ["a red shirt", "a blue shirt", "a hat", ""], torch.Generator().manual_seed(0)
+    former, base, frozen = load_unet(model), load_unet(model), load_frozen(model)
+    before = frozen.text_states(captions).flatten(0, 1)
+    with torch.no_grad():
+        for weight in [*base.parameters(), *frozen.text_encoder.parameters()]:
+            weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    solution, _ = text_map(before, frozen.text_states(captions).flatten(0, 1))
+    source = ControlNetModel.from_pretrained(model / "controlnet").state_dict()
+    moved = load_controlnet_for(frozen, base, model, captions).state_dict()
+    was, now, shared = former.state_dict(), base.state_dict(), 0
+    for name, weight in moved.items():
+        expected = source[name]
+        if name in now:
+            added = source[name] - was[name]
+            reads_text = "attn2.to_k" in name or "attn2.to_v" in name
+            expected = now[name] + (added @ solution.T.float() if reads_text else added)
+            shared += 1
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-4)
+    assert 20 < shared < len(moved)
+    with pytest.raises(TrainingError, match="does not exist"):
+        load_controlnet_for(frozen, base, tmp_path, captions)
+
+
 def test_depth_maps_have_to_be_in_the_dataset(dataset):
     from face_fusion_pipeline.training.controlnet import load_depth
 

@@ -151,11 +151,9 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
         else:
             unet = create_unet(frozen, data.pixels.shape[-1], **preset.network)
         return UnetTask(unet, frozen, data, validation, args.face_loss_weight, args.timestep_power)
-    from diffusers import ControlNetModel
-
-    from ..training.controlnet import ControlNetTask, create_controlnet
+    from ..training.controlnet import ControlNetTask, create_controlnet, load_controlnet_for
     from ..training.unet import load_frozen, load_unet
 
-    base = load_unet(args.out)
-    controlnet = ControlNetModel.from_pretrained(source / "controlnet") if source else create_controlnet(base)
-    return ControlNetTask(controlnet, base, load_frozen(args.out), data, validation)
+    frozen, base = load_frozen(args.out), load_unet(args.out)
+    controlnet = load_controlnet_for(frozen, base, source, data.captions[:1000]) if source else create_controlnet(base)
+    return ControlNetTask(controlnet, base, frozen, data, validation)

@@ -135,6 +135,7 @@ def load_base(name: str | Path, dtype: torch.dtype = torch.float32, **hub: Any) 
         raise
     except (OSError, ValueError, KeyError) as error:  # not there, offline, gated, another or a broken model
         raise ModelNotFoundError(f"cannot load the model {name}: {error}") from error
+    pipeline.vae.to(memory_format=torch.channels_last)  # encodes up to twice as fast, on CPUs too
     return base_of(pipeline, str(name))
 
 

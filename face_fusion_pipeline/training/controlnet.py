@@ -18,7 +18,15 @@ from tqdm.auto import tqdm
 
 from .data import AvatarImages, cached, save_grid
 from .loop import Batch, Task, TrainingError, seeded
-from .unet import TEXT_DROPOUT, DiffusionLoss, Frozen, LatentData, plain_attention_on_cpu
+from .unet import (
+    TEXT_DROPOUT,
+    DiffusionLoss,
+    Frozen,
+    LatentData,
+    fit_text,
+    load_unet_for,
+    plain_attention_on_cpu,
+)
 
 
 EMBEDDING_CHANNELS = (16, 16, 32, 64)  # of the four convolutions that bring the depth map to an eighth of its size
@@ -33,6 +41,27 @@ def create_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
     kept = {name: w for name, w in controlnet.state_dict().items() if shapes.get(name) == w.shape}
     smaller.load_state_dict(kept, strict=False)
     return smaller
+
+
+def load_controlnet_for(
+    frozen: Frozen, base: UNet2DConditionModel, folder: Path, captions: list[str]
+) -> ControlNetModel:
+    """The ControlNet of the model `folder`, fitted to the UNet `base` instead of the one in `folder`.
+
+    What its training added to the copy of its own UNet's encoder is added to this UNet's; the text encoder is changed
+    as in `load_unet_for`. A ControlNet that lies without a UNet stays as it is.
+    """
+    if not (folder / "controlnet").is_dir():
+        raise TrainingError(f"{folder / 'controlnet'} does not exist: leave out --continue-from to train a new one")
+    controlnet = ControlNetModel.from_pretrained(folder / "controlnet", torch_dtype=torch.float32)
+    if (folder / "unet").is_dir():
+        fit_text(controlnet, frozen, folder, captions)
+        now, before = base.state_dict(), load_unet_for(frozen, folder, captions).state_dict()
+        with torch.no_grad():
+            for name, weight in controlnet.named_parameters():
+                if name in now:
+                    weight += now[name] - before[name]
+    return controlnet
 
 
 def load_depth(data: AvatarImages) -> Tensor:

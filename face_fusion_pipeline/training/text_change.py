@@ -1,4 +1,4 @@
-"""Another text encoder below a trained UNet: its attention to text, re-expressed by least squares.
+"""Another text encoder below a trained UNet or ControlNet: its attention to text, re-expressed by least squares.
 
 A UNet reads text states h only through `to_k` and `to_v`, which are linear. With S = argmin ‖H' S − H‖ over the states
 H of the old and H' of the new encoder for the same captions, W' = W Sᵀ makes of the new states what W made of the old
@@ -8,8 +8,7 @@ ones, as far as a linear map can. What the old states did not tell apart remains
 from __future__ import annotations
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def text_map(old: Tensor, new: Tensor) -> tuple[Tensor, float]:
@@ -21,10 +20,10 @@ def text_map(old: Tensor, new: Tensor) -> tuple[Tensor, float]:
 
 
 @torch.no_grad()
-def change_text(unet: UNet2DConditionModel, solution: Tensor) -> None:
+def change_text(network: nn.Module, solution: Tensor) -> None:
     """Fold the map S (C', C) of [`text_map`] into every cross-attention layer, in place."""
-    for name, module in unet.named_modules():
+    for name, module in network.named_modules():
         if name.endswith("attn2"):
             for linear in (module.to_k, module.to_v):
                 weight = linear.weight.double() @ solution.T
-                linear.weight = torch.nn.Parameter(weight.to(linear.weight.dtype), linear.weight.requires_grad)
+                linear.weight = nn.Parameter(weight.to(linear.weight.dtype), linear.weight.requires_grad)

@@ -157,13 +157,21 @@ def load_unet_for(frozen: Frozen, folder: Path, captions: list[str]) -> UNet2DCo
         kept = {name: weight for name, weight in unet.state_dict().items() if shapes[name] == weight.shape}
         fitted.load_state_dict(kept, strict=False)
         unet = fitted
+    fit_text(unet, frozen, folder, captions)
+    return unet
+
+
+def fit_text(network: nn.Module, frozen: Frozen, folder: Path, captions: list[str]) -> None:
+    """Re-express a network's attention to text if the model `folder`, of which it is, has another text encoder.
+
+    The states of these `captions` decide; encoders that do not share their words have nothing to go by.
+    """
     former = load_frozen(folder)
     same_words = former.tokenizer.get_vocab() == frozen.tokenizer.get_vocab()
     if same_words and fingerprint(former.text_encoder) != fingerprint(frozen.text_encoder):
         solution, explained = text_map(*(part.text_states(captions).flatten(0, 1) for part in (former, frozen)))
-        change_text(unet, solution)
+        change_text(network, solution)
         logger.info("another text encoder: R² of its states for the former ones is %.2f", explained)
-    return unet
 
 
 def fingerprint(module: nn.Module) -> str:
