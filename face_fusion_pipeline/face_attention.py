@@ -1,5 +1,6 @@
 """Joint attention over text and face (Eq. 1-7) and the attention processor that runs it inside a UNet."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,10 @@ from torch import Tensor
 
 from .face_errors import FaceFusionError, InvalidScaleError
 from .face_layout import Regions
+from .face_ownership import IN_USE, OwnThread
 
+
+logger = logging.getLogger(__name__)
 
 PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
@@ -120,10 +124,17 @@ def joint_attention(
 
 @dataclass
 class FusionSwitch:
-    """What all layers share during one call: are we inside the time window, does guidance double the batch?"""
+    """What all layers share during one call.
+
+    Attributes:
+        active: are we inside the time window?
+        guided: does guidance double the batch?
+        thread: the one that sees faces. None for all: autograd recomputes a training step in a thread of its own.
+    """
 
     active: bool = True
     guided: bool = False
+    thread: OwnThread | None = None
 
 
 class PersonKeys:
@@ -217,12 +228,19 @@ class FaceFusionAttnProcessor:
     def __init__(self, casts: Sequence[Cast], switch: FusionSwitch | None = None) -> None:
         self.casts = tuple(casts)
         self.switch = switch or FusionSwitch()
+        self.original: Any = None
         self.additive: Any = None
         self._attention_backend: Any = None
         self._parallel_config: Any = None
 
+    @property
+    def acts_here(self) -> bool:
+        """False in threads whose calls are none of ours: there the layer computes what it did before."""
+        return self.switch.thread is None or self.switch.thread.here
+
     def take_over(self, original: Any) -> None:
         """Inherit the backend of the replaced processor; one that adds to the output (IP-Adapter) still adds."""
+        self.original = original
         self.additive = original if is_ip_adapter_processor(original) else None
         self._attention_backend = getattr(original, "_attention_backend", None)
         self._parallel_config = getattr(original, "_parallel_config", None)
@@ -236,6 +254,10 @@ class FaceFusionAttnProcessor:
         temb: Tensor | None = None,
         ip_adapter_masks: Any = None,
     ) -> Tensor:
+        if not self.acts_here:
+            return call_processor(
+                self.original, attn, hidden_states, encoder_hidden_states, attention_mask, temb, ip_adapter_masks
+            )
         added: Tensor | float = 0.0
         if self.additive is not None:
             # The output projection is affine, so what the other processor adds is its output less the plain one.
@@ -335,6 +357,24 @@ def is_ip_adapter_processor(processor: Any) -> bool:
     return hasattr(processor, "to_k_ip")
 
 
+def call_processor(
+    processor: Any,
+    attn: Attention,
+    hidden_states: Tensor,
+    encoder_hidden_states: Any,
+    attention_mask: Tensor | None,
+    temb: Tensor | None,
+    ip_adapter_masks: Any,
+) -> Tensor:
+    """`processor` as the layer itself would call it: not every processor knows the last two arguments."""
+    known: dict[str, Any] = {} if temb is None else {"temb": temb}
+    if is_ip_adapter_processor(processor):
+        known["ip_adapter_masks"] = ip_adapter_masks
+    return processor(
+        attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **known
+    )
+
+
 # --- Layers of a UNet --------------------------------------------------------------------------------------------
 
 
@@ -353,11 +393,8 @@ def attention_layers(unet: Any, kind: str) -> dict[str, Attention]:
 
 def check_replaceable(name: str, processor: Any) -> None:
     """Raise [`FaceFusionError`] unless Face Fusion can stand in for `processor` at layer `name`."""
-    if getattr(processor, "is_face_fusion_processor", False):
-        raise FaceFusionError(
-            "this UNet is in use by another call with faces: let calls on one UNet follow each other, or give each "
-            "thread a UNet of its own"
-        )
+    if hasattr(processor, "acts_here"):  # ours, perhaps of another copy of this module
+        raise FaceFusionError(IN_USE)
     if not isinstance(processor, PLAIN_PROCESSORS) and not is_ip_adapter_processor(processor):
         raise FaceFusionError(
             f"{name} uses {type(processor).__name__}, which Face Fusion cannot be combined with; "
@@ -366,10 +403,13 @@ def check_replaceable(name: str, processor: Any) -> None:
 
 
 def check_idle(unet: Any) -> None:
-    """Raise [`FaceFusionError`] while another call has its faces in this UNet: they would show in any image."""
-    for name, layer in (*attention_layers(unet, "attn1").items(), *attention_layers(unet, "attn2").items()):
-        if getattr(layer.processor, "is_face_fusion_processor", False):
-            check_replaceable(name, layer.processor)
+    """Raise [`FaceFusionError`] where a call in this thread would see the faces that another one has in this UNet.
+
+    That is in a callback of a call with faces: in other threads they do not act.
+    """
+    for layer in (*attention_layers(unet, "attn1").values(), *attention_layers(unet, "attn2").values()):
+        if getattr(layer.processor, "acts_here", False):
+            raise FaceFusionError(IN_USE)
 
 
 @contextmanager
@@ -380,6 +420,12 @@ def installed_processors(unet: Any, processors: Mapping[str, Any]) -> Iterator[N
     originals = {name: layer.processor for name, layer in layers.items()}
     for name, original in originals.items():
         check_replaceable(name, original)
+    sliced = [
+        isinstance(originals[name], SlicedAttnProcessor) and isinstance(processor, FaceFusionAttnProcessor)
+        for name, processor in processors.items()
+    ]
+    if any(sliced):
+        logger.warning("attention slicing is off in %d layers while they see faces: more memory is used", sum(sliced))
     try:
         for name, layer in layers.items():
             processors[name].take_over(originals[name])

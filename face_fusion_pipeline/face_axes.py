@@ -72,6 +72,28 @@ def face_axes(face: Any, prompts: int | None) -> list[list[Any]]:
     return casts
 
 
+def weights_per_person(weights: Any, casts: list[list[Any]]) -> list[list[Any]]:
+    """The reference weights of each person (prompts × people as in `casts`), each a list of numbers or None.
+
+    Args:
+        weights: None, the numbers of a single person, or a list with those of each person.
+
+    Raises:
+        FaceAxesError: several people, but not a list of numbers for each.
+    """
+    if weights is None or sum(map(len, casts)) == 1:
+        return [[weights] * len(cast) for cast in casts]
+    nested = isinstance(weights, (list, tuple))
+    if not nested or any(isinstance(member, (int, float)) or getattr(member, "ndim", 1) == 0 for member in weights):
+        example = [[1] * (face.n_refs if is_identity(face) else len(face)) for face in casts[0]]
+        people = " and ".join(str(len(cast)) for cast in casts)
+        raise FaceAxesError(
+            f"face_weights={weights!r} for {people} people: give each person a list with one number for each of its "
+            f"images, such as {example}; numbers alone shift between the images of one person"
+        )
+    return per_person(weights, casts, "face_weights")
+
+
 def per_person(
     value: Any, casts: list[list[Any]], name: str, check: Callable[[Any, str], Any] = lambda value, name: value
 ) -> list[list[Any]]:

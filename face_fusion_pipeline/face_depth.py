@@ -1,20 +1,20 @@
-"""Depth maps for a depth ControlNet: as given, or estimated from a photo by a package that is there."""
+"""Control images: depth maps, given or estimated from a photo by a package that is there, and other maps."""
 
 import importlib
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from .face_errors import ModelNotFoundError, UnreadableImageError
+from .face_errors import FaceFusionError, ModelNotFoundError, UnreadableImageError
 
 
 logger = logging.getLogger(__name__)
 
 DepthEstimator = Callable[[Image.Image], Any]
-ControlKind = Literal["auto", "depth", "photo"]
+ControlKind = Literal["auto", "depth", "photo", "map"]
 MIDAS_REPO = "lllyasviel/Annotators"
 DEPTH_REPO = "depth-anything/Depth-Anything-V2-Small-hf"
 GREY = 2  # a decoded JPEG of a grey image has channels that differ by so much
@@ -39,11 +39,16 @@ def depth_image(depth: Any) -> Image.Image:
         if depth.mode in ("RGB", "RGBA", "L", "P"):
             return depth.convert("RGB")
         depth = np.asarray(depth)
-    array = np.asarray(depth.detach().cpu() if hasattr(depth, "detach") else depth).squeeze()
+    if hasattr(depth, "detach"):
+        depth = depth.detach().cpu()
+        depth = depth.float() if depth.is_floating_point() else depth  # numpy has no bfloat16
+    array = np.asarray(depth).squeeze()
     if array.ndim == 3 and array.shape[-1] == 3 and array.dtype == np.uint8:
         return Image.fromarray(array)
-    if array.ndim != 2 or not np.isfinite(array).all():
-        raise UnreadableImageError(f"a depth map must be finite numbers of shape (H, W), got {array.shape}")
+    if array.ndim != 2 or array.dtype.kind not in "buif" or not np.isfinite(array).all():
+        raise UnreadableImageError(
+            f"a depth map must be finite numbers of shape (H, W), got {array.dtype} of shape {array.shape}"
+        )
     if array.dtype != np.uint8:
         low, high = float(array.min()), float(array.max())
         array = np.round((array - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
@@ -87,20 +92,59 @@ def load_depth_estimator(estimator: str | DepthEstimator = "auto") -> DepthEstim
     return lambda image: pipe(image)["predicted_depth"]
 
 
-def control_depth(image: Any, kind: ControlKind = "auto", estimator: str | DepthEstimator = "auto") -> Image.Image:
-    """The RGB depth map for a ControlNet, from a depth map or a photo.
+def photo_of(image: Any, kind: ControlKind = "auto") -> Image.Image | None:
+    """The upright RGB photo whose depth has to be estimated; None where `image` is a control image already.
 
     Args:
-        image: PIL image or array.
-        kind: what it is; `"auto"` takes a picture without colour for a depth map.
-        estimator: for photos, see [`load_depth_estimator`].
+        image, kind: see [`control_depth`].
+
+    Raises:
+        FaceFusionError: unknown kind. UnreadableImageError: what is called a photo is no picture.
     """
-    if kind not in ("auto", "depth", "photo"):
-        raise ValueError(f"the control kind must be 'auto', 'depth' or 'photo', got {kind!r}")
-    picture = image if isinstance(image, Image.Image) else None
-    if picture is None and getattr(image, "ndim", 2) == 3 and getattr(image, "dtype", None) == np.uint8:
-        picture = Image.fromarray(image)
-    if kind == "depth" or picture is None or (kind == "auto" and is_depth_map(picture)):
-        return depth_image(image)
-    picture = picture.convert("RGB")
-    return depth_image(load_depth_estimator(estimator)(picture)).resize(picture.size, Image.Resampling.BICUBIC)
+    if kind not in get_args(ControlKind):
+        raise FaceFusionError(f"control_kind must be one of {', '.join(get_args(ControlKind))}, got {kind!r}")
+    picture = _picture(image)
+    if kind == "photo" and picture is None:
+        shape = tuple(getattr(image, "shape", ()))
+        raise UnreadableImageError(
+            f"a photo must be a PIL image or a uint8 array (H, W, 3), got {type(image).__name__} of shape {shape}"
+        )
+    if picture is None or kind in ("depth", "map") or (kind == "auto" and is_depth_map(picture)):
+        return None
+    return picture.convert("RGB")
+
+
+def control_depth(image: Any, kind: ControlKind = "auto", estimator: str | DepthEstimator = "auto") -> Any:
+    """A control image as diffusers takes it: an RGB depth map, from a depth map or a photo, or another map as it is.
+
+    Args:
+        image: PIL image, turned as its EXIF orientation says, or array. Arrays and tensors of three channels, one
+            picture or a batch of them, are what diffusers takes and are given back, unless they are uint8 (H, W, 3).
+        kind: what it is. `"depth"`: a depth map, near is white; `"photo"`: its depth is estimated; `"map"`: the map
+            that another kind of ControlNet takes (edges, poses ...), as it is; `"auto"`: a picture without colour is
+            a depth map, one with colour a photo.
+        estimator: for photos, see [`load_depth_estimator`].
+
+    Raises:
+        FaceFusionError: unknown kind, no image (UnreadableImageError), or no estimator (ModelNotFoundError).
+    """
+    photo = photo_of(image, kind)
+    if photo is not None:
+        return depth_image(load_depth_estimator(estimator)(photo)).resize(photo.size, Image.Resampling.BICUBIC)
+    picture = _picture(image)
+    if kind == "map" or _has_channels(image):
+        return image if picture is None else picture
+    return depth_image(image if picture is None else picture)
+
+
+def _picture(image: Any) -> Image.Image | None:
+    """A PIL image upright, a uint8 array `(H, W, 3 or 4)` as one; None for anything else."""
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] in (3, 4):
+        return Image.fromarray(image)
+    return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else None
+
+
+def _has_channels(image: Any) -> bool:
+    """Whether an array or tensor has an axis of three channels, where diffusers looks for it."""
+    shape: tuple[int, ...] = tuple(getattr(image, "shape", ()))
+    return len(shape) in (3, 4) and 3 in (shape[-3], shape[-1])

@@ -18,7 +18,7 @@ import numpy as np
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from PIL import Image
 
-from .face_errors import ModelNotFoundError
+from .face_errors import FaceFusionError, ModelNotFoundError
 
 
 logger = logging.getLogger(__name__)
@@ -175,12 +175,21 @@ class HaarDetector:
 
 
 class InsightFaceDetector:
-    """insightface's detector. Its models are licensed for non-commercial research only."""
+    """insightface's detector. Its models are licensed for non-commercial research only.
+
+    Args:
+        model: a folder with ONNX files, or the name of one of insightface's model packs.
+
+    Raises:
+        ModelNotFoundError: package or models are missing.
+    """
 
     name = "insightface"
     sizes: tuple[int, ...] = (640, 1280)
 
     def __init__(self, model: str | Path | None = None) -> None:
+        if model is not None and Path(model).is_dir():
+            model = Path(model).resolve()  # insightface looks for relative paths in its own folder
         try:  # by name: a written import would make diffusers demand the package of everybody
             analysis = importlib.import_module("insightface.app").FaceAnalysis
             self._app: Any = analysis(str(model or "buffalo_l"), allowed_modules=["detection"])
@@ -231,9 +240,11 @@ def load_detector(detector: DetectorName | FaceDetector = "auto", model: str | P
         model: model file for "yunet" (and "auto"), model pack for "insightface".
 
     Raises:
-        ModelNotFoundError: the detector's package or model is missing. ValueError: unknown name.
+        FaceFusionError: unknown name, or no detector. ModelNotFoundError: its package or model is missing.
     """
     if not isinstance(detector, str):
+        if not isinstance(detector, FaceDetector):
+            raise FaceFusionError(f"a face detector has `name`, `sizes` and `detect`, got {detector!r}")
         return detector
     chosen: FaceDetector
     if detector == "auto":
@@ -249,6 +260,6 @@ def load_detector(detector: DetectorName | FaceDetector = "auto", model: str | P
         logger.warning("insightface's models are licensed for non-commercial research only")
         chosen = InsightFaceDetector(model)
     else:
-        raise ValueError(f"unknown face detector {detector!r}: take 'auto', 'yunet', 'haar' or 'insightface'")
+        raise FaceFusionError(f"unknown face detector {detector!r}: take 'auto', 'yunet', 'haar' or 'insightface'")
     logger.info("face detector: %s", chosen.name)
     return chosen

@@ -4,6 +4,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from .face_attention import (
     installed_processors,
     reference_log_weights,
 )
-from .face_axes import face_axes, is_identity, per_person
-from .face_errors import FaceAxesError, FaceFusionError, IdentityMismatchError, InvalidPromptError, InvalidScaleError
+from .face_axes import face_axes, is_identity, per_person, weights_per_person
+from .face_errors import FaceAxesError, FaceFusionError, IdentityMismatchError, InvalidPromptError
 from .face_identity import (
     FaceIdentity,
     capture_hidden_states,
@@ -43,7 +44,8 @@ from .face_layout import (
     layout_from_boxes,
     scale_boxes,
 )
-from .face_loader_mixin import FaceLoaderMixin, check_scale
+from .face_loader_mixin import FaceLoaderMixin, check_scale, check_window
+from .face_ownership import own_thread, sole_use
 
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,9 @@ class FaceFusionMixin(FaceLoaderMixin):
 
     Put it before the pipeline class: `class Mine(FaceFusionMixin, StableDiffusionPipeline)`. Without a face, or with
     scale 0, a call is exactly the pipeline's own.
+
+    One call with faces at a time uses a UNet; a second one is refused, in another thread and in a callback. Calls
+    without faces in other threads, also of stock pipelines on the same UNet, go their own way.
     """
 
     vae: Any
@@ -68,7 +73,6 @@ class FaceFusionMixin(FaceLoaderMixin):
 
     # --- Identity ------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def encode_face(
         self,
         images: Any,
@@ -85,18 +89,29 @@ class FaceFusionMixin(FaceLoaderMixin):
             face_resolution: side in pixels, default the adapter's, else the UNet's own.
 
         Raises:
-            FaceFusionError: bad image, weight, mode or resolution.
+            FaceFusionError: bad image, weight, mode or resolution; or the UNet is in use by another call with faces.
         """
+        with sole_use(self.unet):
+            return self._encode_face(images, weights, face_mode, face_resolution)
+
+    @torch.no_grad()
+    def _encode_face(
+        self, images: Any, weights: Any, face_mode: str | None, face_resolution: int | None
+    ) -> FaceIdentity:
         mode = self._face_mode(face_mode)
         metadata = self._face_adapter.metadata if mode == "adapter" and self._face_adapter else None
-        resolution = face_resolution or (metadata.resolution if metadata else self._default_resolution())
-        if resolution % self.vae_scale_factor:
-            raise FaceFusionError(f"face_resolution {resolution} must be a multiple of {self.vae_scale_factor}")
+        resolution: Any = face_resolution
+        if resolution is None:
+            resolution = metadata.resolution if metadata else self._default_resolution()
+        if not isinstance(resolution, Integral) or resolution <= 0 or resolution % self.vae_scale_factor:
+            raise FaceFusionError(
+                f"face_resolution {resolution!r} must be a positive multiple of {self.vae_scale_factor}"
+            )
         timestep = metadata.reference_timestep if metadata else 0
         device, dtype = self._execution_device, self.unet.dtype
         text_states = self._empty_prompt_states(device)
         references = []
-        for pixels in face_tensors(images, resolution):  # one by one: an image encodes the same in any company
+        for pixels in face_tensors(images, int(resolution)):  # one by one: an image encodes the same in any company
             latents = encode_latents(self.vae, pixels.to(device)).to(dtype)
             latents = noise_latents(latents, self.scheduler.alphas_cumprod, timestep)
             kind = "attn2" if mode == "adapter" else "attn1"
@@ -128,8 +143,13 @@ class FaceFusionMixin(FaceLoaderMixin):
         return face_mode or ("training-free" if self._face_adapter is None else "adapter")
 
     def _default_resolution(self) -> int:
+        return min(self._default_size())
+
+    def _default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the UNet's own images."""
         size = self.unet.config.sample_size
-        return (size if isinstance(size, int) else min(size)) * self.vae_scale_factor
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
 
     def _empty_prompt_states(self, device: torch.device) -> Tensor:
         """Text states `(1, N_c, width)` of the reference pass."""
@@ -137,7 +157,7 @@ class FaceFusionMixin(FaceLoaderMixin):
 
     def _identity(self, face: Any, weights: Any, face_mode: str | None, resolution: int | None) -> FaceIdentity:
         if not is_identity(face):
-            return self.encode_face(face, weights, face_mode, resolution)
+            return self._encode_face(face, weights, face_mode, resolution)
         if face_mode is not None and face_mode != face.mode:
             raise IdentityMismatchError(f"the identity was encoded for {face.mode!r}, not {face_mode!r}")
         if face.mode == "adapter" and self._face_adapter is None:
@@ -177,14 +197,15 @@ class FaceFusionMixin(FaceLoaderMixin):
                 [`encode_face`]), or a list of these for several people: `[[ada_1, ada_2], [bob]]`. One level deeper,
                 each prompt has its own people. See `face_axes`.
             face_scale: strength in [0, 100]: 1 is the paper, 0 is exactly the plain pipeline. One, or one a person.
-            face_weights: one number for each image, see [`encode_face`]; of several people a list of these.
+            face_weights: one number for each image, see [`encode_face`]; of several people one such list each.
             face_start, face_end: step i of n sees the faces where face_start <= i / n < face_end.
             face_mode, face_resolution: see [`encode_face`].
             face_boxes: where each person's face goes: XYXY in pixels of the output, one for each person, or one such
                 list for each prompt. The person's mask is the box enlarged 1.6 times.
             face_masks: instead of boxes one mask for each person, image or array (H, W).
-            face_layout: instead of boxes a picture with as many faces, which are detected. Several people without
-                boxes, masks and layout: a draft without faces is generated first and takes its place.
+            face_layout: instead of boxes a picture with as many faces, which are detected, or a list with one picture
+                for each prompt. Several people without boxes, masks and layout: a draft without faces is generated
+                first and takes its place.
             face_assign: for each person the number of the face in the layout or draft that it takes, counted from 0
                 and from left to right. Default: people as given, from left to right.
             face_overlap, face_background: what queries in several masks, and in none, see; see
@@ -193,46 +214,49 @@ class FaceFusionMixin(FaceLoaderMixin):
 
         Returns:
             What the underlying pipeline returns; where people were placed, it also has `face_boxes`, for each image
-            the boxes used, in the order of the people (None for masks), and `face_boxes_source`.
+            the boxes used, in the order of the people (None for masks), and `face_boxes_source`: where they come
+            from (see `face_layout.Layout`), a list with one for each image where the images differ.
 
         Raises:
-            FaceFusionError: a subclass for each kind of bad input.
+            FaceFusionError: a subclass for each kind of bad input; or the UNet is in use by another call with faces.
         """
         if not isinstance(prompt, (str, type(None))) and not (
             isinstance(prompt, list) and all(isinstance(text, str) for text in prompt)
         ):
             raise InvalidPromptError(f"the prompt must be text or a list of texts, got {prompt!r}")
-        if not 0 <= face_start < face_end <= 1:
-            raise InvalidScaleError(f"need 0 <= face_start < face_end <= 1, got {face_start!r} and {face_end!r}")
+        check_window(face_start, face_end)
         plain = super().__call__  # type: ignore[misc]
         bound = inspect.signature(plain).bind(prompt, *args, **kwargs)
         bound.apply_defaults()
         prompts = prompt_count(bound.arguments)
         faces = [] if face_image is None else face_axes(face_image, prompts)
-        scales = per_person(face_scale, faces or [[None]], "face_scale", check_scale)
+        scales = per_person(face_scale, faces, "face_scale", check_scale)
         layer_scales = self._face_layer_scales
         off = not any(layer_scales.values() if isinstance(layer_scales, dict) else [layer_scales])
-        check_idle(self.unet)
         if not faces or off or not any(map(any, scales)):
+            check_idle(self.unet)
             return plain(prompt, *args, **kwargs)
 
-        weights = [[face_weights]] if sum(map(len, faces)) == 1 else per_person(face_weights, faces, "face_weights")
-        people = [
-            [self._identity(f, w, face_mode, face_resolution) for f, w in zip(cast, cast_weights, strict=True)]
-            for cast, cast_weights in zip(faces, weights, strict=True)
-        ]
         placement = Placement(
             face_boxes, face_masks, face_layout, face_assign, face_overlap, face_background, face_detector
         )
-        layouts = self._layouts(placement, [len(cast) for cast in people], bound, plain)
-        casts = self._casts(people, scales, layouts, placement, bound.arguments)
-        switch = self._follow_steps(bound.arguments, face_start, face_end)
         images = prompts * (bound.arguments.get("num_images_per_prompt") or 1)
-        with self._faces_installed(casts, switch), self._layouts_applied(layouts, images):
-            result = plain(*bound.args, **bound.kwargs)
+        with sole_use(self.unet):
+            weights = weights_per_person(face_weights, faces)
+            people = [
+                [self._identity(f, w, face_mode, face_resolution) for f, w in zip(cast, cast_weights, strict=True)]
+                for cast, cast_weights in zip(faces, weights, strict=True)
+            ]
+            layouts = self._layouts(placement, [len(cast) for cast in people], bound, plain)
+            casts = self._casts(people, scales, layouts, placement, bound.arguments)
+            switch = self._follow_steps(bound.arguments, face_start, face_end)
+            with self._faces_installed(casts, switch), self._layouts_applied(layouts, images):
+                result = plain(*bound.args, **bound.kwargs)
         if layouts and hasattr(result, "images"):
-            result["face_boxes"] = [layouts[i * len(layouts) // images].boxes for i in range(images)]
-            result["face_boxes_source"] = layouts[0].source
+            of_images = [layouts[i * len(layouts) // images] for i in range(images)]
+            sources = [layout.source for layout in of_images]
+            result["face_boxes"] = [layout.boxes for layout in of_images]
+            result["face_boxes_source"] = sources[0] if len(set(sources)) == 1 else sources
         return result
 
     # --- Where people are ----------------------------------------------------------------------------------------
@@ -252,20 +276,12 @@ class FaceFusionMixin(FaceLoaderMixin):
             if max(people) == 1 and not self._needs_layout():
                 return []
             return self._draft_layouts(placement, people, bound, plain)
+        prompts = prompt_count(bound.arguments)
         if placement.layout is not None:
-            from .face_images import load_image
-
-            picture = load_image(placement.layout)
-            found = self._detect_boxes(picture, placement.detector)
-            found = scale_boxes(found, picture.size, (width, height))
-            return [
-                layout_from_boxes(assign_boxes(found, count, placement.assign), height, width, "layout")
-                for count in people
-            ]
+            return self._detected_layouts(placement, people, prompts, height, width)
         given = placement.per_prompt()
         if len(given) not in (1, len(people)) and len(people) != 1:
             raise FaceAxesError(f"{placement.given} for {len(given)} prompts, people for {len(people)}")
-        prompts = prompt_count(bound.arguments)
         if len(given) not in (1, prompts):
             raise FaceAxesError(f"{placement.given} for {len(given)} prompts, but there are {prompts}")
         rows = max(len(given), len(people))
@@ -282,6 +298,26 @@ class FaceFusionMixin(FaceLoaderMixin):
             else:
                 layouts.append(Layout(given_masks(places, height, width), None, "given"))
         return layouts
+
+    def _detected_layouts(
+        self, placement: Placement, people: list[int], prompts: int, height: int, width: int
+    ) -> list[Layout]:
+        """The faces found in the layout pictures; one layout for all prompts, or one for each."""
+        from .face_images import load_image
+
+        pictures = [load_image(picture) for picture in placement.pictures()]
+        if len(pictures) not in (1, prompts):
+            raise FaceAxesError(
+                f"face_layout has {len(pictures)} pictures, but there are {prompts} prompts: give one picture for "
+                "each prompt, or one for all"
+            )
+        found = [
+            scale_boxes(self._detect_boxes(picture, placement.detector), picture.size, (width, height))
+            for picture in pictures
+        ]
+        rows = max(len(found), len(people))
+        boxes = [assign_boxes(found[i % len(found)], people[i % len(people)], placement.assign) for i in range(rows)]
+        return [layout_from_boxes(places, height, width, "layout") for places in boxes]
 
     def _draft_layouts(
         self, placement: Placement, people: list[int], bound: inspect.BoundArguments, plain: Any
@@ -323,15 +359,9 @@ class FaceFusionMixin(FaceLoaderMixin):
         return [face.box for face in detect_faces(image, load_detector(detector))]
 
     def _output_size(self, arguments: dict[str, Any]) -> tuple[int, int]:
-        """(height, width) in pixels of the images that the underlying pipeline will make."""
+        """(height, width) in pixels of the images that the underlying pipeline will make; for subclasses."""
         height, width = arguments.get("height"), arguments.get("width")
-        image = arguments.get("image")
-        if image is not None and not (height and width):
-            image = image[0] if isinstance(image, (list, tuple)) else image
-            found = self.image_processor.get_default_height_width(image, height, width)
-            return int(found[0]), int(found[1])
-        default = self._default_resolution()
-        return height or default, width or default
+        return (height, width) if height and width else self._default_size()  # as diffusers: one alone does not count
 
     def _casts(
         self,
@@ -405,7 +435,8 @@ class FaceFusionMixin(FaceLoaderMixin):
         Plain attributes rather than a look at the pipeline inside the layers: `torch.compile` can follow these.
         """
         self._guidance_scale = arguments["guidance_scale"]  # what the pipeline itself does first
-        switch = FusionSwitch(active=start == 0, guided=bool(self.do_classifier_free_guidance))
+        guided = bool(self.do_classifier_free_guidance)
+        switch = FusionSwitch(active=start == 0, guided=guided, thread=own_thread())
         user = arguments["callback_on_step_end"]
         if isinstance(user, (PipelineCallback, MultiPipelineCallbacks)):
             arguments["callback_on_step_end_tensor_inputs"] = user.tensor_inputs

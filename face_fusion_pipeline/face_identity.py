@@ -10,12 +10,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .face_adapter import KeysAndValues, read_tensors, same_fingerprint, save_tensors
-from .face_attention import attention_layers, installed_processors, is_ip_adapter_processor, reference_log_weights
+from .face_attention import (
+    attention_layers,
+    call_processor,
+    check_idle,
+    installed_processors,
+    is_ip_adapter_processor,
+    reference_log_weights,
+)
 from .face_errors import IdentityMismatchError, InvalidScaleError, UnreadableImageError
+from .face_ownership import OwnThread, own_thread
 
 
 IDENTITY_FORMAT = "face-fusion-identity"
@@ -30,22 +38,24 @@ def face_tensors(images: Any, resolution: int) -> list[Tensor]:
     """One or several face crops as `(1, 3, resolution, resolution)` in [-1, 1], centre-cropped to a square.
 
     Args:
-        images: PIL image, uint8 HWC array, tensor `(3, H, W)` or `(n, 3, H, W)` in [0, 1], or a list of these.
+        images: PIL image (turned as its EXIF orientation says), uint8 HWC array, tensor `(3, H, W)` or `(n, 3, H, W)`
+            in [0, 1], or a list of these.
 
     Raises:
         UnreadableImageError: another type, shape or range, or no image at all.
     """
     items = list(images) if isinstance(images, (list, tuple)) else [images]
-    tensors = [tensor[None] for item in items for tensor in _pixels(item)]
+    tensors = [tensor[None] for item in items for tensor in _pixels(item, resolution)]
     if not tensors:
         raise UnreadableImageError("no face image given; pass at least one, or face_image=None for none")
     return [_square(tensor, resolution) * 2 - 1 for tensor in tensors]
 
 
-def _pixels(image: Any) -> Tensor:
-    """`(n, 3, H, W)` in [0, 1]."""
+def _pixels(image: Any, resolution: int) -> Tensor:
+    """`(n, 3, H, W)` in [0, 1]; of a PIL image already a square of `resolution`, resized as `FacePhoto.crop` does."""
     if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        image = np.asarray(ImageOps.fit(upright, (resolution, resolution), Image.Resampling.LANCZOS))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3:
         return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
     if isinstance(image, Tensor) and image.is_floating_point() and image.ndim in (3, 4) and image.shape[-3] == 3:
@@ -73,7 +83,7 @@ def _square(pixels: Tensor, resolution: int) -> Tensor:
 
 def encode_latents(vae: Any, pixels: Tensor) -> Tensor:
     """Scaled latents of images `(B, 3, H, W)` in [-1, 1]: the posterior's mode, or what AutoencoderTiny returns."""
-    encoded = vae.encode(pixels.to(next(vae.parameters()).dtype))
+    encoded = vae.encode(pixels.to(vae.dtype))
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (latents - shift) * vae.config.scaling_factor
@@ -93,32 +103,59 @@ def noise_latents(latents: Tensor, alphas_cumprod: Tensor, timestep: int) -> Ten
 
 
 class _CaptureProcessor:
-    """Notes the input of a layer and leaves its output as it is, without what an IP-Adapter would add."""
+    """Notes the input of a layer and leaves its output as it is, without what an IP-Adapter would add.
 
-    def __init__(self) -> None:
+    Only in the thread of the reference pass: calls of the same UNet in other threads are none of its business.
+    """
+
+    def __init__(self, thread: OwnThread) -> None:
+        self.thread = thread
         self.hidden_states: Tensor | None = None
         self.original: Any = None
+        self.plain: Any = None
+
+    @property
+    def acts_here(self) -> bool:
+        return self.thread.here
 
     def take_over(self, original: Any) -> None:
-        self.original = AttnProcessor2_0() if is_ip_adapter_processor(original) else original
+        self.original = original
+        self.plain = AttnProcessor2_0() if is_ip_adapter_processor(original) else original
 
-    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.hidden_states = hidden_states
-        return self.original(attn, hidden_states, *args, **kwargs)
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        ip_adapter_masks: Any = None,
+    ) -> Tensor:
+        processor = self.original
+        if self.acts_here:
+            self.hidden_states, processor = hidden_states, self.plain
+        return call_processor(
+            processor, attn, hidden_states, encoder_hidden_states, attention_mask, temb, ip_adapter_masks
+        )
 
 
 @contextmanager
-def _without_ip_adapter(unet: Any) -> Iterator[None]:
-    """An IP-Adapter makes the UNet demand image embeddings, which the reference pass has none of."""
-    projection = getattr(unet, "encoder_hid_proj", None)
-    if projection is None or unet.config.encoder_hid_dim_type != "ip_image_proj":
+def _without_ip_adapter(unet: Any, thread: OwnThread) -> Iterator[None]:
+    """An IP-Adapter makes the UNet demand image embeddings; the reference pass, in `thread`, has none of them."""
+    unet = getattr(unet, "_orig_mod", unet)
+    if unet.config.encoder_hid_dim_type != "ip_image_proj":
         yield
         return
-    unet.encoder_hid_proj = None
+    process = unet.process_encoder_hidden_states
+
+    def text_alone(encoder_hidden_states: Tensor, added_cond_kwargs: dict[str, Any]) -> Any:
+        return encoder_hidden_states if thread.here else process(encoder_hidden_states, added_cond_kwargs)
+
+    unet.process_encoder_hidden_states = text_alone
     try:
         yield
     finally:
-        unet.encoder_hid_proj = projection
+        del unet.process_encoder_hidden_states
 
 
 @torch.no_grad()
@@ -141,14 +178,19 @@ def capture_hidden_states(
 
     Returns:
         layer name -> `(B, N_f, C)`.
+
+    Raises:
+        FaceFusionError: there are faces in the UNet, which would show in the reference.
     """
+    check_idle(unet)
+    thread = own_thread()
     layers = attention_layers(unet, kind)
-    captures = {name: _CaptureProcessor() for name in layers}
+    captures = {name: _CaptureProcessor(thread) for name in layers}
     cross = attention_layers(unet, "attn2")
-    bystanders = {name: _CaptureProcessor() for name in cross if name not in layers}
+    bystanders = {name: _CaptureProcessor(thread) for name in cross if name not in layers}
     ip_adapter = {name: p for name, p in bystanders.items() if is_ip_adapter_processor(cross[name].processor)}
     text = encoder_hidden_states.expand(latents.shape[0], -1, -1)
-    with _without_ip_adapter(unet), installed_processors(unet, {**captures, **ip_adapter}):
+    with _without_ip_adapter(unet, thread), installed_processors(unet, {**captures, **ip_adapter}):
         unet(latents, timestep, encoder_hidden_states=text, return_dict=False, **unet_kwargs)
     return {name: capture.hidden_states for name, capture in captures.items() if capture.hidden_states is not None}
 
@@ -233,7 +275,7 @@ class FaceIdentity:
 
         Raises:
             ModelNotFoundError: no such file.
-            IdentityMismatchError: not an identity, or of another format version.
+            IdentityMismatchError: not an identity, damaged, or of another format version.
         """
         tensors, metadata = read_tensors(path, IdentityMismatchError)
         found = (metadata.get("format"), metadata.get("format_version"))
@@ -242,10 +284,16 @@ class FaceIdentity:
                 f"{path} has format {found[0]!r} version {found[1]!r}, "
                 f"expected {IDENTITY_FORMAT!r} version {IDENTITY_FORMAT_VERSION}"
             )
-        weights = tensors.pop("weights")
         keys, values = (
             {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
             for suffix in (".key", ".value")
         )
-        mode = metadata["mode"]
-        return cls(keys, values, weights, mode, metadata["base_fingerprint"], metadata["adapter_fingerprint"])
+        lacking = [name for name in ("mode", "base_fingerprint", "adapter_fingerprint") if name not in metadata]
+        lacking += [] if "weights" in tensors else ["weights"]
+        lacking += [] if keys and keys.keys() == values.keys() else ["a key and a value for each layer"]
+        if lacking:
+            raise IdentityMismatchError(
+                f"{path} lacks {', '.join(lacking)}: it is damaged; encode the face again with `pipe.encode_face(...)`"
+            )
+        fingerprints = metadata["base_fingerprint"], metadata["adapter_fingerprint"]
+        return cls(keys, values, tensors["weights"], metadata["mode"], *fingerprints)

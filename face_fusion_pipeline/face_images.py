@@ -173,14 +173,16 @@ def crop_face(
     image: Image.Image,
     box: tuple[float, float, float, float],
     enlarge: float = CROP_ENLARGE,
-    resolution: int = 128,
+    resolution: int | None = None,
 ) -> Image.Image:
-    """The square around a face, `enlarge` times the box's longer side, resized to `resolution` pixels a side."""
-    if not enlarge > 0 or resolution < 1:
+    """The square around a face, `enlarge` times the box's longer side, resized to `resolution` pixels if given."""
+    if not enlarge > 0 or (resolution is not None and resolution < 1):
         raise ValueError(f"enlarge and resolution must be positive, got {enlarge} and {resolution}")
     x0, y0, x1, y1 = box
     x, y, half = (x0 + x1) / 2, (y0 + y1) / 2, enlarge * max(x1 - x0, y1 - y0) / 2
     square = crop_box(image, (x - half, y - half, x + half, y + half))
+    if resolution is None:
+        return square
     return square.resize((resolution, resolution), Image.Resampling.LANCZOS)
 
 
@@ -191,10 +193,14 @@ class FacePhoto:
     image: Image.Image
     face: Face | None
 
-    def crop(self, enlarge: float = CROP_ENLARGE, resolution: int = 128) -> Image.Image:
-        """The reference for `face_image=`: RGB, `resolution` pixels a side."""
+    def crop(self, enlarge: float = CROP_ENLARGE, resolution: int | None = None) -> Image.Image:
+        """The reference for `face_image=`: RGB, square, `resolution` pixels a side.
+
+        None keeps the pixels of the photo; what encodes the reference resizes it to what its model takes.
+        """
         if self.face is None:
-            return ImageOps.fit(self.image, (resolution, resolution), Image.Resampling.LANCZOS)
+            side = resolution or min(self.image.size)
+            return ImageOps.fit(self.image, (side, side), Image.Resampling.LANCZOS)
         return crop_face(self.image, self.face.box, enlarge, resolution)
 
 
@@ -232,7 +238,7 @@ def prepare_face(
     detector: DetectorName | FaceDetector | None = "auto",
     face_index: int | None = None,
     enlarge: float = CROP_ENLARGE,
-    resolution: int = 128,
+    resolution: int | None = None,
     min_size: float = MIN_FACE,
 ) -> Image.Image:
     """`locate_face` and `FacePhoto.crop` in one: from a photo to the reference for `face_image=`."""

@@ -94,6 +94,10 @@ class Placement:
             if value not in allowed:
                 raise InvalidLayoutError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
+    def pictures(self) -> list[Any]:
+        """The layout pictures: one for all prompts, or one for each."""
+        return list(self.layout) if isinstance(self.layout, (list, tuple)) else [self.layout]
+
     def per_prompt(self) -> list[list[Any]]:
         """The boxes or masks as prompts (1 or more) × people. A box is flat, a mask has two axes."""
         places = self.boxes if self.boxes is not None else self.masks
@@ -272,8 +276,8 @@ def assign_boxes(found: Sequence[Box], count: int, assign: Sequence[int] | None 
         raise InvalidLayoutError(f"{len(found)} faces found for {count} people: give face_boxes, or another layout")
     order = sorted(found, key=lambda box: box[0] + box[2])
     if assign is None:
-        largest = sorted(order, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))[-count:]
-        return [box for box in order if box in largest]
+        areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in order]
+        assign = sorted(sorted(range(len(order)), key=areas.__getitem__, reverse=True)[:count])
     if len(assign) != count or len(set(assign)) != count or not all(0 <= i < len(order) for i in assign):
         raise InvalidLayoutError(
             f"face_assign must name {count} different faces from 0 to {len(order) - 1}, left to right, got {assign!r}"

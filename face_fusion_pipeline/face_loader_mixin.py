@@ -1,5 +1,6 @@
 """Loading, saving and scaling of Face Fusion weights in a diffusers pipeline."""
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,8 @@ from .face_attention import attention_layers
 from .face_errors import AdapterMismatchError, FaceFusionError, InvalidScaleError, ModelNotFoundError
 
 
+logger = logging.getLogger(__name__)
+
 MAX_FACE_SCALE = 100.0
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
@@ -30,6 +33,16 @@ def check_scale(scale: Any, name: str = "face_scale") -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= MAX_FACE_SCALE:
         raise InvalidScaleError(f"{name} must be a number from 0 (off) over 1 (the paper) to 100, got {scale!r}")
     return float(scale)
+
+
+def check_window(start: Any, end: Any) -> None:
+    """Raise [`InvalidScaleError`] unless `start` and `end` are numbers with 0 <= start < end <= 1."""
+    try:
+        inside = 0 <= start < end <= 1
+    except TypeError:
+        inside = False
+    if not inside:
+        raise InvalidScaleError(f"need 0 <= face_start < face_end <= 1, got {start!r} and {end!r}")
 
 
 def flatten_scales(scales: Mapping[str, Any]) -> dict[str, float]:
@@ -53,6 +66,18 @@ class FaceLoaderMixin:
 
     _face_adapter: FaceFusionAdapter | None = None
     _face_layer_scales: float | dict[str, float] = 1.0
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As diffusers' `from_pipe`; from another Face Fusion pipeline adapter and layer scales come along, too."""
+        new = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+        if not (hasattr(new, "_face_adapter") and hasattr(pipeline, "_face_adapter")):
+            return new
+        if new.unet is pipeline.unet:
+            new._face_adapter, new._face_layer_scales = pipeline._face_adapter, pipeline._face_layer_scales
+        elif pipeline._face_adapter is not None:
+            logger.warning("the new pipeline has another UNet and so no adapter: load one that was trained for it")
+        return new
 
     def load_face_fusion_adapter(
         self,

@@ -4,6 +4,7 @@ This one folder is a Python package, a diffusers `custom_pipeline` folder and a 
 copies exactly the siblings that this file names, so all that are needed are named here.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
@@ -21,6 +22,7 @@ from .face_fusion_mixin import FaceFusionMixin
 from .face_identity import FaceIdentity, capture_hidden_states
 from .face_layout import layer_regions
 from .face_loader_mixin import FaceLoaderMixin
+from .face_ownership import sole_use
 from .pipeline_controlnet import call_with_control
 
 
@@ -42,6 +44,7 @@ __all__ = [
     "face_axes",
     "face_fused_unet",
     "layer_regions",
+    "sole_use",
 ]
 
 
@@ -94,7 +97,7 @@ class StableDiffusionFaceFusionPipeline(FaceFusionMixin, StableDiffusionPipeline
         prompt: str | list[str] | None = None,
         *args: Any,
         control_image: Any = None,
-        control_kind: ControlKind = "auto",
+        control_kind: ControlKind | Sequence[ControlKind] = "auto",
         depth_estimator: str | DepthEstimator = "auto",
         **kwargs: Any,
     ) -> Any:
@@ -102,11 +105,15 @@ class StableDiffusionFaceFusionPipeline(FaceFusionMixin, StableDiffusionPipeline
 
         Args:
             prompt, args, kwargs: those of `StableDiffusionPipeline` and of [`FaceFusionMixin.__call__`].
-            control_image: depth map (near is white) or photo that sets the pose, for the `controlnet`; one each if
-                there are several. Then the arguments of `StableDiffusionControlNetPipeline` are known too,
-                `controlnet_conditioning_scale`, `control_guidance_start` and so on, and `control_face_scale`: the
-                ControlNet's strength inside the face boxes.
-            control_kind, depth_estimator: see `face_depth.control_depth`.
+            control_image: depth map (near is white) or photo that sets the pose, for the `controlnet`; a list with
+                one for each prompt, or of several ControlNets with one for each; see
+                `pipeline_controlnet.call_with_control`. Then the arguments of `StableDiffusionControlNetPipeline` are
+                known too, `controlnet_conditioning_scale`, `control_guidance_start` and so on, and
+                `control_face_scale`: the ControlNet's strength inside the face boxes.
+            control_kind: `"depth"`, `"photo"` (its depth is estimated), `"map"` (of any other ControlNet, taken as it
+                is), or `"auto"`: without colour depth, with colour a photo. With several ControlNets a list, one each;
+                `"auto"` refuses colour there.
+            depth_estimator: see `face_depth.load_depth_estimator`.
         """
         if control_image is None:
             return super().__call__(prompt, *args, **kwargs)

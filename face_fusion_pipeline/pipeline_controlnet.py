@@ -1,5 +1,6 @@
 """Face Fusion on diffusers' ControlNet pipeline, and the way from our text-to-image pipeline to it."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,15 +8,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionControlNetPipeline
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 from torch import Tensor
 
 from .face_axes import face_axes
-from .face_depth import control_depth, is_depth_map
-from .face_errors import FaceFusionError
-from .face_fusion_mixin import FaceFusionMixin
+from .face_depth import control_depth, load_depth_estimator, photo_of
+from .face_errors import FaceAxesError, FaceFusionError
+from .face_fusion_mixin import FaceFusionMixin, prompt_count
 from .face_layout import Layout
 from .face_loader_mixin import check_scale
+from .face_ownership import own_thread
+
+
+logger = logging.getLogger(__name__)
 
 
 class StableDiffusionControlNetFaceFusionPipeline(FaceFusionMixin, StableDiffusionControlNetPipeline):
@@ -26,8 +32,19 @@ class StableDiffusionControlNetFaceFusionPipeline(FaceFusionMixin, StableDiffusi
     strong ControlNet pulls the face towards it.
     """
 
+    control_image_processor: Any
+    _interrupt: bool
+    _outer: Any = None  # the pipeline that the user called, see `call_with_control`
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the remaining steps are passed over: `_interrupt` was set here or in the pipeline called."""
+        return self._interrupt or getattr(self._outer, "_interrupt", False)
+
     def __call__(self, prompt: Any = None, *args: Any, control_face_scale: float = 1.0, **kwargs: Any) -> Any:
         self._control_face_scale = check_scale(control_face_scale, "control_face_scale")
+        if self._control_face_scale != 1.0 and kwargs.get("face_image") is None:
+            logger.warning("control_face_scale=%g does nothing without a face_image", self._control_face_scale)
         try:
             return super().__call__(prompt, *args, **kwargs)
         finally:
@@ -35,6 +52,16 @@ class StableDiffusionControlNetFaceFusionPipeline(FaceFusionMixin, StableDiffusi
 
     def _needs_layout(self) -> bool:
         return self._control_face_scale != 1.0
+
+    def _output_size(self, arguments: dict[str, Any]) -> tuple[int, int]:
+        image = arguments["image"]
+        if image is None:  # diffusers says so in a moment
+            return super()._output_size(arguments)
+        while isinstance(image, list) and image:
+            image = image[0]
+        image = image[None] if getattr(image, "ndim", 4) == 3 else image  # the processor looks for a batch
+        found = self.control_image_processor.get_default_height_width(image, arguments["height"], arguments["width"])
+        return int(found[0]), int(found[1])
 
     @contextmanager
     def _layouts_applied(self, layouts: list[Layout], images: int) -> Iterator[None]:
@@ -44,7 +71,11 @@ class StableDiffusionControlNetFaceFusionPipeline(FaceFusionMixin, StableDiffusi
         faces = torch.stack([layouts[i * len(layouts) // images].masks.any(0) for i in range(images)])
         strength = 1 - (1 - self._control_face_scale) * faces[:, None].float().to(self._execution_device)
 
-        def weaken(module: Any, args: Any, output: Any) -> tuple[list[Tensor], Tensor]:
+        thread = own_thread()
+
+        def weaken(module: Any, args: Any, output: Any) -> tuple[list[Tensor], Tensor] | None:
+            if not thread.here:  # another pipeline's call of the same ControlNet
+                return None
             down, middle = output[0], output[1]
             return [at_size(x, strength) for x in down], at_size(middle, strength)
 
@@ -73,11 +104,26 @@ def call_with_control(
 
     Args:
         pipe: a Face Fusion pipeline with a `controlnet`.
-        control_image: depth map or photo, see `face_depth.control_depth`; of several ControlNets one each. Several
-            people are looked for in a photo, unless their places are given otherwise.
+        control_image: depth map, photo or other map, nested as diffusers takes it: one for all prompts or a list with
+            one for each; of several ControlNets a list with one for each, or prompts × ControlNets. Several people
+            are looked for in the photos, in that of each prompt its own, unless their places are given otherwise.
+        control_kind: what the images are, see `face_depth.control_depth`; one, or one for each ControlNet.
+        depth_estimator: see `face_depth.load_depth_estimator`.
+
+    Raises:
+        FaceFusionError: no ControlNet, or an image that fits none.
     """
     if pipe.controlnet is None:
         raise FaceFusionError("control_image needs a ControlNet: load the pipeline with controlnet=ControlNetModel...")
+    net = getattr(pipe.controlnet, "_orig_mod", pipe.controlnet)  # torch.compile's wrapper
+    nets = len(net.nets) if isinstance(net, MultiControlNetModel) else None
+    prompts = prompt_count({"prompt": prompt, **kwargs})
+    image, layout = control_inputs(control_image, control_kind, depth_estimator, nets, prompts)
+    if all(kwargs.get(name) is None for name in ("face_boxes", "face_masks", "face_layout")):
+        casts = [] if kwargs.get("face_image") is None else face_axes(kwargs["face_image"], None)
+        if any(len(cast) > 1 for cast in casts) or (casts and kwargs.get("control_face_scale", 1.0) != 1.0):
+            kwargs["face_layout"] = layout
+
     inner = StableDiffusionControlNetFaceFusionPipeline(
         **{name: part for name, part in pipe.components.items() if name != "requires_safety_checker"},
         requires_safety_checker=pipe.config.requires_safety_checker,
@@ -85,14 +131,64 @@ def call_with_control(
     inner._face_adapter, inner._face_layer_scales = pipe._face_adapter, pipe._face_layer_scales
     inner.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     inner.maybe_free_model_hooks = pipe.maybe_free_model_hooks  # offloading belongs to the outer pipeline
-    images = control_image if isinstance(control_image, (list, tuple)) else [control_image]
-    places = ("face_boxes", "face_masks", "face_layout")
-    photo = isinstance(images[0], Image.Image) and (
-        control_kind == "photo" or (control_kind == "auto" and not is_depth_map(images[0]))
-    )
-    if photo and all(kwargs.get(name) is None for name in places):
-        casts = [] if kwargs.get("face_image") is None else face_axes(kwargs["face_image"], None)
-        if any(len(cast) > 1 for cast in casts) or kwargs.get("control_face_scale", 1.0) != 1.0:
-            kwargs["face_layout"] = images[0]
-    depths = [control_depth(image, control_kind, depth_estimator) for image in images]
-    return inner(prompt, image=depths if isinstance(control_image, (list, tuple)) else depths[0], **kwargs)
+    inner._outer, pipe._interrupt = pipe, False
+    return inner(prompt, image=image, **kwargs)
+
+
+def control_inputs(
+    control_image: Any, control_kind: Any, depth_estimator: Any, nets: int | None, prompts: int
+) -> tuple[Any, list[Image.Image] | None]:
+    """The control images as diffusers takes them, and the photos among them in which people can be looked for.
+
+    Args:
+        control_image, control_kind, depth_estimator: see [`call_with_control`].
+        nets: number of ControlNets in a `MultiControlNetModel`; None for one that stands alone.
+        prompts: number of prompts in the call.
+
+    Returns:
+        Images nested as `control_image` is; the photos of the first ControlNet that gets nothing else, or None.
+    """
+    images = list(control_image) if isinstance(control_image, (list, tuple)) else [control_image]
+    nested = any(isinstance(row, (list, tuple)) for row in images)
+    rows = control_rows(images, nested, nets, prompts)
+    kinds = list(control_kind) if isinstance(control_kind, (list, tuple)) else [control_kind] * (nets or 1)
+    if len(kinds) != (nets or 1):
+        raise FaceAxesError(f"{len(kinds)} values of control_kind for {nets or 1} ControlNets: give one, or one each")
+    photos = [[photo_of(image, kind) for image, kind in zip(row, kinds, strict=True)] for row in rows]
+    coloured = [kind for row in photos for photo, kind in zip(row, kinds, strict=True) if photo is not None]
+    if len(kinds) > 1 and "auto" in coloured:
+        raise FaceFusionError(
+            "among several ControlNets a control image with colour may be a photo or a map: say what each of them "
+            f"takes, such as control_kind={['photo', *['map'] * (len(kinds) - 1)]}"
+        )
+    if coloured:
+        depth_estimator = load_depth_estimator(depth_estimator)  # once for all
+    ready = [[control_depth(x, kind, depth_estimator) for x, kind in zip(row, kinds, strict=True)] for row in rows]
+    layout = next((list(column) for column in zip(*photos, strict=True) if None not in column), None)
+    if nets is None:
+        return ([row[0] for row in ready] if isinstance(control_image, (list, tuple)) else ready[0][0]), layout
+    return (ready if nested else ready[0]), layout
+
+
+def control_rows(images: list[Any], nested: bool, nets: int | None, prompts: int) -> list[list[Any]]:
+    """Control images as prompts (one row for all, or one each) × ControlNets.
+
+    Args:
+        images: one for each prompt, or of several ControlNets for each of these; `nested`, such lists for each prompt.
+        nets, prompts: see [`control_inputs`].
+
+    Raises:
+        FaceAxesError: not one image for each ControlNet, or neither one nor one for each prompt.
+    """
+    if nested:
+        rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
+    else:
+        rows = [[image] for image in images] if nets is None else [images]
+    if wrong := [len(row) for row in rows if len(row) != (nets or 1)]:
+        raise FaceAxesError(
+            f"{wrong[0]} control images for {nets or 1} ControlNets: give a list with one for each ControlNet, or one "
+            "such list for each prompt"
+        )
+    if len(rows) not in (1, prompts):
+        raise FaceAxesError(f"control images for {len(rows)} prompts, but there are {prompts}: give one, or one each")
+    return rows

@@ -4,8 +4,6 @@ Each test compares with the face against without, or against the same thing done
 raise would prove nothing.
 """
 
-import threading
-
 import diffusers
 import numpy as np
 import pytest
@@ -109,19 +107,29 @@ def test_custom_timesteps(pipe):
 # --- Features of the pipeline --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", ["lora", "face"])
-def test_lora_before_and_after(pipe, first):
+def test_lora_and_adapter_in_either_order(pipe, tmp_path):
     peft = pytest.importorskip("peft")
+    pipe.save_face_fusion_adapter(tmp_path)
     plain, faced = generate(pipe), generate(pipe, face_image=A)
-    if first == "face":
-        pipe.encode_face(A)
-    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
-    with_lora = generate(pipe, face_image=A)
+    trained = tiny_unet()
+    trained.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path / "lora", unet_lora_layers=peft.get_peft_model_state_dict(trained), safe_serialization=True
+    )
+    lora_first, face_first = tiny_pipeline(), tiny_pipeline()
+    lora_first.load_lora_weights(tmp_path / "lora")
+    lora_first.load_face_fusion_adapter(tmp_path)
+    face_first.load_face_fusion_adapter(tmp_path)
+    face_first.load_lora_weights(tmp_path / "lora")
+    with_lora = generate(lora_first, face_image=A)
+    assert torch.equal(with_lora, generate(face_first, face_image=A))
     assert differ(with_lora, faced)
-    assert differ(with_lora, generate(pipe))
-    pipe.unet.disable_adapters()
-    assert close(generate(pipe, face_image=A), faced)
-    assert close(generate(pipe), plain)
+    assert differ(with_lora, generate(lora_first))
+    assert differ(generate(lora_first), plain)
+    for either in (lora_first, face_first):
+        either.unload_lora_weights()
+        assert close(generate(either, face_image=A), faced)
+        assert close(generate(either), plain)
 
 
 def test_lora_names_do_not_touch_face_weights(pipe):
@@ -138,18 +146,62 @@ def test_textual_inversion(pipe):
     assert close(generate(pipe, "a b", face_image=A), plain)
 
 
-def test_freeu_and_vae_switches():
-    pipe = with_adapter(tiny_pipeline())
-    plain = generate(pipe, face_image=A)
-    pipe.enable_freeu(s1=0.5, s2=0.5, b1=1.5, b2=1.5)
-    assert torch.isfinite(generate(pipe, face_image=A)).all()
-    pipe.disable_freeu()
-    assert close(generate(pipe, face_image=A), plain)
+def test_freeu(pipe):
     identity = pipe.encode_face(A)
-    pipe.vae.enable_tiling()
+    without = generate(pipe, face_image=identity)
+    pipe.enable_freeu(s1=0.5, s2=0.5, b1=1.5, b2=1.5)
+    with_freeu = generate(pipe, face_image=identity)
+    assert torch.isfinite(with_freeu).all()
+    assert differ(with_freeu, without)
+    assert differ(with_freeu, generate(pipe))
+    pipe.disable_freeu()
+    assert close(generate(pipe, face_image=A), without)
+
+
+def test_vae_slicing_and_tiling(pipe):
+    identity = pipe.encode_face(A)
+    options = {"face_image": identity, "num_images_per_prompt": 2}
+    latents, whole = generate(pipe, **options), generate(pipe, **options, output_type="pt")
+    seen = []
+    pipe.vae.decoder.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
     pipe.vae.enable_slicing()
-    assert torch.equal(pipe.encode_face(A).keys[next(iter(identity.keys))], next(iter(identity.keys.values())))
-    assert close(generate(pipe, face_image=A), plain)
+    sliced = generate(pipe, **options, output_type="pt")
+    assert [tuple(shape) for shape in seen] == [(1, 4, 8, 8)] * 2
+    assert close(sliced, whole)
+    assert close(pipe.encode_face(A).keys[next(iter(identity.keys))], next(iter(identity.keys.values())))
+    pipe.vae.disable_slicing()
+
+    pipe.vae.enable_tiling()
+    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 8, 4
+    seen.clear()
+    tiled = generate(pipe, **options, output_type="pt")
+    assert len(seen) > 1 and all(max(shape[-2:]) <= 4 for shape in seen)
+    assert tiled.shape == whole.shape and differ(tiled, whole)  # each tile has its own normalisation
+    with torch.no_grad():
+        expected = pipe.vae.tiled_decode(latents / pipe.vae.config.scaling_factor).sample
+    assert close(tiled, (expected / 2 + 0.5).clamp(0, 1))
+    encoded = []
+    pipe.vae.encoder.register_forward_hook(lambda module, args, output: encoded.append(args[0].shape))
+    assert torch.isfinite(generate(pipe, face_image=A)).all()
+    assert len(encoded) > 1
+
+
+def test_interrupt_in_a_callback_stops_the_loop(pipe):
+    steps = []
+
+    def stop(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = step == 1
+        return tensors
+
+    passes = []
+    identity = pipe.encode_face(A)
+    handle = pipe.unet.register_forward_hook(lambda module, args, output: passes.append(1))
+    stopped = generate(pipe, face_image=identity, num_inference_steps=4, callback_on_step_end=stop)
+    handle.remove()
+    assert steps == [0, 1] and len(passes) == 2
+    assert differ(stopped, generate(pipe, face_image=identity, num_inference_steps=4))
+    assert not any(hasattr(p, "acts_here") for p in pipe.unet.attn_processors.values())
 
 
 def test_safety_checker_sees_the_pictures_with_faces():
@@ -228,6 +280,27 @@ def test_layerwise_casting(pipe):
     assert (cast - plain).abs().mean() < 0.2 * (generate(pipe) - plain).abs().mean()
 
 
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float8_e4m3fn])
+def test_layerwise_casting_of_the_vae(pipe, storage):
+    plain = generate(pipe, face_image=A)
+    pipe.vae.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+    assert next(pipe.vae.parameters()).dtype == storage
+    cast = generate(pipe, face_image=A)
+    assert (cast - plain).abs().mean() < 0.2 * (generate(pipe) - plain).abs().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "faces", [{"face_image": A}, {"face_image": [[A], [B]], "face_boxes": [LEFT, RIGHT]}], ids=["one", "two"]
+)
+def test_half_precision_is_near_single_precision(pipe, dtype, faces):
+    single, without = generate(pipe, **faces), generate(pipe)
+    pipe.to(dtype=dtype)
+    half = generate(pipe, **faces)
+    assert half.dtype == dtype
+    assert (half.float() - single).abs().mean() < 0.2 * (without - single).abs().mean()
+
+
 def test_group_offloading(pipe):
     plain = generate(pipe, face_image=A)
     for part in (pipe.unet, pipe.text_encoder):
@@ -247,6 +320,19 @@ def test_accelerate_offload_hooks(pipe, method):
     assert differ(generate(pipe, face_image=[[A], [B]], face_boxes=[LEFT, RIGHT]), plain)
 
 
+@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offloading(pipe, method):
+    pytest.importorskip("accelerate")
+    if not torch.cuda.is_available():
+        pytest.skip("offloading the pipeline needs an accelerator; the hooks that it installs are tested above")
+    plain = generate(pipe, face_image=A)
+    getattr(pipe, method)()
+    torch.testing.assert_close(generate(pipe, face_image=A).cpu(), plain, rtol=1e-2, atol=1e-2)
+    two = generate(pipe, face_image=[[A], [B]], face_boxes=[LEFT, RIGHT]).cpu()
+    assert differ(two, plain)
+    assert all(parameter.device.type in ("cpu", "meta") for parameter in pipe.vae.parameters())
+
+
 @pytest.mark.parametrize("people", [1, 2])
 def test_compile_repeated_blocks_without_graph_breaks(people):
     pipe = with_adapter(tiny_pipeline())
@@ -254,61 +340,17 @@ def test_compile_repeated_blocks_without_graph_breaks(people):
     other = {"face_image": B} if people == 1 else {"face_image": [[B], [A]], "face_boxes": [LEFT, RIGHT]}
     expected = [generate(pipe, **faces), generate(pipe, **other)]
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     assert close(generate(pipe, **faces), expected[0])
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert before > 0
     assert close(generate(pipe, **other), expected[1])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
     torch.compiler.reset()
 
 
-# --- Sharing -------------------------------------------------------------------------------------------------------
-
-
-def test_two_pipelines_share_a_unet_in_turn(pipe):
-    other = with_adapter(StableDiffusionFaceFusionPipeline(**tiny_components() | {"unet": pipe.unet}))
-    other.set_progress_bar_config(disable=True)
-    first, second = generate(pipe, face_image=A), generate(other, face_image=B)
-    assert close(generate(pipe, face_image=A), first)
-    assert differ(first, second)
-
-
-def test_two_threads_on_one_unet_refuse_clearly_or_work(pipe):
-    """The second call sees the first one's processors and says so; the first is not disturbed."""
-    expected = generate(pipe, face_image=A)
-    inside, done = threading.Event(), threading.Event()
-    outcome = []
-
-    def wait(pipe, step, timestep, tensors):
-        inside.set()
-        assert done.wait(30)
-        return tensors
-
-    def second():
-        inside.wait(30)
-        try:
-            for faces in ({"face_image": B}, {}):  # without a face the other's would show
-                try:
-                    outcome.append(generate(with_adapter(tiny_like(pipe)), **faces))
-                except FaceFusionError as error:
-                    outcome.append(error)
-        finally:
-            done.set()
-
-    thread = threading.Thread(target=second)
-    thread.start()
-    first = generate(pipe, face_image=A, callback_on_step_end=wait)
-    thread.join()
-    assert close(first, expected)
-    assert len(outcome) == 2
-    assert all(isinstance(error, FaceFusionError) and "another call" in str(error) for error in outcome)
-    assert close(generate(pipe, face_image=A), expected)
-
-
-def tiny_like(pipe):
-    other = StableDiffusionFaceFusionPipeline(**tiny_components() | {"unet": pipe.unet})
-    other.set_progress_bar_config(disable=True)
-    return other
+# --- Conversion ----------------------------------------------------------------------------------------------------
 
 
 def test_from_pipe_both_ways(pipe):
@@ -320,11 +362,46 @@ def test_from_pipe_both_ways(pipe):
     assert close(generate(again, face_image=A), generate(pipe, face_image=A))
 
 
+TASKS = [
+    StableDiffusionFaceFusionPipeline,
+    StableDiffusionImg2ImgFaceFusionPipeline,
+    StableDiffusionInpaintFaceFusionPipeline,
+]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_from_pipe_carries_adapter_and_layer_scales(pipe, task):
+    pipe.set_face_fusion_scale({"down_blocks": 1.0, "up_blocks": 0.5})
+    expected = generate(pipe, face_image=A)
+    other = task.from_pipe(pipe)
+    assert other._face_adapter is pipe._face_adapter
+    assert other._face_layer_scales == {"down_blocks": 1.0, "up_blocks": 0.5}
+    assert other.encode_face(A).mode == "adapter"
+    back = StableDiffusionFaceFusionPipeline.from_pipe(other)
+    back.set_progress_bar_config(disable=True)
+    assert torch.equal(generate(back, face_image=A), expected)
+    other.unload_face_fusion_adapter()  # each has its own state
+    assert pipe._face_adapter is not None and pipe._face_layer_scales != 1.0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_from_pipe_of_a_stock_pipeline_has_no_adapter(task):
+    other = task.from_pipe(StableDiffusionPipeline(**tiny_components(), image_encoder=None))
+    assert other._face_adapter is None and other._face_layer_scales == 1.0
+    assert other.encode_face(A).mode == "training-free"
+
+
+def test_from_pipe_with_another_unet_leaves_the_adapter_and_says_so(pipe, caplog):
+    other = StableDiffusionFaceFusionPipeline.from_pipe(pipe, unet=tiny_unet(seed=3))
+    assert other._face_adapter is None
+    assert "another UNet" in caplog.text
+
+
 # --- Other tasks ---------------------------------------------------------------------------------------------------
 
 
 def test_image_to_image(pipe):
-    other = with_adapter(StableDiffusionImg2ImgFaceFusionPipeline.from_pipe(pipe))
+    other = StableDiffusionImg2ImgFaceFusionPipeline.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
     options = {"image": face(5), "strength": 0.7, "num_inference_steps": 6}
     faced = generate(other, face_image=A, **options)
@@ -334,7 +411,7 @@ def test_image_to_image(pipe):
 
 
 def test_inpainting(pipe):
-    other = with_adapter(StableDiffusionInpaintFaceFusionPipeline.from_pipe(pipe))
+    other = StableDiffusionInpaintFaceFusionPipeline.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
     mask = np.zeros((16, 16), dtype=np.uint8)
     mask[:, 8:] = 255

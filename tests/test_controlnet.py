@@ -1,9 +1,16 @@
 """Depth ControlNet beside Face Fusion: diffusers' own pipeline with our faces, from the same components."""
 
+import io
+import logging
+import sys
+import threading
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 from test_several_people import LEFT, RIGHT, FakeDetector, close, differ
 from tiny_models import face, generate, tiny_components, tiny_controlnet, tiny_pipeline
@@ -11,14 +18,40 @@ from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
 from face_fusion_pipeline.face_adapter import create_adapter
-from face_fusion_pipeline.face_depth import control_depth, depth_image, is_depth_map
-from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError, UnreadableImageError
+from face_fusion_pipeline.face_depth import control_depth, depth_image, is_depth_map, load_depth_estimator
+from face_fusion_pipeline.face_errors import FaceAxesError, FaceFusionError, ModelNotFoundError, UnreadableImageError
 from face_fusion_pipeline.pipeline_controlnet import at_size
 
 
 A, B = face(0), face(1)
 DEPTH = Image.fromarray(np.linspace(0, 255, 256, dtype=np.uint8).reshape(16, 16))
 PHOTO = face(7)
+LOW = (10, 10, 15, 15)
+
+
+def brightness(image):
+    """A depth estimator that tells photos apart."""
+    return np.asarray(image.convert("L"), dtype=np.float32)
+
+
+def with_nets(count):
+    components = tiny_components()
+    nets = [tiny_controlnet(components["unet"], seed) for seed in range(2, 2 + count)]
+    pipe = StableDiffusionFaceFusionPipeline(**components, controlnet=nets)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class FacesInTurn(FakeDetector):
+    """Finds other faces in every picture it is shown."""
+
+    def __init__(self, *pictures):
+        super().__init__()
+        self.pictures = pictures
+
+    def detect(self, image):
+        self.boxes = self.pictures[len(self.seen) % len(self.pictures)]
+        return super().detect(image)
 
 
 @pytest.fixture
@@ -44,13 +77,108 @@ def test_without_a_face_it_is_diffusers_own_controlnet_pipeline(pipe):
 
 
 def test_several_controlnets():
-    components = tiny_components()
-    nets = [tiny_controlnet(components["unet"], seed) for seed in (2, 3)]
-    pipe = StableDiffusionFaceFusionPipeline(**components, controlnet=nets)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = with_nets(2)
     both = generate(pipe, control_image=[DEPTH, DEPTH], face_image=A, controlnet_conditioning_scale=[1.0, 0.5])
     one = generate(pipe, control_image=[DEPTH, DEPTH], face_image=A, controlnet_conditioning_scale=[1.0, 0.0])
     assert differ(both, one)
+
+
+def test_only_photos_have_their_depth_estimated():
+    """Beside a depth net, the coloured map of another net (a pose, say) reaches it as it is."""
+    pipe = with_nets(2)
+    pose, estimated, seen = face(8), [], []
+
+    def estimator(image):
+        estimated.append(image)
+        return brightness(image)
+
+    hook = pipe.controlnet.nets[1].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(
+            kwargs["controlnet_cond"] if "controlnet_cond" in kwargs else args[3]
+        ),
+        with_kwargs=True,
+    )
+    options = {"num_inference_steps": 1, "depth_estimator": estimator}
+    generate(pipe, control_image=[PHOTO, pose], control_kind=["photo", "map"], face_image=A, **options)
+    hook.remove()
+    assert [image.tobytes() for image in estimated] == [PHOTO.tobytes()]
+    expected = torch.from_numpy(np.array(pose)).permute(2, 0, 1) / 255
+    torch.testing.assert_close(seen[0][0], expected)
+    with pytest.raises(FaceFusionError, match=r"control_kind=\['photo', 'map'\]"):  # a photo or a map?
+        generate(pipe, control_image=[PHOTO, pose], **options)
+    with pytest.raises(FaceAxesError, match="3 values of control_kind for 2 ControlNets"):
+        generate(pipe, control_image=[PHOTO, pose], control_kind=["photo"] * 3, **options)
+    for wrong in (PHOTO, [PHOTO] * 3, [[PHOTO], [pose]]):
+        with pytest.raises(FaceAxesError, match="control images for 2 ControlNets"):
+            generate(pipe, ["a cat", "a dog"], control_image=wrong, control_kind="map", **options)
+    with pytest.raises(FaceAxesError, match="for 3 prompts, but there are 2"):
+        generate(pipe, ["a cat", "a dog"], control_image=[[PHOTO, pose]] * 3, control_kind="map", **options)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+        list(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))),
+        np.random.default_rng(0).random((2, 16, 16, 3), dtype=np.float32),
+        [DEPTH.convert("RGB"), DEPTH.convert("RGB").transpose(Image.Transpose.ROTATE_90)],
+    ],
+    ids=["tensor", "tensors", "array", "pictures"],
+)
+def test_what_diffusers_takes_is_taken(pipe, image):
+    stock = StableDiffusionControlNetPipeline(**tiny_components(), controlnet=pipe.controlnet, image_encoder=None)
+    stock.set_progress_bar_config(disable=True)
+    prompts = ["a cat", "a dog"]
+    expected = generate(stock, prompts, image=image, num_inference_steps=1)
+    assert torch.equal(generate(pipe, prompts, control_image=image, num_inference_steps=1), expected)
+    people = {"face_image": [[A], [B]], "face_boxes": [LEFT, RIGHT]}
+    faced = generate(pipe, prompts, control_image=image, num_inference_steps=1, **people)
+    assert faced.shape == expected.shape
+    assert differ(faced, expected)
+
+
+def test_several_images_for_several_controlnets():
+    """Prompts × ControlNets, as diffusers nests them."""
+    pipe = with_nets(2)
+    nets = MultiControlNetModel(list(pipe.controlnet.nets))
+    stock = StableDiffusionControlNetPipeline(**tiny_components(), controlnet=nets, image_encoder=None)
+    stock.set_progress_bar_config(disable=True)
+    images = [[face(10), face(11)], [face(12), face(13)]]
+    prompts, options = ["a cat", "a dog"], {"num_inference_steps": 1}
+    expected = generate(stock, prompts, image=[list(row) for row in images], **options)
+    assert torch.equal(generate(pipe, prompts, control_image=images, control_kind="map", **options), expected)
+    people = {"face_image": [[A], [B]], "face_boxes": [LEFT, RIGHT]}
+    faced = generate(pipe, prompts, control_image=images, control_kind="map", **people, **options)
+    alone = generate(pipe, "a dog", 1, control_image=images[1], control_kind="map", **people, **options)
+    assert close(faced[1:], alone)
+
+
+def test_guidance_start_and_end(pipe):
+    strengths = []
+    hook = pipe.controlnet.register_forward_pre_hook(
+        lambda module, args, kwargs: strengths.append(kwargs["conditioning_scale"]), with_kwargs=True
+    )
+    options = {"control_image": DEPTH, "face_image": A, "num_inference_steps": 4}
+    faced = generate(pipe, control_guidance_start=0.25, control_guidance_end=0.75, **options)
+    hook.remove()
+    assert strengths == [0, 1, 1, 0]
+    assert differ(faced, generate(pipe, **options))
+    assert differ(faced, generate(pipe, **{**options, "face_image": None}, control_guidance_start=0.25))
+
+
+def test_interrupting_the_pipeline_called_stops_the_steps(pipe):
+    steps = []
+
+    def stop(_, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = True
+        return tensors
+
+    options = {"control_image": DEPTH, "face_image": A}
+    stopped = generate(pipe, callback_on_step_end=stop, **options)
+    assert steps == [0]
+    finished = generate(pipe, **options)  # the next call is not stopped
+    assert differ(stopped, finished)
 
 
 def test_the_controlnet_is_weaker_inside_faces_only(pipe):
@@ -72,6 +200,27 @@ def test_the_controlnet_is_weaker_inside_faces_only(pipe):
     assert (weak[:, :, 4, 5:8] == 0).all()
     assert torch.equal(weak[:, :, 0], full[:, :, 0])
     assert not pipe.controlnet._forward_hooks
+
+
+def test_the_controlnet_is_weaker_in_the_calling_thread_only(pipe):
+    inputs = {"sample": torch.rand(1, 4, 8, 8), "timestep": 1, "encoder_hidden_states": torch.rand(1, 12, 24)}
+    inputs |= {"controlnet_cond": torch.rand(1, 3, 16, 16), "return_dict": False}
+
+    @torch.no_grad()
+    def control():
+        return pipe.controlnet(**inputs)[1]
+
+    expected, seen = control(), []
+
+    def other_thread(_, step, timestep, tensors):
+        thread = threading.Thread(target=lambda: seen.append(control()))
+        thread.start()
+        thread.join()
+        return tensors
+
+    options = {"face_image": A, "face_boxes": [LEFT], "control_image": DEPTH, "num_inference_steps": 1}
+    generate(pipe, control_face_scale=0.0, callback_on_step_end=other_thread, **options)
+    assert torch.equal(seen[0], expected)
 
 
 def test_control_face_scale_of_a_single_person_finds_its_place(pipe):
@@ -97,6 +246,36 @@ def test_people_are_looked_for_in_the_control_photo(pipe):
     )
     assert result.face_boxes_source == "layout"
     np.testing.assert_allclose(result.face_boxes, [[LEFT, RIGHT]], atol=0.1)
+
+
+def test_each_prompt_has_the_people_of_its_own_photo(pipe):
+    photos, prompts = [PHOTO, face(8)], ["a cat", "a dog"]
+    places = [[LEFT, RIGHT], [LEFT, LOW]]
+    options = {"face_image": [[A], [B]], "depth_estimator": brightness, "num_inference_steps": 1}
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    result = pipe(
+        prompts,
+        control_image=photos,
+        face_detector=FacesInTurn(*places),
+        generator=generators,
+        output_type="latent",
+        **options,
+    )
+    np.testing.assert_allclose(result.face_boxes, places, atol=0.1)
+    for index, (prompt, photo, found) in enumerate(zip(prompts, photos, places, strict=True)):
+        alone = generate(pipe, prompt, index, control_image=photo, face_detector=FakeDetector(*found), **options)
+        assert close(result.images[index : index + 1], alone)
+    with pytest.raises(FaceAxesError, match="for 3 prompts, but there are 2"):
+        generate(pipe, prompts, control_image=[PHOTO] * 3, **options)
+
+
+def test_control_face_scale_without_a_face_says_that_it_does_nothing(pipe, caplog):
+    options = {"control_image": DEPTH, "num_inference_steps": 1}
+    plain = generate(pipe, **options)
+    assert not caplog.records
+    assert torch.equal(generate(pipe, control_face_scale=0.5, **options), plain)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "control_face_scale=0.5 does nothing without a face_image" in caplog.text
 
 
 def test_maps_are_averaged_to_each_size():
@@ -144,14 +323,34 @@ def test_depth_maps_are_told_from_photos():
     assert estimated.size == PHOTO.size
     control_depth(DEPTH.convert("RGB"), "photo", estimator)
     assert calls == ["RGB", "RGB"]
-    with pytest.raises(ValueError, match="'auto', 'depth' or 'photo'"):
+    with pytest.raises(FaceFusionError, match="auto, depth, photo, map, got 'sketch'"):
         control_depth(DEPTH, "sketch")
+    with pytest.raises(UnreadableImageError, match=r"Tensor of shape \(2, 3, 4, 4\)"):
+        control_depth(torch.zeros(2, 3, 4, 4), "photo")
+    with pytest.raises(UnreadableImageError, match="finite numbers"):
+        control_depth([["a", "b"], ["c", "d"]])
+
+
+@pytest.mark.parametrize("kind", ["photo", "depth", "map"])
+def test_photos_and_maps_are_turned_upright(kind):
+    """As `face_layout` is: boxes found in one photo and the depth of the same photo have to agree."""
+    sideways = PHOTO.resize((32, 16)) if kind != "depth" else DEPTH.resize((32, 16))
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # orientation: to be turned by a quarter
+    sideways.save(file, "png", exif=exif)
+    upright = sideways.transpose(Image.Transpose.ROTATE_270)
+    found = control_depth(Image.open(file), kind, brightness)
+    expected = control_depth(upright, kind, brightness)
+    assert found.size == (16, 32)
+    assert np.array_equal(np.asarray(found), np.asarray(expected))
 
 
 def test_depth_values_are_stretched_and_near_is_white():
     picture = np.asarray(depth_image(np.array([[1.0, 2.0], [3.0, 5.0]])))
     assert picture[..., 0].tolist() == [[0, 64], [128, 255]]
     assert np.asarray(depth_image(torch.full((1, 4, 4), 3.0))).max() == 0
+    half = depth_image(torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16).expand(2, 2))
+    assert np.asarray(half)[0, :, 0].tolist() == [0, 255]
     with pytest.raises(UnreadableImageError, match="finite"):
         depth_image(np.full((4, 4), np.nan))
 
@@ -180,3 +379,45 @@ def test_transformers_depth_model_from_a_folder(tmp_path):
 def test_a_missing_estimator_is_reported(tmp_path):
     with pytest.raises(ModelNotFoundError, match="no depth estimator"):
         control_depth(PHOTO, estimator=str(tmp_path / "nowhere"))
+
+
+class StubMidas:
+    """`controlnet_aux.MidasDetector`: an RGB picture in, a grey one of its own size out."""
+
+    loaded: list[str] = []
+
+    @classmethod
+    def from_pretrained(cls, repo):
+        cls.loaded.append(repo)
+        return cls()
+
+    def __call__(self, image):
+        assert image.mode == "RGB"
+        return image.convert("L").resize((64, 32))
+
+
+@pytest.mark.parametrize("name", ["auto", "midas"])
+def test_midas_of_controlnet_aux(name, monkeypatch, caplog):
+    monkeypatch.setattr(StubMidas, "loaded", [])
+    monkeypatch.setitem(sys.modules, "controlnet_aux", SimpleNamespace(MidasDetector=StubMidas))
+    with caplog.at_level(logging.INFO, "face_fusion_pipeline"):
+        depth = control_depth(PHOTO.resize((48, 24)), estimator=name)
+    assert StubMidas.loaded == ["lllyasviel/Annotators"]
+    assert "MiDaS" in caplog.text
+    assert (depth.mode, depth.size) == ("RGB", (48, 24))
+    assert np.asarray(depth).std() > 0
+
+
+def test_several_photos_load_one_estimator(pipe, monkeypatch):
+    monkeypatch.setattr(StubMidas, "loaded", [])
+    monkeypatch.setitem(sys.modules, "controlnet_aux", SimpleNamespace(MidasDetector=StubMidas))
+    generate(pipe, ["a cat", "a dog"], control_image=[PHOTO, face(8)], num_inference_steps=1)
+    assert len(StubMidas.loaded) == 1
+
+
+def test_a_broken_midas_is_reported_or_replaced(monkeypatch):
+    monkeypatch.setitem(sys.modules, "controlnet_aux", SimpleNamespace())  # as where its imports fail half-way
+    with pytest.raises(ModelNotFoundError, match="MiDaS is not at hand.*give a depth map"):
+        load_depth_estimator("midas")
+    with pytest.raises(ModelNotFoundError, match="no depth estimator 'depth-anything"):  # offline, but it was tried
+        load_depth_estimator("auto")

@@ -320,6 +320,12 @@ def test_people_table_end_to_end(
     pictures = {image_path(tmp_path, trials[0], people_table.slug(m.name)).read_bytes() for m in methods}
     assert len(pictures) == 3 and (tmp_path / "sheet.png").is_file()
     assert result["methods"][FLOOR]["leakage"] is not None
+    for method in methods:
+        paths = [image_path(tmp_path, trial, people_table.slug(method.name)) for trial in trials]
+        shown = untrained.describe(torch.stack([read_image(path, 128) for path in paths]))["people"]
+        assert [row["doubled"] for row in rows if row["method"] == method.name and row["place"] == 0] == [
+            int(people) > 2 for people in shown
+        ]
     # The floor: a stranger's face (the next but one) against everybody in the table but that stranger.
     first = trials[0].person
     crops = portrait_crops(true_renders(trials, person_shift=2)[0], [[8, 16, 24, 40], [40, 16, 56, 40]])
@@ -392,6 +398,22 @@ def test_leakage_by_hand() -> None:
     assert methods["mine"]["leakage"] == pytest.approx(1 / 7)
     assert methods["mixed"]["leakage"] == pytest.approx(1)
     assert np.isnan(methods[FLOOR]["leakage"])
+
+
+def test_more_people_than_asked_for_are_counted() -> None:
+    assert people_table.presence(2, 2, most=3) == {"all_present": True, "doubled": False}
+    assert people_table.presence(3, 2, most=3) == {"all_present": False, "doubled": True}
+    assert people_table.presence(1, 2, most=3) == {"all_present": False, "doubled": False}
+    assert people_table.presence(3, 3, most=3)["doubled"] is None  # a fourth would not be seen
+    row = {"person": 1, "own": 0.5, "neighbour": 0.1}
+    figures = people_table.summarise([row | people_table.presence(shown, 2, 3) for shown in (1, 2, 2, 3)], seed=0)
+    assert (figures["all_present"], figures["doubled"]) == (0.5, 0.25)
+    unknown = people_table.summarise([row | people_table.presence(3, 3, 3)], seed=0)
+    assert np.isnan(unknown["doubled"])
+    result = {"methods": {"some": figures | {"leakage": 0.0}, "unknown": unknown | {"leakage": 0.0}}, "most": 3}
+    result |= {"settings": {"steps": 1, "guidance_scale": 1, "face_scale": 1, "seed": 0}, "images_per_method": 1}
+    table = people_table.as_markdown({**result, "people": 2, "machine": "", "date": ""}).splitlines()
+    assert [line.split(" | ")[-2:] for line in table[2:4]] == [["50.0 %", "25.0 % |"], ["100.0 %", "– |"]]
 
 
 def test_people_are_cut_out_as_portraits() -> None:

@@ -15,7 +15,15 @@ from face_fusion_pipeline.face_errors import (
     SeveralFacesError,
     UnreadableImageError,
 )
-from face_fusion_pipeline.face_images import crop_box, crop_face, detect_faces, find_face, load_image, prepare_face
+from face_fusion_pipeline.face_images import (
+    FacePhoto,
+    crop_box,
+    crop_face,
+    detect_faces,
+    find_face,
+    load_image,
+    prepare_face,
+)
 
 
 Box = tuple[float, float, float, float]
@@ -127,6 +135,19 @@ def test_crop_is_square_centred_and_enlarged() -> None:
     assert crop.shape == (96, 96)  # one pixel for one: 1.6 x 60 = 96
     assert (len(rows), len(columns)) == (60, 40)
     assert abs(rows.mean() - 47.5) <= 1 and abs(columns.mean() - 47.5) <= 1
+
+
+def test_a_prepared_face_keeps_the_pixels_of_the_photo(tmp_path: Path) -> None:
+    """Whatever the model: a crop made small for one would be enlarged again for another."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1200, 1000, 3), dtype=np.uint8)
+    photo = Image.fromarray(pixels)
+    face = FacePhoto(photo, Face((400.0, 400.0, 650.0, 800.0), 1.0)).crop()
+    assert face.size == (640, 640)  # 1.6 x 400
+    assert np.array_equal(np.asarray(face), pixels[280:920, 205:845])
+    photo.save(tmp_path / "photo.png")
+    whole = prepare_face(tmp_path / "photo.png", detector=None)
+    assert whole.size == (1000, 1000) and np.array_equal(np.asarray(whole), pixels[100:1100])
+    assert prepare_face(tmp_path / "photo.png", detector=None, resolution=96).size == (96, 96)
 
 
 # --- choosing

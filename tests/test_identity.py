@@ -1,13 +1,19 @@
 """Identities: encode once, save, load, reuse; refuse what was made with other models."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import face, generate, tiny_pipeline
 
 from face_fusion_pipeline import FaceIdentity
-from face_fusion_pipeline.face_adapter import create_adapter
+from face_fusion_pipeline.face_adapter import create_adapter, unet_fingerprint
+from face_fusion_pipeline.face_attention import attention_layers
+from face_fusion_pipeline.face_detectors import Face
 from face_fusion_pipeline.face_errors import (
     FaceFusionError,
     IdentityMismatchError,
@@ -16,6 +22,7 @@ from face_fusion_pipeline.face_errors import (
     UnreadableImageError,
 )
 from face_fusion_pipeline.face_identity import encode_latents, face_tensors, noise_latents
+from face_fusion_pipeline.face_images import FacePhoto
 
 
 def adapted_pipeline(seed=0, **metadata):
@@ -38,6 +45,43 @@ def test_saved_and_loaded_identity_generates_the_same(pipe, tmp_path, mode):
     assert loaded.mode == mode and loaded.n_refs == 2 and loaded.weights.tolist() == [1, 2]
     direct = generate(pipe, face_image=[face(0), face(1)], face_weights=[1, 2], face_mode=mode)
     assert torch.equal(generate(pipe, face_image=loaded), direct)
+
+
+@pytest.mark.parametrize(("mode", "layer"), [("adapter", "attn2"), ("training-free", "attn1")])
+def test_a_file_holds_keys_and_values_and_no_picture(pipe, tmp_path, mode, layer):
+    identity = pipe.encode_face([face(0, 32), face(1, 32)], face_mode=mode, face_resolution=32)
+    identity.save(tmp_path / "someone.safetensors")
+    expected = {"weights": (2,)}
+    for name in attention_layers(pipe.unet, layer):
+        tokens, width = (256, 16) if "mid_block" not in name else (64, 32)  # 16x16 and 8x8 latents
+        expected |= {f"{name}.key": (2, tokens, width), f"{name}.value": (2, tokens, width)}
+    tensors = load_file(tmp_path / "someone.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
+    with safe_open(tmp_path / "someone.safetensors", "pt") as file:
+        assert file.metadata() == {
+            "format": "face-fusion-identity",
+            "format_version": "1",
+            "mode": mode,
+            "base_fingerprint": unet_fingerprint(pipe.unet),  # numbers of the model, not of the face
+            "adapter_fingerprint": pipe._adapter_fingerprint() if mode == "adapter" else "",
+        }
+
+
+def test_a_damaged_file_is_refused(pipe, tmp_path):
+    path = tmp_path / "someone.safetensors"
+    pipe.encode_face(face()).save(path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    for name in ("mode", "base_fingerprint", "adapter_fingerprint"):
+        save_file(tensors, path, {key: value for key, value in metadata.items() if key != name})
+        with pytest.raises(IdentityMismatchError, match=f"lacks {name}: .*encode the face again"):
+            FaceIdentity.load(path)
+    some_key = next(name for name in tensors if name.endswith(".key"))
+    for name, reason in (("weights", "lacks weights"), (some_key, "a key and a value for each layer")):
+        save_file({key: value for key, value in tensors.items() if key != name}, path, metadata)
+        with pytest.raises(IdentityMismatchError, match=reason):
+            FaceIdentity.load(path)
 
 
 def test_shapes_follow_the_layers(pipe):
@@ -108,6 +152,26 @@ def test_the_same_pixels_in_any_form_give_the_same_reference():
     assert len(face_tensors(torch.stack([tensor] * 3), 16)) == 3
     wide = face_tensors(tensor[:, :8], 4)[0]  # 16x8 is cut to its middle, not squeezed
     torch.testing.assert_close(wide, face_tensors(tensor[:, :8, 4:12], 4)[0])
+
+
+def test_a_picture_is_turned_as_its_orientation_says():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    buffer = io.BytesIO()
+    face(size=16).save(buffer, "PNG", exif=exif)
+    lying = Image.open(buffer)
+    upright = face_tensors(face(size=16).transpose(Image.Transpose.ROTATE_270), 16)[0]
+    assert torch.equal(face_tensors(lying, 16)[0], upright)
+    assert torch.equal(face_tensors(ImageOps.exif_transpose(lying), 16)[0], upright)
+    assert not torch.equal(face_tensors(face(size=16), 16)[0], upright)
+
+
+def test_a_crop_is_encoded_alike_whoever_resizes_it():
+    """In the crop, as training does, or by the pipeline from the photo's own pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 80, 3), dtype=np.uint8)
+    photo = FacePhoto(Image.fromarray(pixels), Face((20.0, 20.0, 50.0, 60.0), 1.0))
+    assert photo.crop().size == (64, 64)
+    assert torch.equal(face_tensors(photo.crop(), 16)[0], face_tensors(photo.crop(resolution=16), 16)[0])
 
 
 @pytest.mark.parametrize(

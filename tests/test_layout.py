@@ -161,6 +161,8 @@ def test_boxes_found_are_assigned_left_to_right_or_as_asked():
     assert assign_boxes([right, small, left], 2) == [left, right]
     assert assign_boxes([right, left], 2, [1, 0]) == [right, left]
     assert assign_boxes([right, small, left], 1, [1]) == [small]
+    assert assign_boxes([right, left, left, right], 2) == [right, right]
+    assert assign_boxes([left, left, left], 2) == [left, left]  # equal boxes are as many as people
     with pytest.raises(InvalidLayoutError, match="1 faces found for 2 people"):
         assign_boxes([left], 2)
     for wrong in ([0], [0, 0], [0, 2]):

@@ -54,7 +54,7 @@ def test_no_face_and_scale_zero_are_the_stock_pipeline_and_do_no_face_work(pipe,
     expected = generate(plain, guidance_scale=guidance_scale)
     with_face = generate(pipe, face_image=face(), guidance_scale=guidance_scale)
     assert not torch.allclose(with_face, expected, atol=1e-3)
-    monkeypatch.setattr(pipe, "encode_face", None)
+    monkeypatch.setattr(pipe, "_encode_face", None)
     monkeypatch.setattr(pipe, "_faces_installed", None)
     assert torch.equal(generate(pipe, guidance_scale=guidance_scale), expected)
     assert torch.equal(generate(pipe, face_image=face(), face_scale=0, guidance_scale=guidance_scale), expected)

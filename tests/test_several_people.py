@@ -130,6 +130,27 @@ def test_layout_image_is_searched_and_its_boxes_scaled(pipe):
     assert close(swapped, generate(pipe, face_image=[[A], [B]], face_boxes=[RIGHT, LEFT]))
 
 
+def test_each_prompt_may_have_a_layout_image_of_its_own(pipe):
+    prompts, pictures = ["a cat", "a dog"], [Image.new("RGB", (16, 16), "white"), Image.new("RGB", (16, 16))]
+    low = (10, 10, 15, 15)
+
+    class ByColour(FakeDetector):
+        def detect(self, image):
+            self.boxes = (LEFT, RIGHT) if image.getpixel((8, 8))[0] > 127 else (LEFT, low)
+            return super().detect(image)
+
+    options = {"face_image": [[A], [B]], "num_inference_steps": 2, "face_detector": ByColour()}
+    options |= {"generator": [torch.Generator().manual_seed(seed) for seed in range(2)], "output_type": "latent"}
+    result = pipe(prompts, face_layout=pictures, **options)
+    np.testing.assert_allclose(result.face_boxes, [[LEFT, RIGHT], [LEFT, low]], atol=0.1)
+    boxes = {"face_image": [[A], [B]], "face_boxes": [[LEFT, RIGHT], [LEFT, low]], "num_inference_steps": 2}
+    assert close(result.images, generate(pipe, prompts, **boxes))
+    one = pipe(prompts, face_layout=pictures[:1], **options)
+    np.testing.assert_allclose(one.face_boxes, [[LEFT, RIGHT]] * 2, atol=0.1)
+    with pytest.raises(FaceAxesError, match="3 pictures, but there are 2 prompts"):
+        pipe(prompts, face_layout=[*pictures, pictures[0]], **options)
+
+
 def test_without_places_a_draft_of_the_same_noise_is_searched(pipe):
     plain = pipe("a cat", generator=torch.Generator().manual_seed(0), num_inference_steps=3).images[0]
     detector = FakeDetector(LEFT, RIGHT)

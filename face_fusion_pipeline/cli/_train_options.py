@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     what = parser.add_argument_group("what is learned")
     what.add_argument("--init", choices=("attn1", "zero_v", "xavier"), default="attn1", help="initial weights")
-    what.add_argument("--init-adapter", type=Path, metavar="FILE", help="start from these weights instead")
+    what.add_argument("--init-adapter", type=Path, metavar="PATH", help="start from this file or folder")
     what.add_argument("--reference-timestep", type=int, default=0, help="noise level of the reference pass")
     what.add_argument("--token-count-bias", action="store_true", help="log(text tokens / face tokens) on face logits")
     what.add_argument("--text-dropout", type=float, default=0.05, help="share of examples without their prompt")

@@ -72,6 +72,7 @@ def compare_people(
     result = {
         "settings": asdict(settings),
         "people": len(trials[0].scene.people),
+        "most": most_people(judges),
         "images_per_method": len(trials),
         **circumstances(),
         "methods": {name: summarise([row for row in rows if row["method"] == name], settings.seed) for name in names},
@@ -92,18 +93,39 @@ def members(trial: Trial) -> list[int]:
     return [trial.person + i for i in range(len(trial.scene.people))]
 
 
+def most_people(judges: Judges) -> int:
+    """The largest number of people that the judges can count."""
+    return max(map(int, judges.labels["people"]))
+
+
 def true_boxes(trial: Trial) -> list[list[float]]:
     """Face boxes of the people in the true render of a trial's scene, in pixels of 128."""
     return [list(box) for box in render([trial.scene]).boxes[0].tolist()]
 
 
 def summarise(rows: list[dict], seed: int) -> dict[str, Any]:
-    """Similarity to the own person and to the neighbours (mean and interval), share of pictures with all people."""
+    """Similarity to the own person and to the neighbours (mean and interval), shares of pictures with all people and
+    with more; the latter is NaN where nobody counted so far."""
     groups = np.array([row["person"] for row in rows])
     own, neighbour = (
         asdict(bootstrap_mean(np.array([row[key] for row in rows]), groups, seed=seed)) for key in ("own", "neighbour")
     )
-    return {"own": own, "neighbour": neighbour, "all_present": float(np.mean([row["all_present"] for row in rows]))}
+    return {
+        "own": own,
+        "neighbour": neighbour,
+        "all_present": float(np.mean([row["all_present"] for row in rows])),
+        "doubled": _mean([row["doubled"] for row in rows if row["doubled"] is not None]),
+    }
+
+
+def presence(shown: int, asked: int, most: int) -> dict[str, bool | None]:
+    """Whether a picture shows the people asked for, and whether more of them (`doubled`).
+
+    Args:
+        shown, asked: numbers of people in the picture and in the prompt.
+        most: the largest number that `shown` can be; where it is asked for, nobody knows whether there are more.
+    """
+    return {"all_present": shown == asked, "doubled": shown > asked if asked < most else None}
 
 
 def add_leakage(methods: dict[str, dict]) -> None:
@@ -122,18 +144,21 @@ def as_markdown(result: dict[str, Any]) -> str:
             str(Estimate(**f["own"])),
             str(Estimate(**f["neighbour"])),
             f["leakage"],
-            f"{100 * f['all_present']:.1f} %",
+            *(share if np.isnan(share) else f"{100 * share:.1f} %" for share in (f["all_present"], f["doubled"])),
         ]
         for name, f in result["methods"].items()
     ]
     s = result["settings"]
     return (
-        markdown_table(["overlap, background", "own person ↑", "neighbour ↓", "leakage ↓", "all present ↑"], rows)
+        markdown_table(
+            ["overlap, background", "own person ↑", "neighbour ↓", "leakage ↓", "all present ↑", "doubled ↓"], rows
+        )
         + f"\n{result['images_per_method']} pictures of {result['people']} people a method, people that no training "
         f"saw, {s['steps']} steps, guidance {s['guidance_scale']}, face scale {s['face_scale']}, seed {s['seed']}; "
         f"{result['machine']}, {result['date']}.\nSimilarity: avatar recogniser, cosine to another portrait, with a "
         "95 % bootstrap interval over people; of somebody else: mean over everybody whom a face is not. Leakage: "
-        "share of the way from the floor to the own similarity that the neighbour's has come.\n"
+        "share of the way from the floor to the own similarity that the neighbour's has come. All present, doubled: "
+        f"pictures in which the judge counts as many people as asked for, and more; it counts to {result['most']}.\n"
     )
 
 
@@ -177,8 +202,9 @@ def _score(
                     own = neighbour = _mean([like[p] for p in everybody if p != person + count])
                 else:
                     own, neighbour = like[person], _mean([like[p] for p in members(trial) if p != person])
-                row = {"trial": trial.key, "person": trial.person, "place": k, "method": name}
-                rows.append({**row, "own": own, "neighbour": neighbour, "all_present": people == str(count)})
+                row: dict[str, Any] = {"trial": trial.key, "person": trial.person, "place": k, "method": name}
+                row |= presence(int(people), count, most_people(judges))
+                rows.append({**row, "own": own, "neighbour": neighbour})
     return rows
 
 

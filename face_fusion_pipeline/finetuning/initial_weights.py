@@ -7,12 +7,13 @@ from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 
-from ..face_adapter import AdapterMetadata, FaceFusionAdapter, load_adapter, read_tensors
+from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata, FaceFusionAdapter, load_adapter, read_tensors
 from ..training.errors import TrainingError
 
 
 def continued_adapter(unet: UNet2DConditionModel, path: Path, metadata: Mapping[str, object]) -> FaceFusionAdapter:
-    """The weights of a file in float32, to be trained on; raises `TrainingError` where its metadata are others."""
+    """The weights in a file or folder in float32, to be trained on; `TrainingError` where its metadata are others."""
+    path = path / ADAPTER_WEIGHTS_NAME if path.is_dir() else path
     tensors, strings = read_tensors(path)
     stored = AdapterMetadata.from_strings(strings)
     changed = [name for name, value in metadata.items() if getattr(stored, name) != value]

@@ -139,7 +139,7 @@ class _Observer:
 
     def before_step(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         processors = [layer.processor for layer in self.layers]
-        switch = next((p.switch for p in processors if getattr(p, "is_face_fusion_processor", False)), None)
+        switch = next((p.switch for p in processors if has_faces_here(p)), None)
         if switch is None:  # the pass of a reference, a draft, a call without faces
             return
         if switch is not self.switch:
@@ -157,7 +157,7 @@ class _Observer:
     @torch.no_grad()
     def before_layer(self, name: str, layer: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         processor: Any = layer.processor
-        if not getattr(processor, "is_face_fusion_processor", False):
+        if not has_faces_here(processor):
             return
         if type(processor).__name__ != FaceFusionAttnProcessor.__name__:
             raise FaceFusionError(f"{name} uses {type(processor).__name__}: no joint softmax that could be recorded")
@@ -169,6 +169,11 @@ class _Observer:
         twin(layer, args[0], text, kwargs.get("attention_mask"))
         if twin.maps:
             self.record.maps[name, self.step] = twin.maps
+
+
+def has_faces_here(processor: Any) -> bool:
+    """Whether calls in this thread see faces through `processor`."""
+    return getattr(processor, "is_face_fusion_processor", False) and processor.acts_here
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,136 @@
+"""Arguments of a call: what their numbers must match, which sizes they mean, what is ignored and what refused."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_several_people import LEFT, RIGHT, FakeDetector, close
+from tiny_models import face, generate, tiny_pipeline, tiny_unet
+
+from face_fusion_pipeline.face_errors import FaceAxesError, FaceFusionError, InvalidScaleError
+from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
+from face_fusion_pipeline.pipeline_inpaint import StableDiffusionInpaintFaceFusionPipeline
+
+
+A, B, C = face(0), face(1), face(2)
+TWO = {"face_image": [[A], [B]], "face_boxes": [LEFT, RIGHT]}
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline()
+
+
+# --- Sizes ---------------------------------------------------------------------------------------------------------
+
+
+def picture(height=24, width=20):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def made_and_expected(pipe, monkeypatch, **arguments):
+    """Size of the images that a call with two people makes, and the sizes that were counted on before."""
+    expected = []
+
+    def output_size(arguments, original=pipe._output_size):
+        expected.append(original(arguments))
+        return expected[-1]
+
+    monkeypatch.setattr(pipe, "_output_size", output_size)
+    latents = generate(pipe, **TWO, **arguments)
+    assert expected
+    return tuple(2 * side for side in latents.shape[-2:]), set(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [({}, (16, 16)), ({"height": 24}, (16, 16)), ({"width": 40}, (16, 16)), ({"height": 24, "width": 40}, (24, 40))],
+)
+def test_text_to_image_takes_both_sides_or_none(pipe, monkeypatch, given, size):
+    assert made_and_expected(pipe, monkeypatch, **given) == (size, {size})
+
+
+def test_a_unet_may_be_wider_than_high(pipe, monkeypatch):
+    pipe.unet = tiny_unet(sample_size=(8, 12))
+    pipe._is_unet_config_sample_size_int = False  # what the constructor notes
+    assert made_and_expected(pipe, monkeypatch) == ((16, 24), {(16, 24)})
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        picture(),
+        [picture()],
+        np.asarray(picture()) / 255,
+        torch.rand(3, 24, 20),
+        torch.rand(1, 3, 24, 20),
+        torch.randn(1, 4, 12, 10),
+    ],
+    ids=["picture", "list", "array", "tensor", "batch", "latents"],
+)
+def test_image_to_image_takes_the_size_of_the_image(pipe, monkeypatch, image):
+    other = StableDiffusionImg2ImgFaceFusionPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert made_and_expected(other, monkeypatch, image=image, strength=1.0) == ((24, 20), {(24, 20)})
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [({}, (16, 16)), ({"height": 24}, (24, 16)), ({"width": 40}, (16, 40)), ({"height": 24, "width": 40}, (24, 40))],
+)
+def test_inpainting_takes_the_size_of_the_unet(pipe, monkeypatch, given, size):
+    other = StableDiffusionInpaintFaceFusionPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    options = {"image": picture(), "mask_image": Image.new("L", (20, 24), "white"), "strength": 1.0}
+    assert made_and_expected(other, monkeypatch, **options, **given) == (size, {size})
+
+
+# --- Numbers that belong to people ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [[0.9, 0.1], 0.9, (1, [1]), np.array([0.9, 0.1]), [np.float32(0.9), [1]]])
+def test_weights_of_several_people_are_nested(pipe, weights):
+    with pytest.raises(FaceAxesError, match=r"face_weights=.* for 2 people: .*such as \[\[1\], \[1\]\]"):
+        generate(pipe, **TWO, face_weights=weights)
+
+
+def test_nested_weights_shift_between_the_references_of_each_person(pipe):
+    boxes = {"face_boxes": [LEFT, RIGHT]}
+    expected = generate(pipe, face_image=[pipe.encode_face([A, C], [3, 1]), pipe.encode_face(B)], **boxes)
+    assert close(generate(pipe, face_image=[[A, C], [B]], face_weights=[np.array([3, 1]), None], **boxes), expected)
+    with pytest.raises(FaceAxesError, match=r"such as \[\[1, 1\], \[1\]\]"):
+        generate(pipe, face_image=[pipe.encode_face([A, C]), [B]], face_weights=[3, 1], **boxes)
+    with pytest.raises(FaceAxesError, match="3 values of face_weights for 2 people"):
+        generate(pipe, **TWO, face_weights=[[1], [1], [1]])
+
+
+def test_a_list_of_scales_is_ignored_without_a_face(pipe):
+    assert torch.equal(generate(pipe, face_scale=[1.0, 0.5]), generate(pipe))
+
+
+@pytest.mark.parametrize("window", [{"face_start": "0"}, {"face_end": None}, {"face_start": float("nan")}])
+def test_a_window_that_is_no_numbers_is_refused(pipe, window):
+    with pytest.raises(InvalidScaleError, match="face_start < face_end"):
+        generate(pipe, face_image=A, **window)
+
+
+@pytest.mark.parametrize("resolution", [0, -16, 15, "16", 16.5])
+def test_a_resolution_that_is_none_is_refused(pipe, resolution):
+    with pytest.raises(FaceFusionError, match="face_resolution .* multiple of 2"):
+        pipe.encode_face(A, face_resolution=resolution)
+
+
+# --- What the result says ------------------------------------------------------------------------------------------
+
+
+def test_the_source_of_the_boxes_is_that_of_each_image(pipe):
+    class FirstOnly(FakeDetector):
+        def detect(self, image):
+            return super().detect(image) if not self.seen else []
+
+    settings = {"face_image": [[A], [B]], "num_inference_steps": 2, "num_images_per_prompt": 2}
+    mixed = pipe("a cat", face_detector=FirstOnly(LEFT, RIGHT), **settings)
+    assert mixed.face_boxes_source == ["draft", "even"]
+    assert len(mixed.face_boxes) == 2
+    alike = pipe("a cat", face_detector=FakeDetector(LEFT, RIGHT), **settings)
+    assert alike.face_boxes_source == "draft"

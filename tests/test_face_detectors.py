@@ -1,0 +1,115 @@
+"""Choosing a face detector: what is picked is said, what cannot work is refused, and insightface by a stand-in."""
+
+import logging
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from face_fusion_pipeline.cli import main
+from face_fusion_pipeline.face_detectors import InsightFaceDetector, load_detector
+from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
+
+
+@pytest.fixture
+def no_yunet(monkeypatch):
+    monkeypatch.delenv("FACE_FUSION_YUNET", raising=False)
+    monkeypatch.setattr("face_fusion_pipeline.face_detectors.try_to_load_from_cache", lambda *_: None)
+
+
+@pytest.mark.parametrize("wrong", ["mtcnn", None, 5, Image.new("RGB", (8, 8))])
+def test_what_is_no_detector_is_refused(wrong):
+    with pytest.raises(FaceFusionError, match="face detector"):
+        load_detector(wrong)
+
+
+def test_the_detector_picked_is_said(no_yunet, caplog):
+    with caplog.at_level(logging.INFO, "face_fusion_pipeline"):
+        load_detector("auto")
+    assert "face detector: haar" in caplog.text
+
+
+def test_the_command_shows_which_detector_it_picked(no_yunet, tmp_path, caplog, capsys):
+    """The command shows lines of level INFO, so this one needs no option."""
+    package = logging.getLogger("face_fusion_pipeline")
+    before = package.level
+    try:
+        status = main(["generate", "--face", str(tmp_path / "none.png"), "--prompt", "x", "--out", str(tmp_path)])
+    finally:
+        package.setLevel(before)
+    assert status == 2
+    assert "none.png" in capsys.readouterr().err
+    assert "face detector: haar" in caplog.text
+
+
+# --- insightface ---------------------------------------------------------------------------------------------------
+
+
+class FaceAnalysis:
+    """insightface's class of this name: asked for a pack or folder, it answers with one face for each picture."""
+
+    made: list[tuple] = []
+    pictures: list[np.ndarray] = []
+
+    def __init__(self, name, allowed_modules):
+        self.made.append((name, allowed_modules))
+
+    def prepare(self, ctx_id, det_size):
+        assert ctx_id == -1  # on the CPU
+
+    def get(self, image):
+        self.pictures.append(image)
+        points = np.arange(10, dtype=np.float32).reshape(5, 2)
+        faces = [(np.array([1, 2, 5, 8], dtype=np.float32), points), (np.array([9, 2, 12, 8]), None)]
+        return [SimpleNamespace(bbox=box, kps=kps, det_score=np.float32(0.75)) for box, kps in faces]
+
+
+@pytest.fixture
+def insightface(monkeypatch):
+    monkeypatch.setattr(FaceAnalysis, "made", [])
+    monkeypatch.setattr(FaceAnalysis, "pictures", [])
+    monkeypatch.setitem(sys.modules, "insightface", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "insightface.app", SimpleNamespace(FaceAnalysis=FaceAnalysis))
+
+
+def test_insightface_sees_bgr_and_answers_in_faces(insightface):
+    faces = InsightFaceDetector().detect(Image.new("RGB", (16, 12), (250, 100, 3)))
+    (picture,) = FaceAnalysis.pictures
+    assert picture.shape == (12, 16, 3)
+    assert picture[0, 0].tolist() == [3, 100, 250]
+    assert picture.flags.c_contiguous  # OpenCV takes no view with a negative stride
+    assert [(face.box, face.score) for face in faces] == [((1, 2, 5, 8), 0.75), ((9, 2, 12, 8), 0.75)]
+    assert faces[0].landmarks5.tolist() == np.arange(10).reshape(5, 2).tolist()
+    assert faces[1].landmarks5 is None
+
+
+def test_insightface_models_are_a_pack_or_a_folder(insightface, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for model in (None, "antelopev2", "models", tmp_path / "models"):
+        load_detector("insightface", model)
+    folder = str(tmp_path / "models")
+    assert [name for name, _ in FaceAnalysis.made] == ["buffalo_l", "antelopev2", folder, folder]
+    assert all(modules == ["detection"] for _, modules in FaceAnalysis.made)
+
+
+def test_the_licence_of_insightface_is_said_when_it_is_chosen(insightface, caplog):
+    load_detector("haar")
+    assert not caplog.records
+    load_detector("insightface")
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "non-commercial research only" in caplog.text
+
+
+def test_errors_of_insightface_name_the_way_out(insightface, monkeypatch):
+    def broken(*_, **__):
+        raise AssertionError  # what it raises where no model could be downloaded
+
+    monkeypatch.setattr(FaceAnalysis, "prepare", broken)
+    with pytest.raises(ModelNotFoundError, match="AssertionError.*detector 'auto'"):
+        load_detector("insightface")
+    monkeypatch.setitem(sys.modules, "insightface.app", None)  # not installed
+    with pytest.raises(ModelNotFoundError, match="pip install 'face-fusion-pipeline\\[insightface\\]'"):
+        load_detector("insightface")

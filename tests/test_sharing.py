@@ -1,0 +1,213 @@
+"""One UNet in several hands: other threads, other pipelines, callbacks. Identities never mix, and nobody waits."""
+
+import threading
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from test_pipeline import load_random_ip_adapter
+from test_several_people import LEFT, RIGHT, FakeDetector, close, differ
+from tiny_models import face, generate, tiny_components, tiny_pipeline
+
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, face_ownership
+from face_fusion_pipeline.face_adapter import create_adapter
+from face_fusion_pipeline.face_errors import FaceFusionError
+
+
+A, B = face(0), face(1)
+IN_USE = "in use by another call with faces"
+
+
+def with_adapter(pipe):
+    torch.manual_seed(1)
+    pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata={"resolution": 16}))
+    return pipe
+
+
+@pytest.fixture
+def pipe():
+    return with_adapter(tiny_pipeline())
+
+
+def another(pipe, kind=StableDiffusionFaceFusionPipeline):
+    """A pipeline of its own with the UNet of `pipe`."""
+    extra = {"image_encoder": None} if kind is StableDiffusionPipeline else {}
+    other = kind(**tiny_components() | {"unet": pipe.unet}, **extra)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def in_thread(work):
+    """What `work()` returns or raises in another thread."""
+    outcome = []
+
+    def run():
+        try:
+            outcome.append(work())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(120)
+    return outcome[0]
+
+
+def once_inside(unet, work):
+    """Run `work()` in another thread as soon as the middle of `unet` is reached, and wait for it; its outcome."""
+    outcome = []
+
+    def hook(module, args):
+        if not outcome:
+            outcome.append(None)  # the other thread comes by here, too
+            outcome[0] = in_thread(work)
+
+    handle = unet.mid_block.register_forward_pre_hook(hook)
+    return outcome, handle
+
+
+def same_identity(one, other):
+    return one.keys.keys() == other.keys.keys() and all(
+        torch.equal(one.keys[name], other.keys[name]) and torch.equal(one.values[name], other.values[name])
+        for name in one.keys
+    )
+
+
+def test_two_pipelines_share_a_unet_in_turn(pipe):
+    other = with_adapter(another(pipe))
+    first, second = generate(pipe, face_image=A), generate(other, face_image=B)
+    assert close(generate(pipe, face_image=A), first)
+    assert differ(first, second)
+
+
+def test_two_threads_on_one_unet(pipe):
+    """A second call with faces is refused, one without is not disturbed, and neither disturbs the first."""
+    expected, plain = generate(pipe, face_image=A), generate(pipe)
+    outcome = []
+
+    def others(pipe, step, timestep, tensors):
+        if step == 1:
+            for kind, faces in (
+                (StableDiffusionFaceFusionPipeline, {"face_image": B}),
+                (StableDiffusionFaceFusionPipeline, {}),
+                (StableDiffusionPipeline, {}),
+            ):
+                other = another(pipe, kind)
+                outcome.append(in_thread(lambda other=other, faces=faces: generate(other, **faces)))
+            outcome.append(in_thread(lambda: another(pipe).encode_face(B)))
+        return tensors
+
+    assert torch.equal(generate(pipe, face_image=A, callback_on_step_end=others), expected)
+    refused, ours, stock, encoded = outcome
+    for error in (refused, encoded):
+        assert isinstance(error, FaceFusionError) and IN_USE in str(error)
+    assert torch.equal(ours, plain) and torch.equal(stock, plain)
+    assert torch.equal(generate(pipe, face_image=A), expected)
+
+
+@pytest.mark.parametrize("mode", ["adapter", "training-free"])
+@pytest.mark.parametrize("kind", [StableDiffusionPipeline, StableDiffusionFaceFusionPipeline])
+def test_a_plain_call_during_an_encode_changes_neither(pipe, kind, mode):
+    expected, plain = pipe.encode_face(A, face_mode=mode), generate(pipe)
+    before = dict(pipe.unet.attn_processors)
+    other = another(pipe, kind)
+    outcome, handle = once_inside(pipe.unet, lambda: generate(other))
+    identity = pipe.encode_face(A, face_mode=mode)
+    handle.remove()
+    assert torch.equal(outcome[0], plain)
+    assert same_identity(identity, expected)
+    assert all(pipe.unet.attn_processors[name] is processor for name, processor in before.items())
+
+
+def test_a_plain_call_with_an_ip_adapter_during_an_encode_changes_neither(pipe):
+    load_random_ip_adapter(pipe)
+    ip = {"ip_adapter_image_embeds": [torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(0))]}
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 8:] = 1
+    ip["cross_attention_kwargs"] = {"ip_adapter_masks": [mask]}
+    expected, plain = pipe.encode_face(A), generate(pipe, **ip)
+    other = another(pipe)
+    outcome, handle = once_inside(pipe.unet, lambda: generate(other, **ip))
+    identity = pipe.encode_face(A)
+    handle.remove()
+    assert torch.equal(outcome[0], plain)
+    assert same_identity(identity, expected)
+
+
+def test_of_two_encodes_at_once_the_second_is_refused(pipe):
+    expected = pipe.encode_face(A)
+    other = with_adapter(another(pipe))
+    outcome, handle = once_inside(pipe.unet, lambda: other.encode_face(B))
+    identity = pipe.encode_face(A)
+    handle.remove()
+    assert isinstance(outcome[0], FaceFusionError) and IN_USE in str(outcome[0])
+    assert same_identity(identity, expected)
+    assert same_identity(other.encode_face(A), expected)  # free again
+
+
+@pytest.mark.parametrize("mode", ["adapter", "training-free"])
+@pytest.mark.parametrize("call", ["encode", "faces", "plain"])
+def test_a_callback_cannot_start_what_would_see_the_faces(pipe, call, mode):
+    identity = pipe.encode_face(A)
+    expected = generate(pipe, face_image=identity)
+    before = dict(pipe.unet.attn_processors)
+    refused = []
+
+    def start(pipe, step, timestep, tensors):
+        other = with_adapter(another(pipe))
+        with pytest.raises(FaceFusionError, match=IN_USE) as error:
+            if call == "encode":
+                other.encode_face(B, face_mode=mode)
+            else:
+                generate(other, **({"face_image": B, "face_mode": mode} if call == "faces" else {}))
+        refused.append(error)
+        return tensors
+
+    assert torch.equal(generate(pipe, face_image=identity, callback_on_step_end=start), expected)
+    assert len(refused) == 3
+    assert all(pipe.unet.attn_processors[name] is processor for name, processor in before.items())
+
+
+def test_the_draft_belongs_to_the_call(pipe):
+    """Between encoding and generating nobody else may begin."""
+
+    class Intruder(FakeDetector):
+        def detect(self, image):
+            outcome.append(in_thread(lambda: other.encode_face(B)))
+            return super().detect(image)
+
+    outcome, other = [], another(pipe)
+    generate(pipe, face_image=[[A], [B]], face_detector=Intruder(LEFT, RIGHT))
+    assert outcome and all(isinstance(error, FaceFusionError) and IN_USE in str(error) for error in outcome)
+
+
+def test_a_copy_of_the_module_is_recognised(pipe, monkeypatch):
+    """diffusers' loader makes a copy of every module; what is in use is then seen by the processors."""
+    refused = []
+
+    def encode(pipe, step, timestep, tensors):
+        with monkeypatch.context() as patch:
+            patch.setattr(face_ownership, "_in_use", set())
+            for mode in ("adapter", "training-free"):
+                with pytest.raises(FaceFusionError, match=IN_USE):
+                    with_adapter(another(pipe)).encode_face(B, face_mode=mode)
+                refused.append(mode)
+        return tensors
+
+    generate(pipe, face_image=A, callback_on_step_end=encode, num_inference_steps=1)
+    assert refused == ["adapter", "training-free"]
+
+
+def test_a_unet_is_free_after_an_error_and_is_not_kept_alive(pipe):
+    with pytest.raises(FaceFusionError, match="multiple of 2"):
+        pipe.encode_face(A, face_resolution=15)
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        generate(pipe, face_image=A, num_inference_steps=10_000)
+    pipe.encode_face(A)
+    assert not face_ownership._in_use
+
+
+def test_compiled_and_plain_wrappers_are_the_same_unet(pipe):
+    compiled = torch.compile(pipe.unet, backend="eager")
+    with face_ownership.sole_use(compiled), pytest.raises(FaceFusionError, match=IN_USE):
+        pipe.encode_face(A)
