@@ -3,11 +3,13 @@
 $FACE_FUSION_CHROMIUM names another browser. With $FACE_FUSION_SCREENSHOTS=FOLDER every test leaves a picture there.
 """
 
+import argparse
 import io
 import json
 import os
 import re
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from PIL import Image
 
 from face_fusion_pipeline.avatars import render, sample_scene
 from face_fusion_pipeline.avatars.sheet import portrait, to_pil
-from face_fusion_pipeline.generation.loading import adapter_beside, load_pipeline
+from face_fusion_pipeline.cli import app as app_command
 
 
 pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
@@ -40,14 +42,38 @@ expect = sync_api.expect
 expect.set_options(timeout=PATIENCE)
 
 
+class SpiedPipeline:
+    """A pipeline that notes what it is called with, and counts its steps."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.calls, self.steps = pipe, [], 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipe, name)
+
+    def __call__(self, prompt: str, callback_on_step_end: Any, **settings: Any) -> Any:
+        self.calls.append({"prompt": prompt, **settings})
+
+        def count(pipe: Any, step: int, timestep: int, tensors: Any) -> Any:
+            self.steps += 1
+            return callback_on_step_end(pipe, step, timestep, tensors)
+
+        return self.pipe(prompt, callback_on_step_end=count, **settings)
+
+
 @pytest.fixture(scope="module")
 def engine() -> Any:
-    from face_fusion_pipeline.app.engine import Engine
-    from face_fusion_pipeline.face_detectors import HaarDetector
+    """As `face-fusion app` makes it without options."""
+    parser = argparse.ArgumentParser()
+    app_command.add_arguments(parser)
+    return app_command.load_engine(parser.parse_args(["--device", "cpu", "--detector", "haar"]))
 
-    adapter = adapter_beside(None)
-    pipe = load_pipeline(adapter=adapter, device="cpu")
-    return Engine(pipe, None, adapter, HaarDetector())
+
+@pytest.fixture
+def pipe(engine: Any, monkeypatch: pytest.MonkeyPatch) -> SpiedPipeline:
+    spied = SpiedPipeline(engine.pipe)
+    monkeypatch.setattr(engine, "pipe", spied)
+    return spied
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +118,8 @@ def open_page(browser: Any, address: str, request: pytest.FixtureRequest) -> Ite
     yield open_app
     if folder := os.environ.get("FACE_FUSION_SCREENSHOTS"):
         for index, page in enumerate(pages):
+            if page.is_closed():
+                continue
             page.wait_for_timeout(1000)
             name = re.sub(r"\W+", "_", request.node.name)
             page.screenshot(path=str(Path(folder) / f"{name}_{index}.png"), full_page=True)
@@ -122,10 +150,55 @@ def set_pictures(page: Any, count: int) -> None:
     page.locator("#count input[type=number]").press("Tab")
 
 
+def set_steps(page: Any, steps: int) -> None:
+    """Unfolds “More”, once."""
+    field = page.get_by_label("number input for Denoising steps")
+    if not field.is_visible():
+        page.get_by_role("button", name="More").click()
+        page.wait_for_timeout(500)  # the section unfolds
+    field.fill(str(steps))
+    field.press("Tab")
+    expect(field).to_have_value(str(steps))
+
+
+def unfold_places(page: Any) -> None:
+    page.get_by_role("button", name="Where people go").click()
+    page.locator(".places-area").scroll_into_view_if_needed()
+    page.wait_for_timeout(500)  # the section unfolds
+
+
+def upload_layout(page: Any, image: Image.Image) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.locator("#layout").click()
+    chooser.value.set_files(png(image, "layout.png"))
+
+
+def drag(page: Any, x0: float, y0: float, x1: float, y1: float) -> None:
+    """Draw a box, in [0, 1] of the area."""
+    area = page.locator(".places-area")
+    area.scroll_into_view_if_needed()
+    frame = area.bounding_box()
+    points = [(frame["x"] + x * frame["width"], frame["y"] + y * frame["height"]) for x, y in ((x0, y0), (x1, y1))]
+    page.mouse.move(*points[0])
+    page.mouse.down()
+    page.mouse.move(*points[1], steps=3)
+    page.mouse.up()
+
+
+def assert_boxes(text: dict[str, Any], *wanted: list[int]) -> None:
+    """The boxes in pixels that a picture was made with, to two pixels."""
+    boxes = [[int(value) for value in box.split(", ")] for box in text["face_boxes"].split("; ")]
+    assert text["face_boxes_source"] == "drawn" and text["people"] == len(wanted)
+    for box, goals in zip(boxes, wanted, strict=True):
+        assert all(abs(value - goal) <= 2 for value, goal in zip(box, goals, strict=True)), boxes
+
+
 def finished(page: Any, count: int) -> list[dict[str, Any]]:
     """Wait for the results, and give what the archive says of them."""
     expect(page.locator("#status")).to_contain_text("Done.")
     expect(page.locator("#results img")).to_have_count(count)
+    expect(page.locator("#generate")).to_have_text("Generate")
+    expect(page.locator("#generate")).to_be_enabled()
     with page.expect_download() as download:
         page.locator("#archive").click()
     with zipfile.ZipFile(download.value.path()) as archive:
@@ -135,15 +208,28 @@ def finished(page: Any, count: int) -> list[dict[str, Any]]:
         return json.loads(archive.read("metadata.json"))
 
 
+EXAMPLES = {
+    "One photo": "red shirt",
+    "Two photos": "astronaut suit",
+    "Two people": "a crown",
+    "Watercolor": ", watercolor",
+}
+
+
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_an_example_works_at_first_click(open_page: Any, size: dict[str, int]) -> None:
+@pytest.mark.parametrize("label", EXAMPLES)
+def test_an_example_works_at_first_click(
+    open_page: Any, pipe: SpiedPipeline, label: str, size: dict[str, int]
+) -> None:
     page = open_page(size)
     page.evaluate(WATCH_STATUS)
-    page.get_by_role("button", name="One photo").click()
+    assert page.locator(".examples button").count() == len(EXAMPLES)
+    page.get_by_role("button", name=label).click()
     expect(page.locator("#generate")).to_be_in_viewport()
     text = finished(page, 2)
-    assert any("of 2" in said for said in page.evaluate("window.statuses"))  # the progress bar
-    assert [entry["seed"] for entry in text] == [0, 1] and "red shirt" in text[0]["prompt"]
+    assert any(re.search(r"Picture \d of 2", said) for said in page.evaluate("window.statuses"))  # the progress bar
+    assert [entry["seed"] for entry in text] == [0, 1] and EXAMPLES[label] in text[0]["prompt"]
+    assert pipe.steps == 2 * len(pipe.calls) == 2 * 2 * text[0]["people"]  # two people take a draft, too
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # nothing sticks out
 
 
@@ -205,61 +291,149 @@ def test_several_people_in_boxes(open_page: Any) -> None:
     expect(beside(page, "person_2")).to_contain_text("a face in each")
     page.locator("#prompt textarea").fill("a photo of two people, a person in a suit and a person in a crown")
     set_pictures(page, 1)
-    page.get_by_role("button", name="Where people go").click()
-    area = page.locator(".places-area")
-    area.scroll_into_view_if_needed()
-    page.wait_for_timeout(500)  # the section unfolds
-
-    def drag(x0: float, y0: float, x1: float, y1: float) -> None:
-        frame = area.bounding_box()
-        points = [(frame["x"] + x * frame["width"], frame["y"] + y * frame["height"]) for x, y in ((x0, y0), (x1, y1))]
-        page.mouse.move(*points[0])
-        page.mouse.down()
-        page.mouse.move(*points[1], steps=3)
-        page.mouse.up()
-
-    drag(0.125, 0.25, 0.375, 0.625)
+    unfold_places(page)
+    drag(page, 0.125, 0.25, 0.375, 0.625)
     expect(page.locator(".places-box")).to_have_count(1)
     page.locator("#generate").click()
     expect(beside(page, "places")).to_contain_text("person 2 has no box")
-    area.scroll_into_view_if_needed()
-    drag(0.875, 0.625, 0.625, 0.25)  # from below right
+    drag(page, 0.875, 0.625, 0.625, 0.25)  # from below right
     expect(page.locator(".places-box")).to_have_text(["1", "2"])
     page.locator("#generate").click()
     (text,) = finished(page, 1)
-    boxes = [[int(value) for value in box.split(", ")] for box in text["face_boxes"].split("; ")]
-    assert text["face_boxes_source"] == "drawn" and text["people"] == 2
-    for box, wanted in zip(boxes, ([16, 32, 48, 80], [80, 32, 112, 80]), strict=True):
-        assert all(abs(value - goal) <= 2 for value, goal in zip(box, wanted, strict=True)), boxes
+    assert_boxes(text, [16, 32, 48, 80], [80, 32, 112, 80])
 
 
 def test_faces_of_a_layout_picture_become_boxes(open_page: Any) -> None:
     page = open_page()
     scene = sample_scene(3, [ADA, BOB], expression="neutral", background="plain gray", style="photo", yaw=0)
-    page.get_by_role("button", name="Where people go").click()
-    with page.expect_file_chooser() as chooser:
-        page.locator("#layout").click()
-    chooser.value.set_files(png(to_pil(render([scene], 256).images[0]), "layout.png"))
+    upload(page, png(portrait(ADA)), person=1)
+    upload(page, png(portrait(BOB)), person=2)
+    expect(beside(page, "person_2")).to_contain_text("a face in each")
+    unfold_places(page)
+    upload_layout(page, to_pil(render([scene], 256).images[0]))
     expect(page.locator(".places-box")).to_have_text(["1", "2"])
     expect(beside(page, "places")).to_contain_text("2 faces found")
     page.get_by_role("button", name="Clear boxes").click()
     expect(page.locator(".places-box")).to_have_count(0)
+    drag(page, 0.125, 0.25, 0.375, 0.625)
+    drag(page, 0.625, 0.25, 0.875, 0.625)
+    expect(page.locator(".places-box")).to_have_text(["1", "2"])
+    page.locator("#prompt textarea").fill("a photo of two people")
+    set_pictures(page, 1)
+    page.locator("#generate").click()
+    (text,) = finished(page, 1)
+    assert_boxes(text, [16, 32, 48, 80], [80, 32, 112, 80])
+    assert text["control"] is None  # the picture was for its places only
 
 
-def test_cancel_keeps_what_there_is(open_page: Any, engine: Any) -> None:
+def test_the_depth_of_a_picture_is_followed(open_page: Any, pipe: SpiedPipeline) -> None:
     page = open_page()
-    page.get_by_role("button", name="More").click()
-    page.get_by_label("number input for Denoising steps").fill("150")
-    page.get_by_label("number input for Denoising steps").press("Tab")
+    upload(page, png(portrait(ADA)))
+    expect(beside(page, "person_1")).to_contain_text("a face in each")
+    page.locator("#prompt textarea").fill("a person in a suit")
+    set_pictures(page, 1)
+    unfold_places(page)
+    page.get_by_label("Follow the depth of this picture").check()
+    page.locator("#generate").click()
+    expect(beside(page, "places")).to_contain_text("add the picture")
+    upload_layout(page, Image.linear_gradient("L").resize((256, 128)))
+    expect(beside(page, "places")).to_contain_text("0 faces found")
+    page.locator("#generate").click()
+    (text,) = finished(page, 1)
+    assert text["control"] and [call["control_image"].size for call in pipe.calls] == [(256, 128)]
+    assert page.locator("#results img").first.evaluate("image => image.naturalWidth / image.naturalHeight") == 2
+
+
+def test_the_strength_of_each_person_reaches_the_pipeline(open_page: Any, pipe: SpiedPipeline) -> None:
+    page = open_page()
+    for person, identity, strength in ((1, ADA, "0.5"), (2, BOB, "1.25")):
+        upload(page, png(portrait(identity)), person=person)
+        expect(beside(page, f"person_{person}")).to_contain_text("a face in each")
+        field = page.locator(f"#strength_{person} input[type=number]")
+        field.fill(strength)
+        field.press("Tab")
+    page.locator("#prompt textarea").fill("a photo of two people")
+    set_pictures(page, 1)
+    page.locator("#generate").click()
+    (text,) = finished(page, 1)
+    assert [call.get("face_scale") for call in pipe.calls] == [None, [0.5, 1.25]]  # the draft is without faces
+    assert text["face_scale"] == "0.5, 1.25"
+
+
+def test_the_same_example_again_while_it_is_being_made(open_page: Any, pipe: SpiedPipeline) -> None:
+    page = open_page()
+    set_steps(page, 150)
+    page.get_by_role("button", name="One photo").click()
+    expect(page.locator("#status")).to_contain_text("Picture 1 of 2")
+    set_steps(page, 2)
+    set_pictures(page, 1)
+    page.evaluate(WATCH_STATUS)
+    page.get_by_role("button", name="One photo").click()
+    assert [entry["steps"] for entry in finished(page, 1)] == [2]
+    assert any("Picture 1 of 1" in said for said in page.evaluate("window.statuses"))  # its progress bar, too
+    assert [call["num_inference_steps"] for call in pipe.calls] == [150, 2] and pipe.steps < 150
+
+
+def test_another_example_while_the_first_waits_for_another_user(open_page: Any, pipe: SpiedPipeline) -> None:
+    ada, bob = open_page(), open_page()
+    set_steps(ada, 150)
+    ada.get_by_role("button", name="One photo").click()
+    expect(ada.locator("#status")).to_contain_text("Picture 1 of 2")
+    bob.get_by_role("button", name="Two photos").click()
+    expect(bob.locator("#cancel")).to_be_visible()
+    bob.wait_for_timeout(500)  # it is in the queue
+    bob.get_by_role("button", name="Watercolor").click()
+    bob.wait_for_timeout(500)
+    ada.locator("#cancel").click()
+    assert all("watercolor" in entry["prompt"] for entry in finished(bob, 2))
+    made = [call["prompt"] for call in pipe.calls]
+    assert len(made) == 3 and "red shirt" in made[0] and all("watercolor" in prompt for prompt in made[1:])
+
+
+def test_nothing_of_a_page_is_left_when_it_is_closed(open_page: Any) -> None:
+    page, uploads = open_page(), Path(os.environ["GRADIO_TEMP_DIR"])
+    page.get_by_role("button", name="One photo").click()
+    finished(page, 2)
+    with page.expect_download():
+        page.locator("#save_1").click()
+
+    def results() -> list[Path]:
+        names = ("image_*.png", "contact_sheet.png", "*.zip", "*.safetensors")
+        return [path for name in names for path in uploads.rglob(name)]
+
+    assert len(results()) >= 5 and all(path.relative_to(uploads).parts[0].startswith("user_") for path in results())
+    page.close()
+    patience = time.monotonic() + PATIENCE / 1000
+    while (left := results() + list(uploads.glob("user_*"))) and time.monotonic() < patience:
+        time.sleep(0.2)
+    assert left == []
+
+
+def test_a_value_that_is_refused_leaves_the_form_usable(open_page: Any) -> None:
+    page = open_page()
+    page.route("**/queue/join*", lambda route: route.continue_(
+        post_data=route.request.post_data.replace('"the only one"', '"nobody"')))  # fmt: skip
+    page.get_by_role("button", name="One photo").click()
+    expect(beside(page, "result")).to_contain_text("refused")
+    expect(page.locator("#cancel")).to_be_hidden()
+    page.unroute("**/queue/join*")
+    page.locator("#generate").click()
+    finished(page, 2)
+
+
+def test_cancel_keeps_what_there_is(open_page: Any, pipe: SpiedPipeline) -> None:
+    page = open_page()
+    set_steps(page, 150)
     page.get_by_role("button", name="One photo").click()
     expect(page.locator("#status")).to_contain_text("Picture 1 of 2")
     page.locator("#cancel").click()
     expect(page.locator("#status")).to_contain_text("Cancelled")
     expect(page.locator("#generate")).to_be_enabled()
-    page.get_by_label("number input for Denoising steps").fill("2")
-    page.get_by_label("number input for Denoising steps").press("Tab")
+    assert len(pipe.calls) == 1
+    set_steps(page, 2)
     page.locator("#generate").click()
     assert len(finished(page, 2)) == 2  # the pipeline is free again
+    assert len(pipe.calls) == 3 and pipe.steps < 150  # it stopped in the middle of the first picture
 
 
 def test_two_users_at_once(open_page: Any) -> None:

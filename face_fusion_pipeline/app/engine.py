@@ -17,7 +17,7 @@ from ..face_layout import Box, assign_boxes, even_boxes, scale_boxes
 from ..generation.provenance import describe
 from ..generation.references import reference_crops
 from ..generation.watermark import check_size
-from .form import WHOLE_PHOTO, FieldError, Form, PersonForm
+from .form import WHOLE_PHOTO, FieldError, Form, PersonForm, in_field
 
 
 OnStep = Callable[[float, str], None]  # part of the work that is done in [0, 1], and what is being done
@@ -154,8 +154,12 @@ class Engine:
             CancelledError: `cancelled()` was true; the pictures so far have been handed out.
             FieldError, FaceFusionError: bad input that only the pipeline could see.
         """
-        if self.watermark:
-            check_size(*self.size(form.control))
+        if self.watermark:  # `__init__` has checked the size without a picture to follow
+            in_field("places", check_size, *self.size(form.control))
+        for person, identity in zip(form.people, identities, strict=True):
+            if identity.mode != identities[0].mode:
+                words = f"an identity of {identity.mode} mode does not go with one of {identities[0].mode} mode"
+                raise FieldError(person.field, f"{words}: make this one again")
         boxes = form.face_boxes and scale_boxes(form.face_boxes, (1, 1), self.size(form.control))
         draft = len(identities) > 1 and boxes is None
         passes = 2 if form.compare or draft else 1

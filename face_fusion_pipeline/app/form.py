@@ -11,6 +11,7 @@ from ..generation.arguments import MAX_SEED, check_prompt
 
 
 MAX_PEOPLE, MAX_PHOTOS, MAX_PICTURES, MAX_STEPS = 3, 8, 8, 200
+MAX_RATIO = 4  # of the sides of a picture whose shape is followed: beyond, the shorter one has too few pixels
 
 AS_WRITTEN = "as written"
 STYLES = (AS_WRITTEN, "pencil sketch", "watercolor", "faded film", "line art")  # what the embedded model knows
@@ -105,10 +106,10 @@ class Form:
         for person in self.people:
             if len(person.photos) > MAX_PHOTOS:
                 raise FieldError(person.field, f"{len(person.photos)} photos: keep the best {MAX_PHOTOS} or fewer")
-            _in_field(person.field, check_scale, person.strength, "the strength")
-        _in_field("prompt", check_prompt, self.prompt, "the prompt")
+            in_field(person.field, check_scale, person.strength, "the strength")
+        in_field("prompt", check_prompt, self.prompt, "the prompt")
         if self.negative_prompt:
-            _in_field("negative_prompt", check_prompt, self.negative_prompt, "what not to show")
+            in_field("negative_prompt", check_prompt, self.negative_prompt, "what not to show")
         if not 0 <= self.seed <= MAX_SEED - MAX_PICTURES:
             raise FieldError("seed", f"the seed must be from 0 to {MAX_SEED - MAX_PICTURES}, got {self.seed}")
         for field, value, most in (("count", self.count, MAX_PICTURES), ("steps", self.steps, MAX_STEPS)):
@@ -118,6 +119,10 @@ class Form:
             raise FieldError("guidance", f"this must be from 0 to 100, got {self.guidance}")
         if self.boxes:
             self._check_boxes(self.boxes)
+        if self.control is not None and max(self.control.size) > MAX_RATIO * min(self.control.size):
+            width, height = self.control.size
+            words = f"its longer side may be at most {MAX_RATIO} times the shorter one"
+            raise FieldError("places", f"the picture to follow is {width} × {height} pixels: {words}")
 
     def _check_boxes(self, boxes: dict[int, Box]) -> None:
         given = {person.number for person in self.people}
@@ -134,7 +139,8 @@ def whole_number(field: str, value: Any) -> int:
     raise FieldError(field, f"this must be a whole number, got {'nothing' if value is None else value}")
 
 
-def _in_field(field: str, check: Any, *args: Any) -> None:
+def in_field(field: str, check: Any, *args: Any) -> None:
+    """`check(*args)`, whose [`FaceFusionError`] becomes the [`FieldError`] of this field."""
     try:
         check(*args)
     except FaceFusionError as error:

@@ -3,7 +3,9 @@
 import html
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from .session import Run, Session, Sessions
 logger = logging.getLogger(__name__)
 
 Updates = dict[Any, Any]
+
+UNEXPECTED = "an unexpected error, which this machine has logged: try again, or reload the page"
+REFUSED = "a value was refused: choose it again, or reload the page"
 
 
 def message(text: str, kind: str = "error") -> Any:
@@ -45,15 +50,15 @@ class Handlers:
     def form_inputs(self) -> set[Any]:
         """All widgets that [`read_form`] reads."""
         w = self.widgets
-        fields = {w.prompt, w.style, w.seed, w.count, w.canvas, w.follow_depth}
+        fields = {w.run_id, w.prompt, w.style, w.seed, w.count, w.canvas, w.follow_depth}
         fields |= {w.negative_prompt, w.steps, w.guidance, w.compare}
         return fields.union(*({p.photos, p.strength, p.which} for p in w.people))
 
-    def read_person(self, values: Updates, number: int, session: Session) -> PersonForm:
+    def read_person(self, values: Updates, number: int, session: Session | None) -> PersonForm:
         """One person as the widgets say."""
         person = self.widgets.people[number - 1]
         photos = tuple(Path(file) for file, _ in values[person.photos] or [])
-        identity = None if photos else session.identities.get(number)
+        identity = None if photos or session is None else session.identities.get(number)
         return PersonForm(
             number, photos, identity, values.get(person.which, ONLY_FACE), values.get(person.strength, 1.0)
         )
@@ -61,6 +66,8 @@ class Handlers:
     def read_form(self, values: Updates, session: Session) -> Form:
         """The form as the widgets say, checked. Raises [`FieldError`]."""
         w = self.widgets
+        if values[w.follow_depth] and session.layout is None:
+            raise FieldError("places", "add the picture whose depth is to be followed, or clear “Follow the depth”")
         people = [self.read_person(values, number, session) for number in range(1, len(w.people) + 1)]
         form = Form(
             people=tuple(person for person in people if person.is_given),
@@ -95,63 +102,91 @@ class Handlers:
     def start(self, request: gr.Request) -> Updates:
         """At once, whoever else is being served: messages and old results go, the Cancel button comes."""
         w, session = self.widgets, self.sessions.of(request.session_hash)
-        session.new_run()
+        run = session.new_run()
         kept = {f"person_{number}" for number in session.identities}  # the words that one is loaded
         cleared = {beside: message("") for name, beside in w.messages.items() if name not in kept}
         empty = {w.results: None, w.sheet: None, w.metadata: None, w.downloads: gr.Column(visible=False)}
-        return {**cleared, **empty, **self._buttons(running=True), w.status: "<p>Waiting …</p>"}
+        status = {w.status: "<p>Waiting …</p>", w.run_id: run.id}
+        return {**cleared, **empty, **self._buttons(running=True), **status}
 
     def run(self, values: Updates, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Iterator[Updates]:  # noqa: B008  Gradio finds it by its default
-        """Generate picture after picture, each shown as soon as it is there."""
-        w, session = self.widgets, self.sessions.of(request.session_hash)
-        run = session.run
-        if run is None or run.cancelled.is_set():  # while it waited for its turn
+        """Generate the pictures of the run that `start` began; none if another took its place meanwhile."""
+        yield gr.skip()  # Gradio empties all widgets after a generator that yields nothing
+        session, run = self.sessions.get(request.session_hash), self._run_of(values, request)
+        if session is None or run is None or not run.begin():
             return
+        words, problem = "Done.", {}
         try:
-            form = self.read_form(values, session)
-            progress(0, desc="Looking at the photos")
-            identities = []
-            for person in form.people:
-                crops, identity = self.engine.identity(person)
-                identities.append(identity)
-                run.references |= {f"person {person.number}" if len(form.people) > 1 else "reference": crops}
-            step = lambda part, words: progress(part, desc=words)  # noqa: E731
-            for picture in self.engine.run(form, identities, step, run.cancelled.is_set):
-                run.add(picture, save_picture(picture, run.folder, len(run.pictures), self.engine.watermark))
-                words = f"<p>{len(run.pictures)} of {form.count} …</p>"
-                yield {w.results: run.files, w.status: words}
+            yield from self._pictures(values, session, run, progress)
         except CancelledError:
             return  # `cancel` has shown what there is
         except FaceFusionError as error:
-            yield {**self.show_error(error), **self.finish(run, "")}
-            return
-        except Exception as error:
+            words, problem = "", self.show_error(error)
+        except Exception:
             logger.exception("unexpected error")
-            problem = message(f"unexpected {type(error).__name__}: {error}")
-            yield {w.messages["result"]: problem, **self.finish(run, "")}
-            return
-        yield self.finish(run, "Done.")
+            words, problem = "", {self.widgets.messages["result"]: message(UNEXPECTED)}
+        if not run.cancelled.is_set():
+            with suppress(CancelledError):  # cancelled just now
+                yield {**problem, **self.finish(run, words)}
+
+    def _pictures(self, values: Updates, session: Session, run: Run, progress: gr.Progress) -> Iterator[Updates]:
+        """Picture after picture, each shown as soon as it is there."""
+        w, form = self.widgets, self.read_form(values, session)
+        progress(0, desc="Looking at the photos")
+        identities = []
+        for person in form.people:
+            crops, identity = self.engine.identity(person)
+            identities.append(identity)
+            run.references |= {f"person {person.number}" if len(form.people) > 1 else "reference": crops}
+        step = lambda part, words: progress(part, desc=words)  # noqa: E731
+        for picture in self.engine.run(form, identities, step, run.cancelled.is_set):
+            run.add(picture, partial(save_picture, watermark=self.engine.watermark))
+            files = [file for _, file in run.results]
+            self._keep(*files)
+            yield {w.results: files, w.status: f"<p>{len(files)} of {form.count} …</p>"}
+
+    def failed(self, values: Updates, request: gr.Request) -> Updates:
+        """Gradio refused a value before `run` saw it: the form can be used again.
+
+        Gradio calls this after Cancel, too; `cancel` has shown what there is.
+        """
+        run = self._run_of(values, request)
+        if run is None or run.cancelled.is_set():
+            return gr.skip()
+        run.cancelled.set()
+        w = self.widgets
+        return {**self._buttons(running=False), w.status: "", w.messages["result"]: message(REFUSED)}
 
     def cancel(self, request: gr.Request) -> Updates:
         """Stop at the next step; the pictures so far stay."""
-        run = self.sessions.of(request.session_hash).run
-        if run is None:
+        session = self.sessions.get(request.session_hash)
+        if session is None or session.run is None:
             return self._buttons(running=False)
+        run = session.run
         run.cancelled.set()
-        return self.finish(run, f"Cancelled; {len(run.pictures)} finished.")
+        try:
+            shown = self.finish(run, f"Cancelled; {len(run.results)} finished.")
+        except CancelledError:  # the next run has begun
+            return gr.skip()
+        return {self.widgets.messages["result"]: message(""), **shown}
 
     def finish(self, run: Run, words: str) -> Updates:
-        """Contact sheet, ZIP file and metadata of the pictures that there are."""
+        """Contact sheet, ZIP file and metadata of the pictures that there are.
+
+        Raises [`CancelledError`]: the files were removed, by the next run or because the page was closed.
+        """
         w = self.widgets
         updates: Updates = {**self._buttons(running=False), w.status: f"<p>{words}</p>" if words else ""}
-        pictures, files = list(run.pictures), list(run.files)
-        sheet = save_sheet(pictures, run.references, run.folder, self.engine.watermark)
-        if sheet is None:
-            return updates
+        with run.folder.writing() as folder:
+            pictures, files = [picture for picture, _ in run.results], [file for _, file in run.results]
+            sheet = save_sheet(pictures, run.references, folder, self.engine.watermark)
+            if sheet is None:
+                return updates
+            archive = save_archive([*files, sheet], pictures, folder)
+            self._keep(sheet, archive)
         if any(picture.hidden for picture in pictures):
             note = "the model's safety checker blacked out a picture: try another prompt or seed"
             updates[w.messages["result"]] = message(note, "note")
-        archive = save_archive([*files, sheet], pictures, run.folder)
         return {
             **updates,
             w.sheet: str(sheet),
@@ -160,6 +195,16 @@ class Handlers:
             w.downloads: gr.Column(visible=True),
             w.metadata: [{key: value for key, value in p.text.items() if value is not None} for p in pictures],
         }
+
+    def _keep(self, *files: Path) -> None:
+        """Results go with their session, not after an hour as uploads do."""
+        self.widgets.results.keep_in_cache.update(map(str, files))
+
+    def _run_of(self, values: Updates, request: gr.Request) -> Run | None:
+        """The run that an event of the page is about, or None: another took its place, or the page was closed."""
+        session = self.sessions.get(request.session_hash)
+        run = session.run if session is not None else None
+        return run if run is not None and run.id == values[self.widgets.run_id] else None
 
     def _buttons(self, running: bool) -> Updates:
         w = self.widgets

@@ -51,7 +51,10 @@ class PersonWidgets:
 
 @dataclass(frozen=True, repr=False)
 class Widgets:
-    """All widgets that events read or change; `messages` are by the names of fields, see `form.FieldError`."""
+    """All widgets that events read or change.
+
+    `messages` are by the names of fields, see `form.FieldError`. `run_id` is hidden: the run that the page last began.
+    """
 
     tabs: gr.Tabs
     people: list[PersonWidgets]
@@ -72,6 +75,7 @@ class Widgets:
     more_section: gr.Accordion
     generate: gr.Button
     cancel: gr.Button
+    run_id: gr.Textbox
     status: gr.HTML
     results: gr.Gallery
     downloads: gr.Column
@@ -109,6 +113,7 @@ def build_page(examples: list[Example], ratio: float, steps: int, embedded: bool
             with gr.Row():
                 widgets["generate"] = gr.Button("Generate", variant="primary", elem_id="generate")
                 widgets["cancel"] = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel")
+            widgets["run_id"] = gr.Textbox(visible="hidden")
             messages["result"] = _message("result")
             widgets["status"] = gr.HTML(WELCOME, elem_id="status", elem_classes="status", min_height=48)
             _results(widgets)
@@ -142,7 +147,16 @@ def _person(number: int, messages: dict[str, gr.HTML]) -> PersonWidgets:
         )
         messages[f"person_{number}"] = _message(f"person_{number}")
         with gr.Row():
-            strength = gr.Slider(0, 3, 1, step=0.05, label="Strength", info="0 off, 1 as in the paper", min_width=160)
+            strength = gr.Slider(
+                0,
+                3,
+                1,
+                step=0.05,
+                label="Strength",
+                info="0 off, 1 as in the paper",
+                min_width=160,
+                elem_id=f"strength_{number}",
+            )
             which = gr.Dropdown(
                 list(WHICH_FACE), value=ONLY_FACE, label="Which face", info="if photos show several", min_width=160
             )

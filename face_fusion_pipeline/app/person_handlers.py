@@ -7,6 +7,7 @@ import gradio as gr
 
 from ..face_errors import FaceFusionError
 from .avatar_examples import Example
+from .engine import CancelledError
 from .form import ONLY_FACE, FieldError
 from .handlers import Handlers, Updates, message
 from .page import PersonWidgets
@@ -67,13 +68,19 @@ class PersonHandlers:
 
     def save_identity(self, values: Updates, request: gr.Request) -> Updates:
         """The identity as a file, behind the hidden button that downloads it."""
-        session = self.page.sessions.of(request.session_hash)
+        session = self.page.sessions.get(request.session_hash)
         person = self.page.read_person(values, self.number, session)
         try:
             if not person.is_given:
                 raise FieldError(person.field, "add a photo of the person first")
-            file = session.folder / f"person_{self.number}.safetensors"
-            self.page.engine.identity(person)[1].save(file)
+            if session is None:  # the page was closed while this waited for its turn, or the connection broke
+                raise FieldError(person.field, "the connection was lost: reload the page")
+            identity = self.page.engine.identity(person)[1]
+            with session.folder.writing() as folder:
+                file = folder / f"person_{self.number}.safetensors"
+                identity.save(file)
+        except CancelledError:  # the page was closed just now
+            return gr.skip()
         except FaceFusionError as error:
             return {self.beside: message(str(error)), self.widgets.saved: None}
         return {self.beside: message("The identity file is in your downloads.", "note"), self.widgets.saved: str(file)}

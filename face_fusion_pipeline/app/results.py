@@ -44,11 +44,15 @@ def save_sheet(
 
 
 def save_archive(files: Sequence[Path], pictures: Sequence[Picture], folder: Path) -> Path:
-    """Write a ZIP file of the files and of `metadata.json`, which has the text of every picture."""
+    """Write a ZIP file of the files and of `metadata.json`, which has the text of every picture.
+
+    A finished file is renamed: whoever is downloading an earlier one gets all of that.
+    """
     path = folder / "face_fusion.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:  # PNG is compressed already
+    temporary = path.with_suffix(".tmp")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:  # PNG is compressed already
         for file in files:
             archive.write(file, file.name)
         text = [picture.text for picture in pictures]
         archive.writestr("metadata.json", json.dumps(text, ensure_ascii=False, indent=2))
-    return path
+    return temporary.replace(path)

@@ -54,6 +54,7 @@ def connect(handlers: Handlers, examples: list[Example]) -> None:
         w.metadata,
         w.downloads,
         w.status,
+        w.run_id,
         w.generate,
         w.cancel,
         *messages,
@@ -62,14 +63,17 @@ def connect(handlers: Handlers, examples: list[Example]) -> None:
 
     def generate_after(listener: Callable[..., Any]) -> Any:
         """`start` at once and `run` in the queue; returns the latter, for the Cancel button."""
-        return listener(handlers.start, outputs=shown, queue=False, js=SHOW_STATUS, **HIDDEN).then(
+        run = listener(handlers.start, outputs=shown, queue=False, js=SHOW_STATUS, **HIDDEN).then(
             handlers.run,
             inputs=handlers.form_inputs(),
             outputs=[*shown, *sections],
             show_progress_on=w.status,
             api_visibility="private",
+            trigger_mode="multiple",  # also while the run before waits or stops: only the last one is made
             **ONE_AT_A_TIME,
         )
+        run.failure(handlers.failed, {w.run_id}, shown, queue=False, **HIDDEN)
+        return run
 
     runs = [generate_after(w.generate.click)]
     filled = [w.prompt, w.style, w.tabs, w.canvas, w.remove_layout, w.follow_depth, w.messages["places"]]
@@ -117,7 +121,7 @@ def uploads_in(folder: Any) -> Iterator[None]:
 
 @contextmanager
 def serving(
-    engine: Engine, host: str = "127.0.0.1", port: int = 7860, steps: int = 25, max_upload_mb: float = 20
+    engine: Engine, host: str = "127.0.0.1", port: int = 7860, steps: int = 25, max_upload_mb: float = 400
 ) -> Iterator[str]:
     """Serve the app in the background and give its address; at the end nothing of any user is left.
 

@@ -1,14 +1,38 @@
 """What belongs to one user, apart from all others, in a temporary folder that goes with the app."""
 
+import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .engine import Picture
+from .engine import CancelledError, Picture
+
+
+class Folder:
+    """A folder that stays removed once it was, whoever was about to write into it. Its name cannot be guessed."""
+
+    def __init__(self, parent: Path, prefix: str) -> None:
+        self.path = parent / f"{prefix}{secrets.token_hex(16)}"
+        self.path.mkdir(mode=0o700, parents=True)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """Nobody else writes into it or removes it meanwhile. Raises [`CancelledError`]: it was removed."""
+        with self._lock:
+            if not self.path.is_dir():
+                raise CancelledError
+            yield self.path
+
+    def remove(self) -> None:
+        """Remove it with all that is in it, after who is writing."""
+        with self._lock:
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 @dataclass
@@ -16,19 +40,36 @@ class Run:
     """One press of “Generate”: where its files go, the event that stops it, and what there is so far.
 
     Attributes:
+        id: tells it from the other runs of the page.
         references: label -> face crops, the first columns of the contact sheet.
+        results: finished pictures, each with its file.
     """
 
-    folder: Path
+    folder: Folder
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
     cancelled: threading.Event = field(default_factory=threading.Event)
     references: dict[str, Sequence[Any]] = field(default_factory=dict)
-    pictures: list[Picture] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
+    results: list[tuple[Picture, Path]] = field(default_factory=list)
+    _unbegun: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, picture: Picture, file: Path) -> None:
-        """Note a finished picture."""
-        self.files.append(file)
-        self.pictures.append(picture)
+    def begin(self) -> bool:
+        """Whether it is to be made now: not cancelled while it waited for its turn, and not begun before."""
+        return not self.cancelled.is_set() and self._unbegun.acquire(blocking=False)
+
+    def add(self, picture: Picture, save: Callable[[Picture, Path, int], Path]) -> None:
+        """Save a picture as `save(picture, folder, index)`, and note it.
+
+        Raises [`CancelledError`], and saves nothing, if the run was cancelled.
+        """
+        with self.folder.writing() as folder:
+            if self.cancelled.is_set():
+                raise CancelledError
+            self.results.append((picture, save(picture, folder, len(self.results))))
+
+    def discard(self) -> None:
+        """Stop it, and remove its files."""
+        self.cancelled.set()
+        self.folder.remove()
 
 
 @dataclass
@@ -42,7 +83,7 @@ class Session:
         run: the last one, or None.
     """
 
-    folder: Path
+    folder: Folder
     identities: dict[int, Any] = field(default_factory=dict)
     layout: Any = None
     run: Run | None = None
@@ -50,14 +91,22 @@ class Session:
     def new_run(self) -> Run:
         """Stop the run before, and begin one with an empty folder; files of the one before that stay until then."""
         if self.run is not None:
-            self.run.cancelled.set()
-            shutil.rmtree(self.run.folder, ignore_errors=True)
-        self.run = Run(Path(tempfile.mkdtemp(prefix="run_", dir=self.folder)))
+            self.run.discard()
+        self.run = Run(Folder(self.folder.path, "run_"))
         return self.run
+
+    def close(self) -> None:
+        """Stop what is running, and remove all files."""
+        if self.run is not None:
+            self.run.discard()
+        self.folder.remove()
 
 
 class Sessions:
-    """All open pages. Everything is under one temporary folder, which `close` removes."""
+    """All open pages. Everything is under one temporary folder, which `close` removes.
+
+    Sessions have their folders among the uploads: Gradio serves files from there, and would copy all others there.
+    """
 
     def __init__(self) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="face_fusion_app_", ignore_cleanup_errors=True)
@@ -74,18 +123,20 @@ class Sessions:
         name = name or ""
         with self._lock:
             if name not in self._sessions:
-                self._sessions[name] = Session(Path(tempfile.mkdtemp(prefix="user_", dir=self.root)))
+                self._sessions[name] = Session(Folder(self.uploads, "user_"))
             return self._sessions[name]
+
+    def get(self, name: str | None) -> Session | None:
+        """The session of a page, or None: the page was closed. For events that waited for their turn."""
+        with self._lock:
+            return self._sessions.get(name or "")
 
     def drop(self, name: str | None) -> None:
         """Stop what a page that was closed has running, and remove its files."""
         with self._lock:
             session = self._sessions.pop(name or "", None)
-        if session is None:
-            return
-        if session.run is not None:
-            session.run.cancelled.set()
-        shutil.rmtree(session.folder, ignore_errors=True)
+        if session is not None:
+            session.close()
 
     def close(self) -> None:
         """Remove everything."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..face_errors import FaceFusionError
 from ..generation.arguments import check_model
-from ..generation.loading import adapter_beside, load_pipeline
+from ..generation.loading import adapter_beside, controlnet_beside, load_pipeline
 from ..generation.watermark import blind_watermark
 
 
@@ -21,11 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR_OR_FILE_OR_HUB_ID",
         help="trained Face Fusion weights; default: those in the model's folder, else training-free mode",
     )
-    parser.add_argument("--controlnet", metavar="DIR_OR_HUB_ID", help="depth ControlNet, to follow a layout picture")
+    parser.add_argument(
+        "--controlnet",
+        metavar="DIR_OR_HUB_ID",
+        help="depth ControlNet, to follow a layout picture; default: the one in the model's folder, if there is one",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0 takes a free one")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps that the page begins with")
-    parser.add_argument("--max-upload", type=float, default=20, metavar="MB", help="largest file that may be uploaded")
+    parser.add_argument("--max-upload", type=float, default=400, metavar="MB", help="largest file to upload")
     parser.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
     parser.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
     parser.add_argument("--watermark", action="store_true", help="hide in the pixels, too, that they are generated")
@@ -37,13 +41,7 @@ def run(args: argparse.Namespace) -> int:
     check_arguments(args)
     serving = import_server()
 
-    from ..app.engine import Engine
-    from ..face_detectors import load_detector
-
-    detector = load_detector(args.detector, args.detector_model)
-    adapter = args.adapter or adapter_beside(args.model)
-    pipe = load_pipeline(args.model, adapter, args.device, args.dtype, args.controlnet)
-    engine = Engine(pipe, args.model, adapter, detector, args.watermark)
+    engine = load_engine(args)
     stop = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):  # both end with the uploads removed
         signal.signal(name, lambda *_: stop.set())
@@ -51,6 +49,18 @@ def run(args: argparse.Namespace) -> int:
         print(f"Face Fusion is at {address}  (Ctrl+C ends it)", flush=True)
         stop.wait()
     return 0
+
+
+def load_engine(args: argparse.Namespace) -> Any:
+    """The `app.engine.Engine` that the options ask for. Raises [`FaceFusionError`]."""
+    from ..app.engine import Engine
+    from ..face_detectors import load_detector
+
+    detector = load_detector(args.detector, args.detector_model)
+    adapter = args.adapter or adapter_beside(args.model)
+    controlnet = args.controlnet or controlnet_beside(args.model)
+    pipe = load_pipeline(args.model, adapter, args.device, args.dtype, controlnet)
+    return Engine(pipe, args.model, adapter, detector, args.watermark)
 
 
 def check_arguments(args: argparse.Namespace) -> None:

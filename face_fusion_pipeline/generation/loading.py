@@ -22,6 +22,15 @@ def adapter_beside(model: str | None) -> str | None:
     return str(path) if path.is_file() else None
 
 
+def controlnet_beside(model: str | None) -> str | None:
+    """The folder of the ControlNet in the folder of `model` (None: the embedded avatar model), or None.
+
+    Raises [`ModelNotFoundError`] for an embedded model that was left out.
+    """
+    path = Path(model or embedded_model()) / "controlnet"
+    return str(path) if (path / "config.json").is_file() else None
+
+
 def load_pipeline(
     model: str | None = None,
     adapter: str | None = None,

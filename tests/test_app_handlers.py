@@ -1,0 +1,189 @@
+"""The handlers of the web app without a browser: runs that are replaced, cancelled or refused, pages that close."""
+
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from test_app import make_engine
+from test_several_people import FakeDetector
+
+from face_fusion_pipeline.app.engine import CancelledError, Engine, Picture
+from face_fusion_pipeline.app.form import WHOLE_PHOTO, Form, PersonForm
+from face_fusion_pipeline.app.session import Sessions
+
+
+gr = pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
+
+from face_fusion_pipeline.app.handlers import Handlers  # noqa: E402  without Gradio these tests skip
+from face_fusion_pipeline.app.page import build_page  # noqa: E402
+from face_fusion_pipeline.app.person_handlers import PersonHandlers  # noqa: E402
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    tiny_models.face(1, size=32).save(tmp_path / "ada.png")
+    return tmp_path / "ada.png"
+
+
+class Page:
+    """The page without a browser: what its widgets hold, and the events of user "ada"."""
+
+    def __init__(self, engine: Engine, photo: Path) -> None:
+        self.engine, self.sessions = engine, Sessions()
+        with gr.Blocks():
+            self.widgets = w = build_page([], 1.0, 2, True, True)
+        self.handlers = Handlers(engine, self.sessions, w)
+        self.request: Any = type("Request", (), {"session_hash": "ada"})()
+        self.values = {widget: getattr(widget, "value", None) for widget in self.handlers.form_inputs()}
+        self.values |= {w.prompt: "a cat", w.people[0].photos: [(str(photo), None)], w.people[0].which: WHOLE_PHOTO}
+
+    def handlers_of_person(self, number: int = 1) -> Any:
+        """Those of one person."""
+        return PersonHandlers(self.handlers, number)
+
+    def start(self) -> dict[Any, Any]:
+        """Press Generate; gives what the page now holds."""
+        return {**self.values, self.widgets.run_id: self.handlers.start(self.request)[self.widgets.run_id]}
+
+    def run(self, values: dict[Any, Any]) -> list[dict[Any, Any]]:
+        """The turn of a run has come; gives all updates."""
+        updates = list(self.handlers.run(values, self.request))
+        assert updates.pop(0) == gr.skip()  # without it Gradio would empty all widgets
+        return updates
+
+    def words(self, updates: dict[Any, Any], field: str) -> str:
+        """What is said beside a field."""
+        return updates[self.widgets.messages[field]].value
+
+
+@pytest.fixture
+def page(photo: Path) -> Iterator[Page]:
+    page = Page(make_engine(), photo)
+    yield page
+    page.sessions.close()
+
+
+def test_a_run_shows_each_picture_and_then_all_files(page: Page) -> None:
+    w = page.widgets
+    updates = page.run(page.start())
+    assert [len(update[w.results]) for update in updates[:-1]] == [1, 2]
+    last = updates[-1]
+    assert last[w.status] == "<p>Done.</p>" and last[w.generate].interactive and not last[w.cancel].visible
+    with zipfile.ZipFile(last[w.archive]) as archive:
+        assert archive.namelist() == ["image_000.png", "image_001.png", "contact_sheet.png", "metadata.json"]
+
+
+def test_of_several_runs_of_a_page_only_the_last_is_made(page: Page) -> None:
+    w = page.widgets
+    first, second = page.start(), {**page.start(), w.prompt: "the sea"}
+    assert page.run(first) == []  # its turn comes after the second was asked for
+    made = page.run(second)
+    assert {entry["prompt"] for entry in made[-1][w.metadata]} == {"the sea"}
+    assert page.run(second) == []  # both events of the page may hold the last id
+
+
+def test_a_run_that_is_replaced_in_a_picture_says_nothing_more(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = page.engine.run
+
+    def interrupted(form: Form, identities: Any, on_step: Any, cancelled: Any) -> Iterator[Picture]:
+        for picture in original(form, identities, on_step, cancelled):
+            page.start()  # after the picture was decoded
+            yield picture
+
+    monkeypatch.setattr(page.engine, "run", interrupted)
+    assert page.run(page.start()) == []
+    session = page.sessions.of("ada")
+    assert session.run and [path.name for path in session.folder.path.iterdir()] == [session.run.folder.path.name]
+    assert list(session.run.folder.path.iterdir()) == []
+
+
+def test_a_run_of_a_closed_page_leaves_nothing(page: Page) -> None:
+    w = page.widgets
+    values = page.start()
+    page.sessions.drop("ada")
+    assert page.run(values) == [] and len(page.sessions) == 0
+    saved = page.handlers_of_person().save_identity(values, page.request)
+    assert "reload the page" in page.words(saved, "person_1") and saved[w.people[0].saved] is None
+    assert len(page.sessions) == 0 and list(page.sessions.uploads.iterdir()) == []
+
+
+def test_cancel_and_the_end_of_a_run_at_once(page: Page) -> None:
+    w = page.widgets
+    updates = page.handlers.run(page.start(), page.request)
+    assert [bool(next(updates).get(w.results)) for _ in range(2)] == [False, True]
+    ada = page.sessions.of("ada").run
+    assert ada is not None
+    shown: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: shown.append(page.handlers.finish(ada, "Done."))),
+        threading.Thread(target=lambda: shown.append(page.handlers.cancel(page.request))),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for update in shown:
+        with zipfile.ZipFile(update[w.archive]) as archive:
+            assert archive.testzip() is None and "image_000.png" in archive.namelist()
+    assert list(updates) == [] and len(ada.results) == 1
+    page.start()
+    with pytest.raises(CancelledError):
+        page.handlers.finish(ada, "Done.")
+
+
+def test_an_unexpected_error_is_logged_and_not_shown(
+    page: Page, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> Iterator[Picture]:
+        raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(page.engine, "run", fail)
+    (update,) = page.run(page.start())
+    words = page.words(update, "result")
+    assert "unexpected error" in words and "secret" not in words and "RuntimeError" not in words
+    assert update[page.widgets.generate].interactive and "/secret/path" in caplog.text
+    caplog.clear()
+
+    def fail_late(*args: Any) -> Iterator[Picture]:
+        page.handlers.cancel(page.request)
+        return fail()
+
+    monkeypatch.setattr(page.engine, "run", fail_late)
+    assert page.run(page.start()) == []  # Cancel has said what there is
+
+
+def test_a_value_that_gradio_refuses_gives_the_buttons_back(page: Page) -> None:
+    w = page.widgets
+    first = page.start()
+    values = page.start()
+    skipped = page.handlers.failed(first, page.request)
+    assert w.generate not in skipped  # another run took its place
+    update = page.handlers.failed(values, page.request)
+    assert update[w.generate].interactive and not update[w.cancel].visible and update[w.status] == ""
+    assert "refused" in page.words(update, "result")
+    values = page.start()
+    page.handlers.cancel(page.request)
+    assert w.generate not in page.handlers.failed(values, page.request)  # `cancel` has said all
+
+
+def test_depth_without_a_picture_is_refused(page: Page) -> None:
+    (update,) = page.run({**page.start(), page.widgets.follow_depth: True})
+    assert "add the picture" in page.words(update, "places") and update[page.widgets.places_section].open
+
+
+def test_an_identity_that_does_not_fit_is_named_beside_its_person(page: Page, tmp_path: Path, photo: Path) -> None:
+    other = Engine(tiny_models.tiny_pipeline(seed=5), detector=FakeDetector())
+    other.identity(PersonForm(1, (photo,), which=WHOLE_PHOTO))[1].save(tmp_path / "other.safetensors")
+    update = page.handlers_of_person().load_identity(str(tmp_path / "other.safetensors"), page.request)
+    assert "another base model" in page.words(update, "person_1")
+
+
+def test_results_stay_while_their_page_is_open(page: Page) -> None:
+    w = page.widgets
+    last = page.run(page.start())[-1]
+    files = {last[w.archive], last[w.sheet], *(str(file) for _, file in page.sessions.of("ada").run.results)}
+    assert files <= w.results.keep_in_cache  # Gradio removes uploads of an hour ago, and must not remove these
