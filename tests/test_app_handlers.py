@@ -168,6 +168,10 @@ def test_a_value_that_gradio_refuses_gives_the_buttons_back(page: Page) -> None:
     values = page.start()
     page.handlers.cancel(page.request)
     assert w.generate not in page.handlers.failed(values, page.request)  # `cancel` has said all
+    values, run = page.start(), page.sessions.of("ada").run
+    assert run is not None and run.begin()
+    assert w.generate not in page.handlers.failed(values, page.request)  # late, of the run that was cancelled before
+    assert not run.cancelled.is_set()
 
 
 def test_depth_without_a_picture_is_refused(page: Page) -> None:

@@ -450,6 +450,7 @@ def test_model_report_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrai
 
 def test_reconstruction_of_a_perfect_vae_is_infinite(pipe: StableDiffusionFaceFusionPipeline) -> None:
     class Copy(torch.nn.Linear):
+        dtype = torch.float32
         config = type("Config", (), {"scaling_factor": 0.5, "shift_factor": 0.25})
 
         def encode(self, pixels):

@@ -99,9 +99,9 @@ def test_the_app_marks_pictures_and_sheet(wanted: bool, monkeypatch: pytest.Monk
     sessions, user = Sessions(), SimpleNamespace(session_hash="ada")
     run = sessions.of("ada").new_run()
     monkeypatch.setattr(Handlers, "read_form", lambda *_: Form(people=(), prompt="a cat"))
-    list(Handlers(engine, sessions, widgets).run({}, user, progress=lambda *_, **__: None))
+    list(Handlers(engine, sessions, widgets).run({widgets.run_id: run.id}, user, progress=lambda *_, **__: None))
     for name in ("image_000.png", "contact_sheet.png"):
-        with Image.open(run.folder / name) as image:
+        with Image.open(run.folder.path / name) as image:
             assert has_watermark(image) == wanted and image.info["description"] == "AI", name
     sessions.close()
 

@@ -148,10 +148,10 @@ class Handlers:
     def failed(self, values: Updates, request: gr.Request) -> Updates:
         """Gradio refused a value before `run` saw it: the form can be used again.
 
-        Gradio calls this after Cancel, too; `cancel` has shown what there is.
+        Gradio calls this after Cancel, too, and then perhaps when the next run has begun already.
         """
         run = self._run_of(values, request)
-        if run is None or run.cancelled.is_set():
+        if run is None or run.cancelled.is_set() or run.begun:
             return gr.skip()
         run.cancelled.set()
         w = self.widgets

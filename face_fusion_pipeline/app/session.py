@@ -56,6 +56,11 @@ class Run:
         """Whether it is to be made now: not cancelled while it waited for its turn, and not begun before."""
         return not self.cancelled.is_set() and self._unbegun.acquire(blocking=False)
 
+    @property
+    def begun(self) -> bool:
+        """Whether somebody has begun to make it: what goes wrong then is shown by who makes it."""
+        return self._unbegun.locked()
+
     def add(self, picture: Picture, save: Callable[[Picture, Path, int], Path]) -> None:
         """Save a picture as `save(picture, folder, index)`, and note it.
 
