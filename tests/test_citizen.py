@@ -14,23 +14,16 @@ from diffusers.models import attention_dispatch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from test_several_people import LEFT, RIGHT, close, differ
-from tiny_models import TEXT_WIDTH, face, generate, tiny_components, tiny_pipeline, tiny_unet
+from tiny_models import TEXT_WIDTH, face, generate, tiny_components, tiny_pipeline, tiny_unet, with_adapter
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
-from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_errors import FaceFusionError
 from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
 from face_fusion_pipeline.pipeline_inpaint import StableDiffusionInpaintFaceFusionPipeline
 
 
 A, B = face(0), face(1)
-
-
-def with_adapter(pipe):
-    torch.manual_seed(1)
-    pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata={"resolution": 16}))
-    return pipe
 
 
 @pytest.fixture

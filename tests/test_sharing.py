@@ -7,21 +7,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from test_pipeline import load_random_ip_adapter
 from test_several_people import LEFT, RIGHT, FakeDetector, close, differ
-from tiny_models import face, generate, tiny_components, tiny_pipeline
+from tiny_models import face, generate, tiny_components, tiny_pipeline, with_adapter
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, face_ownership
-from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_errors import FaceFusionError
 
 
 A, B = face(0), face(1)
 IN_USE = "in use by another call with faces"
-
-
-def with_adapter(pipe):
-    torch.manual_seed(1)
-    pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata={"resolution": 16}))
-    return pipe
 
 
 @pytest.fixture

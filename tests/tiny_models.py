@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
+from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_attention import Cast, FaceFusionAttnProcessor, FusionSwitch, PersonKeys
 
 
@@ -110,6 +111,13 @@ def tiny_components(seed: int = 0, tiny_vae: bool = False) -> dict[str, Any]:
 def tiny_pipeline(seed: int = 0, **kwargs: Any) -> StableDiffusionFaceFusionPipeline:
     pipe = StableDiffusionFaceFusionPipeline(**tiny_components(seed, **kwargs))
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def with_adapter(pipe: Any) -> Any:
+    """`pipe` with random adapter weights, the same for every pipeline of this shape."""
+    torch.manual_seed(1)
+    pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata={"resolution": 16}))
     return pipe
 
 
