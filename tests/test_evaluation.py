@@ -35,6 +35,7 @@ from face_fusion_pipeline.evaluation.morph_table import compare_morphs
 from face_fusion_pipeline.evaluation.recognisers import OnnxRecogniser, load_recognisers
 from face_fusion_pipeline.evaluation.recognition import measure_recognition
 from face_fusion_pipeline.evaluation.renders import depth_cells, from_pil, read_image, write_image
+from face_fusion_pipeline.evaluation.savings_table import EVERYTHING, SAVINGS, compare_savings, inner_scales
 from face_fusion_pipeline.evaluation.scoring import Panel
 from face_fusion_pipeline.evaluation.trials import FIRST_TEST_IDENTITY, plan_trials, portraits, true_renders
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
@@ -383,6 +384,28 @@ def test_morph_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrain
     torch.testing.assert_close(end, alone, rtol=0, atol=0.01)
     with pytest.raises(FaceFusionError, match="two identities"):
         compare_morphs(pipe, trials[:1], untrained, Settings(model="tiny", steps=1), tmp_path / "one")
+
+
+def test_savings_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path) -> None:
+    adapter = _adapter(pipe)
+    for weight in adapter.parameters():
+        weight.data.mul_(20)
+    pipe.set_face_fusion_adapter(adapter)
+    trials = plan_trials(2, 1, style="photo")
+    result = compare_savings(pipe, trials, untrained, Settings(model="tiny", steps=5), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["saving"] for row in rows[: len(SAVINGS)]] == [saving.name for saving in SAVINGS]
+    # Every option reaches the picture, each in its own way.
+    assert len({path.read_bytes() for path in (tmp_path / "images").glob(f"{trials[0].key}_*")}) == len(SAVINGS)
+    half = [row for row in rows if row["saving"] == "reference of half the side"]
+    whole = [row for row in rows if row["saving"] == EVERYTHING.name]
+    by_hand = np.mean([a["similarity"] - b["similarity"] for a, b in zip(half, whole, strict=True)])
+    assert result["savings"]["reference of half the side"]["difference"]["mean"] == pytest.approx(by_hand)
+    assert result["savings"][EVERYTHING.name]["difference"]["mean"] == 0
+    assert pipe._face_layer_scales == 1.0
+    # Of a face outside the finest layers, only the others see something.
+    inner = inner_scales(pipe.unet)
+    assert inner and not any(name.startswith(("down_blocks.0", "up_blocks.1")) for name in inner)
 
 
 def test_control_depth_is_near_where_the_person_is() -> None:

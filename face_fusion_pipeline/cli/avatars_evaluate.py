@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_adapter(morph)
     morph.add_argument("--identities", type=_positive, default=50, help="pairs of test people (default: 50)")
 
+    savings = actions.add_parser("savings", help="smaller references, fewer steps or layers: the likeness lost")
+    _add_generation(savings)
+    _add_adapter(savings)
+    savings.add_argument("--identities", type=_positive, default=50, help="test people (default: 50)")
+    savings.add_argument("--prompts", type=_positive, default=2, help="prompts for each of them (default: 2)")
+
     recognition = actions.add_parser("recognition", help="do tools made for photographs accept avatars?")
     _add_judges(recognition)
     recognition.add_argument("--identities", type=_positive, default=100, help="test people (default: 100)")
@@ -73,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--limit", type=_positive, default=20000, help="images to use at most (default: 20000)")
     train.add_argument("--seed", type=int, default=0)
 
-    for action in (table, model, people, depth, morph, recognition, train):
+    for action in (table, model, people, depth, morph, savings, recognition, train):
         action.add_argument("--threads", type=_positive, help="CPU threads of torch (default: torch decides)")
         action.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -89,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         "people": _people,
         "depth": _depth,
         "morph": _morph,
+        "savings": _savings,
         "recognition": _recognition,
         "train-judges": _train,
     }
@@ -249,6 +256,23 @@ def _morph(args: argparse.Namespace) -> tuple[dict, str]:
     )
     judges = load_judges(args.judges or SHIPPED)
     result = compare_morphs(pipeline_of(settings, args.device), trials, judges, settings, args.out)
+    return result, as_markdown(result)
+
+
+def _savings(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..evaluation.generation import pipeline_of
+    from ..evaluation.judges import SHIPPED, load_judges
+    from ..evaluation.savings_table import as_markdown, compare_savings
+    from ..evaluation.trials import plan_trials
+    from ..face_errors import FaceFusionError
+
+    settings = _settings(args, adapter=_adapter(args), face_scale=args.scale)
+    if settings.adapter is None:
+        raise FaceFusionError("no adapter beside the model, name one with --adapter")
+    exclude = _training_captions(args.training_data)
+    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
+    judges = load_judges(args.judges or SHIPPED)
+    result = compare_savings(pipeline_of(settings, args.device), trials, judges, settings, args.out)
     return result, as_markdown(result)
 
 
