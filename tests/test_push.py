@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tiny_models import face, tiny_pipeline
 
 from face_fusion_pipeline import create_adapter, embedded_model
+from face_fusion_pipeline.avatars.sheet import portrait
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.publishing import card, hub, repository
 
@@ -28,14 +29,9 @@ CARD = ROOT / "weights_card"
 # The snippet of a card, word for word, in a process that knows the package as little as a user of the Hub does.
 RUN_SNIPPET = """
 import sys
-import huggingface_hub, torch
-snapshot, snippet = sys.argv[1:]
+import torch
 torch.set_num_threads(1)
-def snapshot_download(repository):
-    assert repository == "someone/weights", repository
-    return snapshot
-huggingface_hub.snapshot_download = snapshot_download
-exec(compile(open(snippet).read(), "card", "exec"))
+exec(compile(open("snippet.py").read(), "card", "exec"))
 assert "face_fusion_pipeline" not in sys.modules
 assert type(pipe).__name__ == "StableDiffusionFaceFusionPipeline" and pipe._face_adapter is not None
 """
@@ -59,50 +55,77 @@ def trained(tmp_path: Path) -> Path:
     return folder
 
 
-def hub_snapshot(files: dict[str, Path | bytes], cache: Path) -> Path:
-    """The files as `snapshot_download` lays them out: links to blobs that are named by hash."""
-    snapshot = cache / "snapshots" / "0123abcd"
-    repository.write_folder(files, cache / "files")
+def downloaded(files: dict[str, Path | bytes], home: Path) -> str:
+    """Put the files into the cache of the Hub in `home` as a download of someone/weights does; returns the card.
+
+    They are links to blobs that are named by hash, so that nothing may rely on lying beside another file.
+    """
+    cache, revision = home / "hub" / "models--someone--weights", "0123abcd" * 5
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(revision)
+    repository.write_folder(files, home / "files")
     for number, name in enumerate(files):
         blob = cache / "blobs" / f"{number:040x}"
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(cache / "files" / name, blob)
-        link = snapshot / name
+        blob.parent.mkdir(exist_ok=True)
+        shutil.move(home / "files" / name, blob)
+        link = cache / "snapshots" / revision / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(blob, link.parent))
-    return snapshot
+    return (cache / "snapshots" / revision / "README.md").read_text()
 
 
-def run_snippet(text: str, snapshot: Path, cwd: Path) -> None:
+def run_offline(command: list[str], cwd: Path) -> None:
+    """Run Python in a process that has nothing of the Hub but the cache in `cwd`."""
+    environment = {
+        **os.environ,
+        "HF_HOME": str(cwd),
+        "HF_HUB_CACHE": str(cwd / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(cwd / "modules"),
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def run_snippet(text: str, cwd: Path) -> None:
     """Run the Python of a card, with fewer denoising steps."""
     snippet = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(snippet) == 1
     assert "face_image=face)" in snippet[0]
     short = snippet[0].replace("face_image=face)", "face_image=face, num_inference_steps=2)")
     (cwd / "snippet.py").write_text(short)
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(cwd / "modules"),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", RUN_SNIPPET, str(snapshot), "snippet.py"]
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    with Image.open(cwd / "picture.png") as picture:
+    run_offline(["-c", RUN_SNIPPET], cwd)
+    assert_picture(cwd / "picture.png")
+
+
+def assert_picture(path: Path) -> None:
+    with Image.open(path) as picture:
         assert len(set(picture.convert("L").getdata())) > 20  # not a blank picture
 
 
-def test_the_cards_snippet_runs_on_the_pushed_avatar_model(tmp_path: Path) -> None:
-    files = repository.repository_files(CARD, "someone/weights")
-    snapshot = hub_snapshot(files, tmp_path / "cache")
-    run_snippet((snapshot / "README.md").read_text(), snapshot, tmp_path)
+def command_of(text: str) -> list[str]:
+    """The one command of a card, in words."""
+    commands = re.findall(r"^face-fusion (generate .*)$", text, re.M)
+    assert len(commands) == 1
+    return shlex.split(commands[0])
+
+
+def test_the_snippets_of_the_card_run_on_the_pushed_avatar_model(tmp_path: Path) -> None:
+    """Without this package, and with it."""
+    text = downloaded(repository.repository_files(CARD, "someone/weights"), tmp_path)
+    run_snippet(text, tmp_path)
+    portrait(1_100_007).save(tmp_path / "photo.jpg")
+    run_offline(["-m", "face_fusion_pipeline", *command_of(text), "--steps", "2"], tmp_path)
+    assert_picture(tmp_path / "out" / "image_000.png")
 
 
 def test_the_cards_snippet_runs_on_pushed_weights_for_another_base(trained: Path, tmp_path: Path) -> None:
-    snapshot = hub_snapshot(repository.repository_files(trained, "someone/weights"), tmp_path / "cache")
+    text = downloaded(repository.repository_files(trained, "someone/weights"), tmp_path)
     face(1, size=32).save(tmp_path / "face.png")
-    run_snippet((snapshot / "README.md").read_text(), snapshot, tmp_path)
+    run_snippet(text, tmp_path)
 
 
 def test_the_cards_command_parses(trained: Path) -> None:
@@ -110,9 +133,7 @@ def test_the_cards_command_parses(trained: Path) -> None:
 
     for folder in (CARD, trained):
         text = repository.repository_files(folder, "someone/weights")["README.md"].decode()  # type: ignore[union-attr]
-        commands = re.findall(r"^face-fusion (generate .*)$", text, re.M)
-        assert len(commands) == 1
-        assert build_parser().parse_args(shlex.split(commands[0])).adapter == "someone/weights"
+        assert build_parser().parse_args(command_of(text)).adapter == "someone/weights"
 
 
 def test_metadata_of_the_avatar_model(tmp_path: Path) -> None:

@@ -154,11 +154,11 @@ def _person(number: int, messages: dict[str, gr.HTML]) -> PersonWidgets:
                 step=0.05,
                 label="Strength",
                 info="0 off, 1 as in the paper",
-                min_width=160,
+                min_width=200,
                 elem_id=f"strength_{number}",
             )
             which = gr.Dropdown(
-                list(WHICH_FACE), value=ONLY_FACE, label="Which face", info="if photos show several", min_width=160
+                list(WHICH_FACE), value=ONLY_FACE, label="Which face", info="if photos show several", min_width=200
             )
         with gr.Row():
             load = gr.UploadButton("Load identity file", file_types=[".safetensors"], size="sm", min_width=120)

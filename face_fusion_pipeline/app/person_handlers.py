@@ -39,7 +39,8 @@ class PersonHandlers:
         if person.photos:
             session.identities.pop(self.number, None)
             try:
-                words = f"{count(len(self.page.engine.photos(person)), 'photo')}, a face in each."
+                photos = self.page.engine.photos(person)
+                words = f"{count(len(photos), 'photo')}, {'each ' * (len(photos) > 1)}with a face."
             except FieldError as error:
                 words, kind = str(error), "error"
         return {self.beside: message(words, kind), self.widgets.forget: gr.Button(visible=False)}

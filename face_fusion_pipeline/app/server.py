@@ -23,6 +23,10 @@ ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "unet
 CLICK_SAVED = "() => { document.querySelector('#saved_%d').click(); }"
 # on a phone the results are below the form
 SHOW_STATUS = "() => { document.querySelector('#generate').scrollIntoView({behavior: 'smooth', block: 'nearest'}); }"
+# and a message may be far above the button; a tab or section that was opened for it takes a moment to unfold
+SHOW_ERROR = """() => setTimeout(() => {
+    document.querySelector("[id^=message_] .error")?.scrollIntoView({behavior: "smooth", block: "nearest"});
+}, 200)"""
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -73,6 +77,7 @@ def connect(handlers: Handlers, examples: list[Example]) -> None:
             **ONE_AT_A_TIME,
         )
         run.failure(handlers.failed, {w.run_id}, shown, queue=False, **HIDDEN)
+        run.then(None, js=SHOW_ERROR)
         return run
 
     runs = [generate_after(w.generate.click)]

@@ -32,8 +32,8 @@ class Parser(argparse.ArgumentParser):
 class HelpFormatter(argparse.HelpFormatter):
     """Shows a default where there is one and the help text does not name it already."""
 
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30)
+    def __init__(self, prog: str, width: int | None = None) -> None:
+        super().__init__(prog, max_help_position=30, width=width)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""

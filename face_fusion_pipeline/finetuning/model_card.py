@@ -17,6 +17,10 @@ from .preparation import METADATA, read_report
 from .task import FaceFusionTask
 
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_IN_HUB_CACHE = re.compile(r".*/models--([\w.-]+?)--([\w.-]+)/snapshots/\w+/?")
+
+
 def write_card(
     out: Path, model: str, data: Path, task: FaceFusionTask, record: dict[str, Any], command: Sequence[str]
 ) -> None:
@@ -43,7 +47,9 @@ def write_card(
 
 
 def public_name(word: str) -> str:
-    """A path of this machine reduced to its last part; everything else as it is."""
+    """A path of this machine reduced to its last part, or to the Hub id that it is a copy of; all else as it is."""
+    if copied := _IN_HUB_CACHE.fullmatch(word):
+        return "/".join(copied.groups())
     try:
         is_path = word.startswith(("/", "~", "../")) or Path(word).exists()
     except OSError:  # longer than a path can be, such as a prompt
@@ -103,7 +109,7 @@ def card(record: dict[str, Any], validation: dict[str, float]) -> str:
         base=base,
         training="\n".join(training),
         limits=limits,
-        base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
+        base_model=base if _HUB_ID.fullmatch(base) else None,
     )
 
 

@@ -18,8 +18,9 @@ from ..face_errors import FaceFusionError
 logger = logging.getLogger(__name__)
 
 SHEET = "sheet.png"  # a contact sheet among the pictures of a repository
-REPOSITORY = "OWNER/NAME"  # stands for the repository until the card is pushed to one
+REPOSITORY = "OWNER/NAME"  # stands for the repository in a card until that is pushed to one
 TAGS = ["face-fusion", "stable-diffusion", "text-to-image"]
+_OWN_COPY = '# "{base}" was a folder: put that of your copy of the same model\n'
 NOT_MEASURED = "Nothing measured yet: `face-fusion push --table FILE` puts the tables of an evaluation here."
 
 _EVALUATION = re.compile(r"(?<=<!-- evaluation -->\n\n).*?(?=\n\n<!-- /evaluation -->)", re.S)
@@ -41,7 +42,8 @@ def render_card(
     """The text of a card.
 
     Args:
-        base: Hub id or folder of the model that the weights belong to; "" where the repository is a whole model.
+        base: Hub id or folder of the model that the weights belong to; "" where the repository is a whole model. Of a
+            folder, which only the trainer has, the snippet says that it is to be replaced.
         training, limits: Markdown of these sections; `tables`: of the evaluation.
         base_model, license: Hub metadata, left out if None; base_model is the Hub id of `base`, if it has one.
         tags: in addition to those that all cards have.
@@ -59,6 +61,7 @@ def render_card(
         title=title,
         summary=summary,
         base=f'"{base}"' if base else "folder",
+        own_copy=_OWN_COPY.format(base=base) if base and not base_model else "",
         model=base or REPOSITORY,
         face=f'f"{{folder}}/{reference}"' if "/" in reference else f'"{reference}"',
         repository=REPOSITORY,
