@@ -23,7 +23,6 @@ from .face_identity import FaceIdentity, capture_hidden_states
 from .face_layout import layer_regions
 from .face_loader_mixin import FaceLoaderMixin
 from .face_ownership import sole_use
-from .pipeline_controlnet import call_with_control
 
 
 if TYPE_CHECKING:  # only needed where a layout is searched for faces, but the loader has to find their names here
@@ -119,4 +118,6 @@ class StableDiffusionFaceFusionPipeline(FaceFusionMixin, StableDiffusionPipeline
             return super().__call__(prompt, *args, **kwargs)
         if args:
             raise TypeError("with control_image all arguments after the prompt have to be named")
+        from .pipeline_controlnet import call_with_control  # here: diffusers' ControlNet pipeline is slow to import
+
         return call_with_control(self, prompt, control_image, control_kind, depth_estimator, **kwargs)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import face, generate, tiny_pipeline
+from tiny_models import face, generate, tiny_controlnet, tiny_pipeline
 
 from face_fusion_pipeline.face_adapter import create_adapter
 
@@ -22,13 +22,15 @@ import torch
 torch.set_num_threads(1)
 from PIL import Image
 from safetensors.torch import save_file
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionPipeline
 way, package, work = sys.argv[1:]
 options = {"trust_remote_code": True}
 if way == "import":
     sys.path.insert(0, os.path.dirname(package))
     import face_fusion_pipeline
     assert "torchvision" not in sys.modules
+    face_fusion_pipeline.StableDiffusionFaceFusionPipeline
+    assert "diffusers.pipelines.controlnet.pipeline_controlnet" not in sys.modules  # slow: imported when called for
     pipe = face_fusion_pipeline.StableDiffusionFaceFusionPipeline.from_pretrained(work + "/model")
 elif way == "folder":
     pipe = DiffusionPipeline.from_pretrained(work + "/model", custom_pipeline=package, **options)
@@ -59,6 +61,11 @@ identity = type(identity).load(work + "/" + way + "-identity.safetensors")
 generator = torch.Generator().manual_seed(0)
 latents = pipe("a cat", face_image=identity, generator=generator, num_inference_steps=3, output_type="latent").images
 save_file({"latents": latents}, work + "/" + way + ".safetensors")
+
+pipe.register_modules(controlnet=ControlNetModel.from_pretrained(work + "/controlnet"))
+options = {"num_inference_steps": 1, "output_type": "latent", "generator": generator.manual_seed(0)}
+controlled = pipe("a cat", face_image=identity, control_image=Image.new("L", (16, 16)), **options).images
+assert controlled.shape == latents.shape, controlled.shape
 """
 
 
@@ -68,6 +75,7 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loading")
     pipe = tiny_pipeline()
     pipe.save_pretrained(folder / "model")
+    tiny_controlnet(pipe.unet).save_pretrained(folder / "controlnet")
     pipe.set_face_fusion_adapter(create_adapter(pipe.unet, metadata={"resolution": 16}))
     pipe.save_face_fusion_adapter(folder)
     face().save(folder / "face.png")
