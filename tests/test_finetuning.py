@@ -152,6 +152,23 @@ def test_references_are_other_photos_of_the_person_or_altered_crops(data: Path, 
     assert not torch.allclose(latents[0], latents[1])
 
 
+def test_what_may_not_be_a_reference_is_a_target_only(tmp_path: Path, base: Any) -> None:
+    photos = write_photos(tmp_path / "photos", ["ada", "ada", "ada", "bob", "bob"])
+    rows = [json.loads(line) for line in (photos / "metadata.jsonl").read_text().splitlines()]
+    for number in (1, 4):
+        rows[number]["as_reference"] = False
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = prepare(open_source(photos), tmp_path / "data", PrepareOptions(SELECTION), progress=False)
+    assert (report["paired_with_another_photo"], report["paired_with_itself"]) == (4, 1)
+    kept = read_rows(tmp_path / "data")
+    pairs = Pairs(tmp_path / "data", encode(tmp_path / "data", base, progress=False), split_people(kept, 0, seed=0)[0])
+    found = {number: pairs.references[number] for number in range(5)}
+    assert found[0] == [(2, 0)] and found[1] == [(0, 0), (2, 0)] and found[2] == [(0, 0)] and found[4] == [(3, 0)]
+    assert {owner for owner, _ in found[3]} == {3}, (
+        "bob's other photo may not stand for him: altered crops of this one"
+    )
+
+
 def test_validation_shares_nobody_with_training(data: Path) -> None:
     rows = read_rows(data)
     people, aside = split_people(rows, 3, seed=1)

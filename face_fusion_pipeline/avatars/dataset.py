@@ -58,6 +58,7 @@ def describe(scene: Scene, rendered: Rendered, row: int) -> dict[str, Any]:
         "clothings": [p.clothing for p in people],
         "background": scene.background,
         "style": scene.style,
+        "as_reference": scene.style == "photo",  # a drawing tells no colours
         "yaw": round(people[0].yaw, 2),
         "boxes": rounded(rendered.boxes[row]),
         "landmarks5": rounded(rendered.landmarks5[row]),

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from ..face_adapter import save_tensors
 from ..training.unet import fingerprint
 from .augmentation import augmented
 from .base_model import BaseModel
-from .preparation import METADATA, Row, read_rows, write_text
+from .preparation import METADATA, Row, has_partner, read_rows, write_text
 from .sources import DataError
 
 
@@ -116,12 +115,6 @@ def is_whole(path: Path) -> bool:
             return bool(file.metadata())
     except (SafetensorError, OSError):
         return False
-
-
-def has_partner(rows: list[Row]) -> list[bool]:
-    """Whether another photo serves as reference of each row: one of the same person, or one that the source named."""
-    people = Counter(row["identity"] for row in rows if row["identity"] is not None)
-    return [row["own_reference"] or people[row["identity"]] > 1 for row in rows]
 
 
 def picture_shard(

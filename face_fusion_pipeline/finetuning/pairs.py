@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .latent_cache import Cache, Shards, has_partner
-from .preparation import Row, read_rows
+from .latent_cache import Cache, Shards
+from .preparation import Row, has_partner, may_be_reference, read_rows
 from .sources import DataError
 
 
@@ -39,7 +39,7 @@ class Pairs:
         partnered = has_partner(self.rows)
         for members in people:
             for index in members:
-                others = [(other, 0) for other in members if other != index]
+                others = [(other, 0) for other in members if other != index and may_be_reference(self.rows[other])]
                 if self.rows[index]["own_reference"] or not (partnered[index] and others):
                     count = self.shards.reference_count(index)
                     others = [(index, number) for number in range(min(1, count - 1), count)]

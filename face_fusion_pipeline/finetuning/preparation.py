@@ -155,6 +155,7 @@ def _example(photo: Photo, name: str, out: Path, options: PrepareOptions, detect
         "text": example.text,
         "identity": photo.identity,
         "own_reference": photo.reference is not None,
+        "as_reference": photo.as_reference,
         "box": example.box,
         "landmarks5": example.landmarks5,
         "thumbnail": example.thumbnail,
@@ -188,10 +189,21 @@ def _merge(out: Path, count: int) -> tuple[list[Row], list[Row]]:
     return kept, skipped
 
 
+def may_be_reference(row: Row) -> bool:
+    """Whether the source lets the photo stand for the person's others; all could before it was asked."""
+    return bool(row.get("as_reference", True))
+
+
+def has_partner(rows: list[Row]) -> list[bool]:
+    """Whether another photo serves as reference of each row: one of the same person, or one that the source named."""
+    shown = Counter(row["identity"] for row in rows if row["identity"] is not None and may_be_reference(row))
+    return [row["own_reference"] or shown[row["identity"]] > may_be_reference(row) for row in rows]
+
+
 def describe(kept: list[Row], skipped: list[Row], options: PrepareOptions) -> dict[str, Any]:
     """The report: how many photos were read, kept, and skipped for which reason; how many have a partner."""
     people = Counter(row["identity"] for row in kept if row["identity"] is not None)
-    paired = sum(row["own_reference"] or people[row["identity"]] > 1 for row in kept)
+    paired = sum(has_partner(kept))
     return {
         "read": len(kept) + sum(row["reason"] != BROKEN_SHARD for row in skipped),
         "kept": len(kept),

@@ -47,6 +47,7 @@ class Photo:
         box: the face, XYXY pixels, if the source knows it.
         landmarks5: five points of the face, see `face_detectors.Face`, if the source knows them.
         reference: photo that shows the face to be taken as reference, if the source names one.
+        as_reference: whether it may serve as reference of the person's other photos; a drawing, say, may not.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Photo:
     box: Box | None = None
     landmarks5: list[list[float]] | None = None
     reference: Path | None = None
+    as_reference: bool = True
 
 
 class Piece(Protocol):
@@ -153,6 +155,7 @@ def _face_fields(record: dict[str, Any]) -> dict[str, Any]:
         "people": people[0] if people else None,
         "box": box,
         "landmarks5": points,
+        "as_reference": bool(record.get("as_reference", True)),
     }
 
 
