@@ -3,6 +3,7 @@
     python -m benchmarks floor                             # the least possible cost, counted; needs no time
     python -m benchmarks compare --shape avatar --steps 20 # all variants in alternation
     python -m benchmarks compare --device cuda --dtype float16 bfloat16 --compile none inductor --steps 20
+    python -m benchmarks added                             # what a face adds, timed where it is added
     python -m benchmarks grow                              # more references, people, pixels, images
     python -m benchmarks regions                           # several people: grouped queries against a dense mask
     python -m benchmarks profile                           # where the time over the plain pipeline goes
@@ -20,6 +21,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,35 @@ def compare(args: argparse.Namespace) -> None:
     everything = [result for results in groups.values() for result in results]
     write_csv(args.out / f"{name.replace(' ', '-')}.csv", everything)
     draw(args, name, comparison_plot, groups)
+    deliver(args, name, text)
+
+
+def added(args: argparse.Namespace) -> None:
+    """Time what a face adds: before the loop, and in each attention layer that sees it."""
+    from .added import PAIRS, added_table, measure_added, write_rounds
+    from .floor import STEPS
+    from .report import machine
+    from .variants import comparison, growth
+
+    setup = one_setup(args)
+    if setup.compile != "none":
+        raise SystemExit("added times single layers, which a compiled graph does not have: leave --compile out")
+    known = comparison(setup.sizes)
+    plain = next(variant for variant in known if variant.label == COMPARED_WITH)
+    if args.grow:  # the sweeps whose points are all compared with the one plain picture
+        sweeps = {name: points for name, points in growth(setup.sizes).items() if points[0].label == plain.label}
+        known = [replace(one, label=f"{name}: {one.label}") for name, points in sweeps.items() for one in points[1:]]
+    variants = chosen([plain, *known], args.variants)
+    ours = [variant for variant in variants if variant.use is not None and variant.use.references]
+    rows = measure_added(setup, [plain, *ours], args.rounds, say)
+    name = named(args, "grow" if args.grow else "", args.device)
+    write_rounds(args.out / f"{name.replace(' ', '-')}.csv", rows)
+    images = [one.plain for row in rows for one in row.rounds]
+    text = f"**{setup}**\n\n{added_table(args.shape, rows)}\n"
+    text += f"A plain image of {STEPS} steps with guidance takes {statistics.median(images):.4g} s"
+    text += f" (median; {min(images):.4g} to {max(images):.4g}; extrapolated). Medians over {args.rounds} rounds as "
+    text += f"median [least, greatest], each layer {PAIRS} times in turn with and without the face; shares are of a "
+    text += f"plain image. {machine(setup)}"
     deliver(args, name, text)
 
 
@@ -280,7 +311,9 @@ def soak(args: argparse.Namespace) -> None:
 
 # --- Command line ------------------------------------------------------------------------------------------------
 
-COMMANDS = {command.__name__: command for command in (floor, compare, grow, regions, profile, load, soak, alone)}
+COMMANDS = {
+    command.__name__: command for command in (floor, compare, added, grow, regions, profile, load, soak, alone)
+}
 DEFAULT_STEPS = {"sd15": 3, "avatar": 20, "tiny": 2}
 
 
@@ -303,9 +336,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         add("--out", type=Path, default=Path("benchmarks/results"))
         add("--page", nargs="?", type=Path, const=PAGE, help="also put the tables into benchmarks/README.md")
         add("--tag", default="", help="a word at the end of the result's name")
-        if name in ("compare", "grow", "load", "regions"):
+        if name in ("compare", "added", "grow", "load", "regions"):
             add("--rounds", type=int, default=5)
-        if name in ("compare", "profile"):
+        if name == "added":
+            add("--grow", action="store_true", help="more references, people and reference pixels instead")
+        if name in ("compare", "added", "profile"):
             add("--variants", nargs="+", help="labels of the rows (default: all)")
         if name == "compare":
             add(

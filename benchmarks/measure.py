@@ -116,8 +116,43 @@ class Timing:
         return self.once + STEPS * self.step
 
 
-def timed(job: Job, setup: Setup) -> Timing:
-    """Run the job once."""
+class Decoder:
+    """The VAE's decoder, which all variants share: it is run once for latents of each size, instead of in every call.
+
+    On a CPU it takes as long as two steps, and would only add to the noise between variants.
+    """
+
+    def __init__(self, vae: Any, setup: Setup) -> None:
+        self.vae, self.setup = vae, setup
+        self.seconds: dict[torch.Size, float] = {}
+        self.operations: dict[torch.Size, int] = {}
+
+    @torch.no_grad()
+    def time(self, latents: torch.Tensor) -> float:
+        """Seconds of decoding latents of this size; measured again after `forget`."""
+        if latents.shape not in self.seconds:
+            start = time.perf_counter()
+            self.vae.decode(latents)
+            self.setup.synchronize()
+            self.seconds[latents.shape] = time.perf_counter() - start
+        return self.seconds[latents.shape]
+
+    def forget(self) -> None:
+        """Measure anew."""
+        self.seconds.clear()
+
+    @torch.no_grad()
+    def count(self, latents: torch.Tensor) -> int:
+        """Operations of decoding latents of this size."""
+        if latents.shape not in self.operations:
+            with flop_counter() as counter:
+                self.vae.decode(latents)
+            self.operations[latents.shape] = counter.get_total_flops()
+        return self.operations[latents.shape]
+
+
+def timed(job: Job, setup: Setup, decoder: Decoder | None = None) -> Timing:
+    """Run the job once; with a `decoder` it ends with latents, and the decoder's time is added."""
     ends: list[float] = []
 
     def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -127,15 +162,18 @@ def timed(job: Job, setup: Setup) -> Timing:
 
     setup.synchronize()
     start = time.perf_counter()
-    job.call(num_inference_steps=setup.steps, callback_on_step_end=after_step)
+    options = {} if decoder is None else {"output_type": "latent"}
+    output = job.call(num_inference_steps=setup.steps, callback_on_step_end=after_step, **options)
     setup.synchronize()
     total = time.perf_counter() - start
+    if decoder is not None:
+        total += decoder.time(output.images)
     step = statistics.median(later - earlier for earlier, later in zip(ends, ends[1:], strict=False))
     return Timing(step, total - setup.steps * step)
 
 
-def counted(job: Job) -> Cost:
-    """Operations of a whole image, from a run of two steps; it also warms up."""
+def counted(job: Job, decoder: Decoder | None = None) -> Cost:
+    """Operations of a whole image, from a run of two steps; it also warms up. For `decoder` see `timed`."""
     marks = []
     with flop_counter() as counter:
 
@@ -143,9 +181,11 @@ def counted(job: Job) -> Cost:
             marks.append(counter.get_total_flops())
             return {}
 
-        job.call(num_inference_steps=2, callback_on_step_end=after_step)
+        options = {} if decoder is None else {"output_type": "latent"}
+        output = job.call(num_inference_steps=2, callback_on_step_end=after_step, **options)
     step = marks[1] - marks[0]
-    return Cost(counter.get_total_flops() + (STEPS - 2) * step)
+    decoding = 0 if decoder is None else decoder.count(output.images)
+    return Cost(counter.get_total_flops() + decoding + (STEPS - 2) * step)
 
 
 @dataclass
@@ -187,6 +227,7 @@ def reason(error: Exception) -> str:
 def measure(setup: Setup, variants: Sequence[Variant], rounds: int, say: Callable[[str], None]) -> list[Result]:
     """All variants in one process, `rounds` times in alternation, each round beginning one variant later."""
     model = setup.model()
+    decoder = Decoder(model.components["vae"], setup)
     jobs: list[tuple[Result, Job]] = []
     results = []
     for variant in variants:
@@ -194,7 +235,7 @@ def measure(setup: Setup, variants: Sequence[Variant], rounds: int, say: Callabl
         results.append(result)
         try:
             job = variant.build(model)
-            result.flops = counted(job).flops
+            result.flops = counted(job, decoder).flops
             job = setup.prepare(job)
             if setup.compile != "none" or setup.attention != "default":
                 timed(job, setup)  # warm up again, and see whether it can run at all
@@ -205,8 +246,9 @@ def measure(setup: Setup, variants: Sequence[Variant], rounds: int, say: Callabl
             jobs.append((result, job))
     for turn in range(rounds):
         shift = turn % max(1, len(jobs))
+        decoder.forget()
         for result, job in jobs[shift:] + jobs[:shift]:
-            result.timings.append(timed(job, setup))
+            result.timings.append(timed(job, setup, decoder))
         say(f"{setup}: round {turn + 1} of {rounds}")
     jobs.clear()
     gc.collect()  # pipelines refer to themselves, and processes that come next need the memory

@@ -3,18 +3,23 @@
 import csv
 import json
 import mmap
+import time
+import types
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import measure, regions, report
+from benchmarks import added, measure, regions, report
 from benchmarks.__main__ import PAGE, main, parse
 from benchmarks.floor import STEPS, arithmetic, count_flops, floor_ratio
 from benchmarks.measure import Job, Result, Setup, Timing, counted, slope, timed
 from benchmarks.regions import Layer, added_bytes, measure_layer, region_row
 from benchmarks.shapes import SHAPES, Model, twin
 from benchmarks.variants import comparison, growth, plain
+from face_fusion_pipeline.face_attention import FaceFusionAttnProcessor, attention_layers
 
 
 TINY = SHAPES["tiny"]
@@ -93,10 +98,85 @@ def test_a_whole_image_is_extrapolated_from_its_steps(monkeypatch):
     assert timing.image == 2.0 + STEPS * 2.0
 
 
+def test_decoding_is_timed_once_for_each_size(model, monkeypatch):
+    decoded = []
+    decoder = measure.Decoder(types.SimpleNamespace(decode=lambda x: (decoded.append(x.shape), time.sleep(0.2))), None)
+    decoder.setup = Setup("tiny", steps=2)
+    job = plain(model)
+    monkeypatch.setattr(job.pipe.vae, "decode", lambda *args, **kwargs: pytest.fail("the call itself decodes"))
+    assert timed(job, decoder.setup, decoder).once > 0.2
+    assert timed(job, decoder.setup, decoder).once > 0.2 and len(decoded) == 1
+    decoder.forget()
+    timed(job, decoder.setup, decoder)
+    assert decoded == [(1, 4, 8, 8)] * 2
+    monkeypatch.undo()
+    assert counted(job, measure.Decoder(job.pipe.vae, decoder.setup)).flops == counted(job).flops
+
+
 def test_ratios_are_taken_within_a_round():
     base, other = result("plain", 1.0, 10.0, 2.0), result("reference pipeline", 2.0, 20.0, 5.0)
     assert other.ratios(base, "image") == [2.0, 2.0, 2.5]
     assert report.ratio(other.ratios(base, "image")) == "2.000 [2.000, 2.500]"
+
+
+def faces_cost(monkeypatch, each):
+    """Every attention to a face takes `each` seconds longer; nothing else does."""
+    attend = FaceFusionAttnProcessor._attend_people
+
+    def slowly(self, attn, query, key, value, mask, people):
+        if people:
+            time.sleep(each)
+        return attend(self, attn, query, key, value, mask, people)
+
+    monkeypatch.setattr(FaceFusionAttnProcessor, "_attend_people", slowly)
+
+
+def test_what_a_face_adds_is_found_in_the_layers_and_before_the_loop(model, monkeypatch):
+    variants = {variant.label: variant for variant in comparison(TINY)}
+    setup = Setup("tiny", steps=2)
+    job, saved = (variants[label].build(model) for label in ("1 reference, 8 px", "saved identity, 8 px"))
+    layers = len(attention_layers(job.pipe.unet, "attn2"))
+    faces_cost(monkeypatch, 0.02)
+    encode = job.pipe.vae.encode
+    monkeypatch.setattr(job.pipe.vae, "encode", lambda *args, **kwargs: (time.sleep(0.5), encode(*args, **kwargs))[1])
+    found = added.added_by(job, setup, plain=(10.0, 0.0))
+    assert 0.5 < found.before < 1.5
+    assert found.attention.keys() == {64, 16} and 0.02 * layers < found.step < 0.04 * layers
+    assert found.ratio == pytest.approx(1 + (found.before + STEPS * found.step) / found.plain)
+    assert 10 < found.plain < 10 + STEPS * 0.02 * layers, "the step that it is compared with sees no face"
+    assert added.added_by(saved, setup, plain=(10.0, 0.0)).before < 0.4, "nothing is encoded"
+
+
+def test_a_picture_is_the_same_while_its_layers_are_timed(model):
+    for label in ("1 reference, 8 px", "2 people, 8 px", "training-free, 8 px"):
+        job = next(variant for variant in comparison(TINY) if variant.label == label).build(model)
+        pictures = []
+        for watch in (False, True):
+            if isinstance(job.call, partial):
+                job.call.keywords["generator"].manual_seed(0)
+            with added.layers_timed(job.pipe.unet, Setup("tiny")) if watch else nullcontext({}) as seconds:
+                pictures.append(job.call(num_inference_steps=2, output_type="np").images)
+        assert seconds, label
+        assert all("forward" not in vars(layer) for layer in attention_layers(job.pipe.unet, "attn2").values())
+        if isinstance(job.call, partial):  # elsewhere the noise goes on from call to call
+            assert (pictures[0] == pictures[1]).all(), label
+
+
+def test_added_writes_its_table_and_rounds(tmp_path, capsys):
+    labels = ["1 reference, 8 px", "saved identity, 8 px"]
+    main(["added", "--shape", "tiny", "--rounds", "2", "--out", str(tmp_path), "--variants", *labels])
+    table = capsys.readouterr().out
+    assert all(f"| {label} |" in table for label in labels) and "3 references" not in table
+    with (tmp_path / "added-tiny-cpu.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 2  # variants, rounds, sizes of layers
+    assert {row["queries"] for row in rows} == {"64", "16"}
+    points = ["references: 8", "people: 2", "reference px: 16"]
+    main(["added", "--shape", "tiny", "--grow", "--rounds", "1", "--out", str(tmp_path), "--variants", *points])
+    table = capsys.readouterr().out
+    assert all(f"| {label} |" in table for label in points) and "people: 3" not in table
+    with pytest.raises(SystemExit, match="compile"):
+        main(["added", "--shape", "tiny", "--compile", "inductor", "--out", str(tmp_path)])
 
 
 def test_resident_memory_is_seen_to_grow():
@@ -160,8 +240,14 @@ def test_a_long_run_reports_memory_and_recompilation(tmp_path):
 def test_page_has_a_place_for_every_result():
     page = PAGE.read_text()
     names = ["floor sd15", "floor avatar", "compare sd15 cpu", "compare avatar cpu", "compare sd15 cuda"]
-    names += ["grow sd15 cpu", "grow sd15 cuda", "profile sd15 cpu", "profile sd15 cuda", "load sd15"]
-    names += ["soak avatar cpu", "soak sd15 cuda", "compare sd15 cuda compiled", "compare sd15 cuda attention"]
+    names += ["added sd15 cpu", "added sd15 grow cpu", "grow avatar cpu", "grow sd15 cuda", "profile sd15 cuda"]
+    names += [
+        "load sd15",
+        "soak avatar cpu",
+        "soak sd15 cuda",
+        "compare sd15 cuda compiled",
+        "compare sd15 cuda attention",
+    ]
     for name in names:
         assert f"<!-- begin {name} -->\n" in page and f"<!-- end {name} -->" in page, name
     with pytest.raises(ValueError, match="begin other"):
