@@ -35,7 +35,7 @@ def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     for name, identity in (("ada", 1_100_007), ("bob", 1_100_004)):
         sheet.portrait(identity).save(folder / f"{name}.png")
-    scene = sample_scene(1, [1_100_007], expression="smiling", background="plain blue", style="photo", yaw=-8)
+    scene = sample_scene(2, [1_100_007], expression="smiling", background="plain blue", style="photo", yaw=-8)
     to_pil(render([scene], 256).images[0]).save(folder / "ada_2.png")
     frontal = {"yaw": 0, "pitch": 0, "roll": 0, "expression": "neutral"}  # so that both faces are found
     pair = sample_scene(6, [1_100_010, 1_100_011], style="photo", background="plain blue", **frontal)

@@ -13,7 +13,8 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter
 from face_fusion_pipeline.cli import build_parser, main
@@ -65,6 +66,11 @@ def data(tmp_path_factory: pytest.TempPathFactory, base: Any) -> Path:
     prepare(open_source(photos), root / "data", PrepareOptions(SELECTION), progress=False)
     encode(root / "data", base, progress=False)
     return root / "data"
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return dict(opened.metadata())
 
 
 def pairs_of(data: Path, base: Any, validation: int = 2) -> tuple[Pairs, Pairs]:
@@ -465,10 +471,15 @@ def test_photos_are_prepared_on_the_way(train: Any, tmp_path: Path) -> None:
 def test_weights_can_be_trained_on(train: Any, tmp_path: Path) -> None:
     assert train(validation_people=0)[0] == 0
     first = tmp_path / "out" / "face_fusion_adapter.safetensors"
+    a, metadata = load_file(first), metadata_of(first)
+    save_file(a, first, {**metadata, "base_fingerprint": "0 1 2"})  # as if of a fine-tune of the same base
     second = {"init_adapter": first.parent, "out": tmp_path / "second", "learning_rate": 1e-9}
     assert train(**second)[0] == 0
-    a, b = load_file(first), load_file(tmp_path / "second" / first.name)
+    b = load_file(tmp_path / "second" / first.name)
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+    assert metadata_of(tmp_path / "second" / first.name) == metadata
+    record, former = (json.loads((out / "training.json").read_text()) for out in (tmp_path / "second", first.parent))
+    assert record["face-fusion"]["continues"] == former["face-fusion"]
     status, errors = train("--token-count-bias", **{**second, "init_adapter": first})
     assert status == 2 and "token_count_bias" in errors
 

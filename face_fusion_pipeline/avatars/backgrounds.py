@@ -40,14 +40,14 @@ def _garden(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     bump = 0.06 * torch.sin(9 * x + 6 * _n(r, 0)) + 0.04 * torch.sin(21 * x + 9 * _n(r, 1))
     hedge = 0.25 + 0.3 * _n(r, 2) + bump
     image = _over(image, _rgb(x, 0.13, 0.42, 0.16), _ramp(hedge - y))
-    leaves = (torch.sin(31 * x + 7 * y) * torch.sin(27 * y - 9 * x)) * _ramp(hedge - y)
+    leaves = (torch.sin(15 * x + 4 * y) * torch.sin(13 * y - 5 * x)) * _ramp(hedge - y)
     image = image + 0.05 * leaves.unsqueeze(1)
     lawn = -0.35 + 0.2 * _n(r, 3)
     image = _over(image, _rgb(x, 0.38, 0.68, 0.22), _ramp(lawn - y))
-    for k in range(8):
+    for k in range(5):
         fx, fy = 2 * _n(r, 4 + 2 * k) - 1, lawn - 0.05 + 0.5 * (_n(r, 5 + 2 * k) - 0.35)
         colour = ((0.95, 0.25, 0.30), (0.98, 0.85, 0.25), (0.92, 0.45, 0.80), (0.98, 0.98, 0.98))[k % 4]
-        image = _over(image, _rgb(x, *colour), _ramp(0.075 - ((x - fx).square() + (y - fy).square()).sqrt()))
+        image = _over(image, _rgb(x, *colour), _ramp(0.11 - ((x - fx).square() + (y - fy).square()).sqrt()))
     return image
 
 
@@ -57,7 +57,7 @@ def _beach(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     image = _over(image, _rgb(x, 1.0, 0.95, 0.60), _ramp(0.16 - ((x - sx).square() + (y - sy).square()).sqrt(), 0.03))
     horizon = 0.05 + 0.25 * _n(r, 2)
     image = _over(image, _rgb(x, 0.08, 0.42, 0.62), _ramp(horizon - y + 0 * x))
-    image = image + 0.05 * (torch.sin(60 * y + 5 * torch.sin(6 * x)) * _ramp(horizon - y)).unsqueeze(1)
+    image = image + 0.05 * (torch.sin(28 * y + 3 * torch.sin(4 * x)) * _ramp(horizon - y)).unsqueeze(1)
     shore = horizon - 0.45 - 0.15 * _n(r, 3) + 0.04 * torch.sin(4 * x + 6 * _n(r, 4))
     image = _over(image, _rgb(x, 0.96, 0.97, 0.97), _ramp(shore + 0.05 - y))
     return _over(image, _rgb(x, 0.93, 0.83, 0.60), _ramp(shore - y))
@@ -65,39 +65,39 @@ def _beach(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
 
 def _city(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     image = _sky(x, y, _rgb(x, 0.50, 0.58, 0.72), _rgb(x, 0.92, 0.78, 0.70))
-    count = 7
+    count = 5
     column = ((x + 1) / 2 * count + _n(r, 0)).floor().long()
     pick = r.gather(1, (column.flatten(1) + 2).clamp(0, _NUMBERS - 1)).view_as(x)
     top = -0.05 + 0.95 * pick
     shade = (0.28 + 0.28 * r.gather(1, (column.flatten(1) + 20).clamp(0, _NUMBERS - 1)).view_as(x)).unsqueeze(1)
     image = _over(image, shade * _rgb(x, 0.85, 0.92, 1.10), _ramp(top - y))
-    inside_x = (((x + 1) / 2 * count + _n(r, 0)) * 3).remainder(1)
-    inside_y = (y * 7).remainder(1)
-    window = (inside_x > 0.3) * (inside_x < 0.75) * (inside_y > 0.3) * (inside_y < 0.75) * (y < top - 0.06)
+    inside_x = (((x + 1) / 2 * count + _n(r, 0)) * 2).remainder(1)
+    inside_y = (y * 4).remainder(1)
+    window = (inside_x > 0.25) * (inside_x < 0.75) * (inside_y > 0.25) * (inside_y < 0.75) * (y < top - 0.06)
     image = _over(image, _rgb(x, 0.98, 0.88, 0.50), window.float() * 0.85)
     return _over(image, _rgb(x, 0.30, 0.30, 0.33), _ramp(-0.62 - y))
 
 
 def _forest(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     image = _sky(x, y, _rgb(x, 0.30, 0.50, 0.28), _rgb(x, 0.10, 0.24, 0.12))
-    for k in range(6):
-        cx = -1 + 2 * (k + 0.15 + 0.7 * _n(r, k)) / 6
-        half = 0.05 + 0.05 * _n(r, 10 + k)
+    for k in range(4):
+        cx = -1 + 2 * (k + 0.15 + 0.7 * _n(r, k)) / 4
+        half = 0.08 + 0.06 * _n(r, 10 + k)
         trunk = _ramp(half - (x - cx + 0.03 * y).abs())
         image = _over(image, _rgb(x, 0.33, 0.21, 0.12) * (0.7 + 0.5 * r[:, 20 + k, None, None, None]), trunk)
-    for k in range(8):
+    for k in range(5):
         cx, cy = 2 * _n(r, 30 + k) - 1, 0.62 + 0.35 * _n(r, 40 + k)
-        blob = _ramp(0.30 - ((x - cx).square() + (y - cy).square()).sqrt(), 0.08)
+        blob = _ramp(0.36 - ((x - cx).square() + (y - cy).square()).sqrt(), 0.08)
         image = _over(image, _rgb(x, 0.10, 0.40 + 0.03 * k, 0.14), blob)
     return _over(image, _rgb(x, 0.16, 0.30, 0.10), _ramp(-0.60 - y))
 
 
 def _space(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     image = _sky(x, y, _rgb(x, 0.02, 0.02, 0.08), _rgb(x, 0.08, 0.04, 0.20))
-    for k in range(26):
+    for k in range(14):
         sx, sy = 2 * _n(r, k) - 1, 2 * _n(r, k + 26) - 1
         image = _over(
-            image, _rgb(x, 1.0, 1.0, 0.95), _ramp(0.022 - ((x - sx).square() + (y - sy).square()).sqrt(), 0.02)
+            image, _rgb(x, 1.0, 1.0, 0.95), _ramp(0.04 - ((x - sx).square() + (y - sy).square()).sqrt(), 0.02)
         )
     px, py, size = 1.5 * _n(r, 55) - 0.75, 0.45 + 0.4 * _n(r, 56), 0.18 + 0.12 * _n(r, 57)
     away = ((x - px).square() + (y - py).square()).sqrt()
@@ -106,10 +106,10 @@ def _space(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
 
 
 def _library(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    shelves = 5
+    shelves = 3
     level = ((y + 1) / 2 * shelves + _n(r, 0)).floor().long()
     inside = ((y + 1) / 2 * shelves + _n(r, 0)).remainder(1)
-    book = ((x + 1) / 2 * 13 + 3 * _n(r, 1)).floor().long()
+    book = ((x + 1) / 2 * 7 + 3 * _n(r, 1)).floor().long()
     pick = r.gather(1, ((book * 7 + level * 11) % _NUMBERS).flatten(1)).view_as(x)
     hue = torch.stack(
         (
@@ -119,7 +119,7 @@ def _library(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
         ),
         1,
     )
-    spine = ((x + 1) / 2 * 13 + 3 * _n(r, 1)).remainder(1)
+    spine = ((x + 1) / 2 * 7 + 3 * _n(r, 1)).remainder(1)
     image = hue * (0.75 + 0.25 * (spine > 0.12).float()).unsqueeze(1)
     image = _over(image, _rgb(x, 0.12, 0.07, 0.04), (inside > 0.72 + 0.16 * pick).float())
     return _over(image, _rgb(x, 0.45, 0.28, 0.14), (inside < 0.13).float())

@@ -40,17 +40,18 @@ class Face(NamedTuple):
     lip: Tensor  # lip thickness
     tears: Tensor
     teeth: Tensor
+    flush: Tensor  # how red anger makes the skin
 
 
-#                curve  open  widen  brow_up  brow_slope  lid_top lid_low tears teeth
+#                curve  open  widen  brow_up  brow_slope  lid_top lid_low tears teeth flush
 _EXPRESSION_TABLE = {
-    "neutral": (0.00, 0.000, 1.00, 0.00, 0.00, 1.00, 1.00, 0.0, 0.0),
-    "smiling": (0.11, 0.000, 1.15, 0.01, -0.03, 0.97, 0.80, 0.0, 0.0),
-    "laughing": (0.10, 0.085, 1.18, 0.03, -0.05, 0.78, 0.65, 0.0, 1.0),
-    "sad": (-0.10, 0.000, 0.94, 0.02, -0.26, 0.82, 1.00, 0.0, 0.0),
-    "crying": (-0.11, 0.035, 1.00, 0.00, -0.26, 0.66, 0.75, 1.0, 0.0),
-    "angry": (-0.06, 0.025, 1.00, -0.05, 0.32, 0.80, 0.90, 0.0, 1.0),
-    "surprised": (0.00, 0.100, 0.70, 0.08, -0.03, 1.22, 1.15, 0.0, 0.0),
+    "neutral": (0.00, 0.000, 1.00, 0.00, 0.00, 1.00, 1.00, 0.0, 0.0, 0.0),
+    "smiling": (0.15, 0.000, 1.18, 0.02, -0.03, 0.97, 0.80, 0.0, 0.0, 0.0),
+    "laughing": (0.12, 0.105, 1.20, 0.03, -0.05, 0.75, 0.62, 0.0, 1.0, 0.0),
+    "sad": (-0.15, 0.000, 0.95, 0.02, -0.30, 0.81, 1.00, 0.0, 0.0, 0.0),
+    "crying": (-0.14, 0.042, 1.00, 0.01, -0.30, 0.64, 0.74, 1.0, 0.0, 0.0),
+    "angry": (-0.08, 0.038, 1.02, -0.05, 0.36, 0.80, 0.90, 0.0, 1.0, 1.0),
+    "surprised": (0.00, 0.125, 0.71, 0.09, -0.03, 1.23, 1.16, 0.0, 0.0, 0.0),
 }
 
 
@@ -58,7 +59,7 @@ def measure(genes: dict[str, Tensor], expressions: list[str]) -> Face:
     """Face measures of P people from identity columns (`identity.traits`) and one expression name each."""
     device = genes["age"].device
     table = torch.tensor([_EXPRESSION_TABLE[name] for name in EXPRESSIONS], device=device)
-    curve, opening, widen, brow_up, slope, lid_top, lid_low, tears, teeth = table[
+    curve, opening, widen, brow_up, slope, lid_top, lid_low, tears, teeth, flush = table[
         torch.tensor([EXPRESSIONS.index(name) for name in expressions], device=device)
     ].unbind(1)
 
@@ -67,31 +68,33 @@ def measure(genes: dict[str, Tensor], expressions: list[str]) -> Face:
 
     child = genes["kind=child"]
     woman = genes["kind=woman"]
-    eye_r = span("eye_size", 0.100, 0.175) * (1 + 0.22 * child)
-    eye_y = span("eye_height", -0.06, 0.13) - 0.08 * child
-    mouth_y = span("mouth_height", -0.59, -0.42) + 0.05 * child
+    eye_r = span("eye_size", 0.115, 0.185) * (1 + 0.22 * child)
+    eye_y = span("eye_height", -0.07, 0.14) - 0.08 * child
+    # Corners and middle share the curve, as in real faces: the mouth stays where it is.
+    mouth_y = span("mouth_height", -0.60, -0.41) + 0.05 * child - 0.4 * curve
     return Face(
-        width=span("head_width", 0.60, 0.90) + 0.05 * child,
+        width=span("head_width", 0.58, 0.92) + 0.05 * child,
         height=span("head_height", 0.90, 1.06),
-        jaw=span("jaw_width", 0.72, 1.03) - 0.06 * woman,
-        chin_y=-span("chin_length", 0.72, 0.95) + 0.10 * child,
-        eye_x=span("eye_spacing", 0.23, 0.40) + 0.02 * child,
+        jaw=span("jaw_width", 0.70, 1.05) - 0.06 * woman,
+        chin_y=-span("chin_length", 0.71, 0.96) + 0.10 * child,
+        eye_x=span("eye_spacing", 0.22, 0.41) + 0.02 * child,
         eye_y=eye_y,
         eye_r=eye_r,
         lid_top=lid_top * span("eye_open", 0.55, 0.95),
         lid_low=lid_low * span("eye_open", 0.45, 0.80),
-        brow_y=eye_y + eye_r + span("brow_height", 0.05, 0.20) + brow_up,
+        brow_y=eye_y + eye_r + span("brow_height", 0.04, 0.21) + brow_up,
         brow_slope=slope + span("brow_angle", -0.28, 0.28),
         brow_thick=span("brow_thick", 0.015, 0.080) * (1 - 0.25 * woman - 0.2 * child),
         brow_half=span("brow_length", 0.12, 0.23),
-        nose_y=-span("nose_length", 0.10, 0.35) + 0.07 * child,
+        nose_y=-span("nose_length", 0.085, 0.365) + 0.07 * child,
         mouth_y=mouth_y,
-        mouth_half=span("mouth_width", 0.15, 0.33) * widen,
+        mouth_half=span("mouth_width", 0.18, 0.37) * widen,
         mouth_curve=curve,
         mouth_open=opening,
-        lip=span("lip_thick", 0.018, 0.085),
+        lip=span("lip_thick", 0.025, 0.090),
         tears=tears,
         teeth=teeth,
+        flush=flush,
     )
 
 
@@ -159,13 +162,13 @@ _HAIR_SLOTS = max(map(len, _HAIR_TABLE.values()))
 # Clothes and hats: (head frame?, material, centre, radii, tilt). Hats move with the head and hide nothing of the face.
 _OUTFITS: dict[str, tuple[tuple[bool, int, tuple[float, ...]], ...]] = {
     "suit": (
-        (False, WHITE_CLOTH, (0, -1.62, 0.36, 0.24, 0.42, 0.20, 0)),
-        (False, TIE, (0, -1.72, 0.50, 0.085, 0.42, 0.12, 0)),
+        (False, WHITE_CLOTH, (0, -1.36, 0.36, 0.24, 0.42, 0.20, 0)),
+        (False, TIE, (0, -1.46, 0.50, 0.085, 0.42, 0.12, 0)),
     ),
     "astronaut suit": (
-        (False, GREY, (0, -1.22, 0.02, 0.86, 0.20, 0.70, 0)),
-        (False, SUIT_GLASS, (0.42, -1.80, 0.52, 0.15, 0.11, 0.12, 0)),
-        (False, TIE, (-0.42, -1.80, 0.52, 0.15, 0.11, 0.12, 0)),
+        (False, GREY, (0, -1.02, 0.02, 0.86, 0.16, 0.70, 0)),
+        (False, SUIT_GLASS, (0.42, -1.48, 0.50, 0.15, 0.11, 0.12, 0)),
+        (False, TIE, (-0.42, -1.48, 0.50, 0.15, 0.11, 0.12, 0)),
         (True, GREY, (-0.98, 0.02, -0.10, 0.16, 0.26, 0.24, 0)),
         (True, GREY, (0.98, 0.02, -0.10, 0.16, 0.26, 0.24, 0)),
         (True, WHITE_CLOTH, (0, 0.62, -0.22, 1.24, 0.76, 0.92, 0)),
@@ -201,7 +204,7 @@ def skin_volumes(genes: dict[str, Tensor], face: Face) -> tuple[Tensor, Tensor]:
     w, h = face.width, face.height
     one = torch.ones_like(w)
     cheek = 0.85 + 0.35 * genes["cheek"]
-    nose_w = (0.045 + 0.085 * genes["nose_width"]) * (1 - 0.15 * genes["kind=child"])
+    nose_w = (0.040 + 0.095 * genes["nose_width"]) * (1 - 0.15 * genes["kind=child"])
     tip = 0.065 + 0.095 * genes["nose_tip"]
     bridge = 0.10 + 0.12 * genes["nose_bridge"]
     chin_w = 0.20 + 0.20 * genes["chin_width"]
@@ -241,13 +244,13 @@ def build(genes: dict[str, Tensor], face: Face, clothings: list[str]) -> Parts:
             ((side * face.eye_x, face.eye_y, 0.86 - 0.95 * eye - 0.30 * face.eye_x), (eye, eye, eye), EYE, True)
         )
     rows.append(
-        ((0 * one, -1.15 * one, -0.14 * one), (0.34 + 0.05 * genes["kind=man"], 0.7 * one, 0.36 * one), NECK, False)
+        ((0 * one, -0.95 * one, -0.14 * one), (0.34 + 0.05 * genes["kind=man"], 0.7 * one, 0.36 * one), NECK, False)
     )
     body = 1.02 + 0.16 * genes["kind=man"] - 0.10 * genes["kind=child"]
-    rows.append(((0 * one, -2.20 * one, -0.12 * one), (body, 0.92 * one, 0.66 * one), CLOTH, False))
+    rows.append(((0 * one, -1.94 * one, -0.12 * one), (body, 0.92 * one, 0.66 * one), CLOTH, False))
     for side in (-1, 1):
         rows.append(
-            ((side * 0.80 * body, -1.98 * one, -0.12 * one), (0.42 * one, 0.46 * one, 0.44 * one), CLOTH, False)
+            ((side * 0.80 * body, -1.72 * one, -0.12 * one), (0.42 * one, 0.46 * one, 0.44 * one), CLOTH, False)
         )
     skin_centre, skin_radii = skin_volumes(genes, face)
     centre = torch.cat((skin_centre, torch.stack([torch.stack(c, 1) for c, *_ in rows], 1)), 1)

@@ -45,7 +45,7 @@ def rotations(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:
 
 
 def _face_box_points(genes: dict[str, Tensor], face: head.Face) -> Tensor:
-    """Head-frame points (P, 4, 3) whose projection spans the face box: temples, chin, upper forehead."""
+    """Head-frame points (P, 4, 3) whose projection spans the face box: temples, chin, hair line."""
     zero = torch.zeros_like(face.width)
     side = torch.maximum(face.width * 0.93, face.width * face.jaw * 0.9)
     return torch.stack(
@@ -53,7 +53,7 @@ def _face_box_points(genes: dict[str, Tensor], face: head.Face) -> Tensor:
             torch.stack((-side, face.eye_y - 0.1, zero + 0.15), 1),
             torch.stack((side, face.eye_y - 0.1, zero + 0.15), 1),
             torch.stack((zero, face.chin_y - 0.02, zero + 0.45), 1),
-            torch.stack((zero, zero + 0.52, zero + 0.70), 1),
+            torch.stack((zero, zero + 0.76, zero + 0.55), 1),
         ),
         1,
     )

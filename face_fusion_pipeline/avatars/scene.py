@@ -99,27 +99,27 @@ def sample_scene(seed: int, identities: Sequence[int | Identity], **fixed: Any) 
     expression = rng.choice(EXPRESSIONS)
     clothings = rng.sample(CLOTHINGS, count)
     background = rng.choice(PLACES) if rng.random() < 0.65 else f"plain {rng.choice(list(PLAIN_COLOURS))}"
-    style = rng.choices(STYLES, (0.68, 0.08, 0.08, 0.08, 0.08))[0]
+    style = rng.choices(STYLES, (0.76, 0.06, 0.06, 0.06, 0.06))[0]
     light = Light(rng.uniform(-45, 45), rng.uniform(10, 55), rng.uniform(0.45, 0.65), rng.uniform(-1, 1))
     expression = _checked("expression", fixed.get("expression", expression), EXPRESSIONS)
     given = fixed.get("clothing", clothings)
     clothings = [given] * count if isinstance(given, str) else list(given)
     if len(clothings) != count:
         raise ValueError(f"{len(clothings)} clothings for {count} people: give one, or one per person")
-    low, high = {1: (0.56, 0.68), 2: (0.41, 0.47), 3: (0.30, 0.33)}[count]
+    low, high = {1: (0.70, 0.76), 2: (0.48, 0.52), 3: (0.34, 0.36)}[count]
     people = []
     for index, identity in enumerate(identities):
         person = identity if isinstance(identity, Identity) else sample_identity(identity)
         slot = (2 * index + 1) / count - 1  # centres of `count` equal columns
         drawn = {
-            "yaw": max(-40.0, min(40.0, rng.gauss(0, 16))),
-            "pitch": rng.uniform(-10, 10),
-            "roll": rng.uniform(-9, 9),
+            "yaw": max(-25.0, min(25.0, rng.gauss(0, 10))),
+            "pitch": rng.uniform(-5, 5),
+            "roll": rng.uniform(-5, 5),
             "scale": rng.uniform(low, high),
         }
-        jitter = 0.10 if count == 1 else 0.04
+        jitter = 0.04 if count == 1 else 0.02
         x = slot + rng.uniform(-jitter, jitter)
-        y = rng.uniform(0.0, 0.1) if count == 1 else rng.uniform(-0.08, 0.12)
+        y = rng.uniform(-0.02, 0.03) if count == 1 else rng.uniform(-0.03, 0.06)
         drawn.update({name: float(fixed[name]) for name in drawn if name in fixed})
         clothing = _checked("clothing", clothings[index], CLOTHINGS)
         people.append(Person(person, x=x, y=y, expression=expression, clothing=clothing, **drawn))

@@ -104,9 +104,13 @@ def paint_face(p: Tensor, r: _Row) -> Tensor:
     ax = x.abs()
     front = (z > 0.15).float()
     skin = r.colour("skin")
+    skin = _mix(
+        skin, torch.stack((0.75 * skin[:, 0] + 0.25, 0.55 * skin[:, 1], 0.50 * skin[:, 2]), 1), 0.75 * r["flush"]
+    )
     colour = skin.clone()
     hair = r.colour("hair")
     dark_hair = hair * 0.75
+    beard_colour = 0.8 * dark_hair + 0.2 * skin  # skin shines through, so that a mouth is seen against it
 
     # Complexion: cheeks, freckles, lines of age, a mole.
     blush = torch.exp(-((ax - 0.42).square() + (y + 0.22).square()) / 0.03)
@@ -147,7 +151,7 @@ def paint_face(p: Tensor, r: _Row) -> Tensor:
         full, moustache
     )
     beard = beard + r["beard=moustache"] * moustache + r["beard=goatee"] * goatee
-    colour = _mix(colour, dark_hair, beard * (z > -0.25))
+    colour = _mix(colour, beard_colour, beard * (z > -0.25))
 
     # Mouth: a parabola through the corners; lips around it, teeth and dark inside where it is open.
     u = (x / r["mouth_half"]).clamp(-1.2, 1.2)
@@ -173,12 +177,12 @@ def paint_face(p: Tensor, r: _Row) -> Tensor:
     )
     colour = _mix(colour, dark_hair * 0.85, brow * (t.abs() < 1) * front * 0.95)
     streak = (
-        _band(ax - r["eye_x"] - 0.03, 0.045)
+        _band(ax - r["eye_x"] - 0.03, 0.055)
         * (y < r["eye_y"] - 0.5 * r["eye_r"])
         * (y > r["mouth_y"] - 0.05)
         * r["tears"]
     )
-    colour = _mix(colour, torch.stack((0.45 + 0 * y, 0.75 + 0 * y, 1.0 + 0 * y), 1), 0.85 * streak * front)
+    colour = _mix(colour, torch.stack((0.45 + 0 * y, 0.75 + 0 * y, 1.0 + 0 * y), 1), 0.95 * streak * front)
 
     # Scalp: skin above the hairline is hair, whatever volume lies on it.
     front_line = 0.66 - 0.30 * (ax / r["width"]).square() + 0.24 * (r["hairline"] - 0.5)
@@ -254,7 +258,7 @@ def paint(material: Tensor, local: Tensor, person: Tensor, table: Tensor, names:
         colour[chosen] = table[:, indices].index_select(0, person.index_select(0, chosen))
     chosen, _ = rows(HAIR)
     x, y, z = local[chosen].unbind(1)
-    strands = torch.sin(34 * x + 9 * torch.sin(3 * y) + 12 * z) * 0.10
+    strands = torch.sin(20 * x + 6 * torch.sin(3 * y) + 8 * z) * 0.06
     colour[chosen] = (colour[chosen] * (1 + strands.unsqueeze(1))).clamp(0, 1)
     return colour
 

@@ -53,7 +53,7 @@ def _faded_film(image: Tensor) -> Tensor:
 
 
 def _line_art(image: Tensor) -> Tensor:
-    ink = ((_edges(image) - 0.05) / 0.13).clamp(0, 1)
+    ink = ((_edges(_blur(image, 1)) - 0.03) / 0.10).clamp(0, 1)
     dark = ((0.22 - _grey(image)) / 0.12).clamp(0, 1)
     return (1 - torch.maximum(ink, 0.75 * dark)).clamp(0, 1).expand(-1, 3, -1, -1)
 

@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     folder = prepared_folder(args, base)
     task = create_task(args, base, folder)
     options = loop_options(args, task.size, processes.num_processes)
-    record = train(task, options, args.out)
+    earlier = args.init_adapter.parent if args.init_adapter and args.init_adapter.is_file() else args.init_adapter
+    record = train(task, options, args.out, source=earlier)
     if processes.is_main_process:
         write_card(args.out, args.model, folder, task, record, command_line(args))
         minutes = record["seconds"] / 60

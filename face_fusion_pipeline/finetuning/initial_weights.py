@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 
-from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata, FaceFusionAdapter, load_adapter, read_tensors
+from ..face_adapter import (
+    ADAPTER_WEIGHTS_NAME,
+    AdapterMetadata,
+    FaceFusionAdapter,
+    load_adapter,
+    read_tensors,
+    unet_fingerprint,
+)
 from ..training.errors import TrainingError
 
 
@@ -22,4 +30,6 @@ def continued_adapter(unet: UNet2DConditionModel, path: Path, metadata: Mapping[
             f"{path} has {changed[0]} {getattr(stored, changed[0])}, not {metadata[changed[0]]}: "
             "give the same option to go on from it"
         )
-    return load_adapter(unet, {key: value.float() for key, value in tensors.items()}, stored)
+    adapter = load_adapter(unet, {key: value.float() for key, value in tensors.items()}, stored)
+    adapter.metadata = replace(adapter.metadata, base_fingerprint=unet_fingerprint(unet))  # what it is trained on now
+    return adapter

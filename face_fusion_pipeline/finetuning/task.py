@@ -67,6 +67,7 @@ class FaceFusionTask(Task):
     """
 
     name = "face-fusion"
+    published_as = "adapter"
 
     def __init__(
         self,

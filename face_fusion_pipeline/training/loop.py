@@ -101,6 +101,7 @@ class Task(nn.Module):
     """What is trained. Only parameters with `requires_grad` are optimised, averaged and put into checkpoints."""
 
     name: str
+    published_as: str | None = None  # where its record has another name in a published model
     size: int  # training images
     settings: dict[str, Any] = {}  # options of its own, for the record of a run
 
@@ -308,7 +309,8 @@ def train(
     record = describe_run(task, options, step, time.monotonic() - started if not export_only else used, accelerator)
     if accelerator.is_main_process:
         if source is not None and (source / "training.json").is_file():
-            earlier = json.loads((source / "training.json").read_text()).get(task.name)
+            records = json.loads((source / "training.json").read_text())
+            earlier = records.get(task.name, records.get(task.published_as))
             same = earlier is not None and all(earlier[key] == record[key] for key in ("steps", "options"))
             record |= {"continues": earlier} if earlier and not same else {}  # a finished run may be given again
         with ema.applied(), torch.no_grad():
