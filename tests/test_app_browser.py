@@ -456,7 +456,7 @@ def test_two_users_at_once(open_page: Any) -> None:
 
 def test_identity_file_saved_and_loaded(open_page: Any, tmp_path: Path) -> None:
     page = open_page()
-    upload(page, png(portrait(ADA)), png(portrait(ADA, 192), "again.png"))
+    upload(page, png(portrait(ADA)), png(portrait(ADA, 224), "again.png"))
     expect(beside(page, "person_1")).to_have_text("2 photos, each with a face.")
     with page.expect_download() as download:
         page.locator("#save_1").click()

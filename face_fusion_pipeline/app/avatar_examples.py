@@ -32,7 +32,7 @@ def draw_examples(folder: Path) -> list[Example]:
     ada, smile, bob = folder / "ada.png", folder / "ada_smiling.png", folder / "bob.png"
     portrait(ADA).save(ada)
     portrait(BOB).save(bob)
-    scene = sample_scene(1, [ADA], expression="smiling", clothing="blue shirt", background="plain blue",
+    scene = sample_scene(5, [ADA], expression="smiling", clothing="blue shirt", background="plain blue",
                          style="photo", yaw=-8, pitch=0, roll=0)  # fmt: skip
     to_pil(render([scene], 256).images[0]).save(smile)
     return [
