@@ -473,13 +473,15 @@ def test_weights_can_be_trained_on(train: Any, tmp_path: Path) -> None:
     first = tmp_path / "out" / "face_fusion_adapter.safetensors"
     a, metadata = load_file(first), metadata_of(first)
     save_file(a, first, {**metadata, "base_fingerprint": "0 1 2"})  # as if of a fine-tune of the same base
+    former = json.loads((first.parent / "training.json").read_text())["face-fusion"]
+    (first.parent / "training.json").write_text(json.dumps({"adapter": former}))  # its name in a published model
     second = {"init_adapter": first.parent, "out": tmp_path / "second", "learning_rate": 1e-9}
     assert train(**second)[0] == 0
     b = load_file(tmp_path / "second" / first.name)
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
     assert metadata_of(tmp_path / "second" / first.name) == metadata
-    record, former = (json.loads((out / "training.json").read_text()) for out in (tmp_path / "second", first.parent))
-    assert record["face-fusion"]["continues"] == former["face-fusion"]
+    record = json.loads((tmp_path / "second" / "training.json").read_text())["face-fusion"]
+    assert record["continues"] == former
     status, errors = train("--token-count-bias", **{**second, "init_adapter": first})
     assert status == 2 and "token_count_bias" in errors
 
