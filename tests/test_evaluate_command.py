@@ -1,7 +1,9 @@
 """`face-fusion evaluate`: figures by hand, what is seen in a picture, the whole command on a few avatars."""
 
+import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -19,7 +21,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model, face_detectors
 from face_fusion_pipeline.avatars import caption, render, sample_scene
-from face_fusion_pipeline.cli import evaluate, main
+from face_fusion_pipeline.cli import avatars_evaluate, evaluate, main
 from face_fusion_pipeline.evaluation.alignment import face_template
 from face_fusion_pipeline.evaluation.clip_score import QUALITY_PROMPTS, ClipScore
 from face_fusion_pipeline.evaluation.comparison_tables import summarise
@@ -34,7 +36,7 @@ from face_fusion_pipeline.evaluation.copying import (
 )
 from face_fusion_pipeline.evaluation.distribution import cmmd
 from face_fusion_pipeline.evaluation.faces import FaceFinder
-from face_fusion_pipeline.evaluation.generation import Settings, keep_settings, pipeline_of
+from face_fusion_pipeline.evaluation.generation import Settings, hash_weights, keep_settings, pipeline_of
 from face_fusion_pipeline.evaluation.metrics import copy_paste_score, psnr
 from face_fusion_pipeline.evaluation.observation import Observation, Observer, distribution
 from face_fusion_pipeline.evaluation.people import Person, read_people
@@ -186,6 +188,18 @@ def test_people_have_a_reference_and_other_photos(folder: Path) -> None:
     people = read_people(folder, limit=2)
     assert [person.name for person in people] == ["ada", "bob"]
     assert people[0].reference.name == "ada/0.png" and [p.name for p in people[0].others] == ["ada/1.png"]
+
+
+def test_a_photo_that_is_no_reference_comes_after_those_that_are(folder: Path, tmp_path: Path) -> None:
+    names = [("ada/0.png", False), ("ada/1.png", True)]
+    lines = [
+        json.dumps({"file_name": name, "identity": "ada", "text": "", "as_reference": allowed})
+        for name, allowed in names
+    ]
+    shutil.copytree(folder, tmp_path / "people")
+    (tmp_path / "people" / "metadata.jsonl").write_text("\n".join(lines))
+    (ada,) = read_people(tmp_path / "people")
+    assert ada.reference.name == "ada/1.png" and [photo.name for photo in ada.others] == ["ada/0.png"]
 
 
 def test_planned_pictures_are_stable_and_paired(folder: Path, tmp_path: Path) -> None:
@@ -477,13 +491,28 @@ def test_other_settings_need_another_folder(
 def test_an_adapter_that_was_trained_on_is_another_one(tmp_path: Path) -> None:
     file, out = tmp_path / evaluate.ADAPTER_FILE, tmp_path / "out"
     file.write_bytes(b"first")
-    settings = Settings(model="m", adapter=str(tmp_path), adapter_hash=evaluate._hash(str(tmp_path)))
-    assert settings.adapter_hash == evaluate._hash(str(file)) and evaluate._hash("owner/name") is None
+    settings = Settings.of("m", str(tmp_path))
+    assert settings.weights_hash == hash_weights("m", str(file)) and hash_weights("owner/m", "owner/name") is None
     keep_settings(out, settings)
     keep_settings(out, replace(settings, batch=1))
     file.write_bytes(b"second")
     with pytest.raises(FaceFusionError, match="other settings"):
-        keep_settings(out, replace(settings, adapter_hash=evaluate._hash(str(tmp_path))))
+        keep_settings(out, Settings.of("m", str(tmp_path)))
+
+
+def test_a_model_that_was_trained_on_is_another_one(tmp_path: Path) -> None:
+    """Also for the commands that measure avatars, whose figures are published."""
+    unet, out = tmp_path / "model" / "unet", tmp_path / "out"
+    unet.mkdir(parents=True)
+    (unet / "diffusion_pytorch_model.safetensors").write_bytes(b"first")
+    arguments = argparse.Namespace(
+        model=str(tmp_path / "model"), steps=1, guidance_scale=1.0, seed=0, batch=1, adapter=None
+    )
+    keep_settings(out, avatars_evaluate._settings(arguments))
+    keep_settings(out, avatars_evaluate._settings(arguments))
+    (unet / "diffusion_pytorch_model.safetensors").write_bytes(b"second")
+    with pytest.raises(FaceFusionError, match="other settings"):
+        keep_settings(out, avatars_evaluate._settings(arguments))
 
 
 def test_the_pipeline_has_the_adapter_of_the_settings_and_no_other(tmp_path: Path) -> None:

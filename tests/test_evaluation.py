@@ -97,6 +97,14 @@ def test_bootstrap_draws_identities_not_images() -> None:
     assert bootstrap_mean(np.array([1.0, np.nan]), np.array([0, 1])).count == 1
 
 
+def test_an_interval_holds_its_mean_and_one_person_gives_none() -> None:
+    for count in range(2, 30):  # sums of equal numbers differ by rounding
+        equal = bootstrap_mean(np.full(3 * count, 0.1), np.repeat(np.arange(count), 3))
+        assert equal.low <= equal.mean <= equal.high
+    alone = bootstrap_mean(np.random.default_rng(0).random(20), np.zeros(20))
+    assert alone.count == 20 and np.isnan(alone.low) and np.isnan(alone.high) and "[" not in str(alone)
+
+
 def test_closed_share() -> None:
     assert closed_share(0.5, 0.2, 0.8) == pytest.approx(0.5)
     assert np.isnan(closed_share(0.5, 0.2, 0.2))
@@ -150,6 +158,8 @@ def test_trials_ask_unseen_captions_of_test_people() -> None:
     assert plan_trials(1, 1, style="photo", exclude=seen)[0].text not in seen
     assert all(trial.wanted["clothing"] in trial.text for trial in trials)
     assert len({trial.seed for trial in trials}) == 6
+    several = [{p.identity.seed for p in trial.scene.people} for trial in plan_trials(3, 1, people=2, style="photo")]
+    assert len(set.union(*several)) == 6  # nobody twice
     assert plan_trials(1, 1, people=2, style="photo")[0].wanted.keys() == {"background", "style", "people"}
     sketch = plan_trials(1, 1, style="line art", clothing="red shirt", background="plain blue")[0]
     assert sketch.wanted.keys() == {"expression", "style", "people"}  # colours cannot be seen

@@ -26,6 +26,7 @@ from face_fusion_pipeline.finetuning.preparation import PrepareOptions, prepare,
 from face_fusion_pipeline.finetuning.selection import SelectionOptions
 from face_fusion_pipeline.finetuning.sources import DataError, open_source
 from face_fusion_pipeline.finetuning.task import FaceFusionOptions, FaceFusionTask
+from face_fusion_pipeline.training import loop
 from face_fusion_pipeline.training.loop import Part, TrainingError, data_order
 
 
@@ -468,6 +469,51 @@ def test_photos_are_prepared_on_the_way(train: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/prepared/report.json").read_text())["paired_with_another_photo"] == 2
 
 
+def test_a_checkpoint_of_another_training_is_refused(train: Any, tmp_path: Path) -> None:
+    assert train(validation_people=0)[0] == 0
+    before = (tmp_path / "out" / "face_fusion_adapter.safetensors").read_bytes()
+    for words, named in (
+        (["--token-count-bias"], "token_count_bias False, not True"),
+        (["--text-dropout", "0.2"], "text_dropout 0.05, not 0.2"),
+        (["--init", "zero_v"], "initial_weights"),
+        (["--validation-people", "2"], "training_images"),
+    ):
+        status, errors = train(*words, **({} if "people" in words[0] else {"validation_people": 0}))
+        assert status == 2 and named in errors and "checkpoint-2" in errors
+    assert (tmp_path / "out" / "face_fusion_adapter.safetensors").read_bytes() == before
+    assert train(validation_people=0)[0] == 0
+
+
+def test_options_for_photos_are_refused_where_the_data_are_prepared(
+    train: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = json.loads((data / "report.json").read_text())["settings"]["resolution"]
+    status, errors = train("--resolution", "256")
+    assert status == 2 and f"prepared with --resolution {side}, not 256" in errors
+    status, errors = train("--limit", "3")
+    assert status == 2 and "--limit chooses photos" in errors
+    photos = write_photos(tmp_path / "photos", ["ada", "ada"])
+    monkeypatch.setattr("face_fusion_pipeline.training.loop.process_group", lambda: SimpleNamespace(
+        num_processes=2, is_main_process=True, device=torch.device("cpu")))  # fmt: skip
+    status, errors = train("--augmentations", "8", "--min-sharpness", "0", data=photos)
+    assert status == 2 and "--min-sharpness 0.0 --augmentations 8`, in one process" in errors
+
+
+def test_strategies_that_split_the_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop.Accelerator, "distributed_type", loop.DistributedType.FSDP)
+    with pytest.raises(TrainingError, match="FSDP splits the weights"):
+        loop.create_accelerator(loop.LoopOptions(batch_size=1, lr=1.0, steps=1), tmp_path)
+
+
+def test_the_record_names_a_checkpoint_without_its_place(train: Any, tmp_path: Path) -> None:
+    assert train()[0] == 0
+    assert train("--resume-from-checkpoint", "checkpoint-2")[0] == 0
+    text = (tmp_path / "out" / "training.json").read_text() + (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path) not in text and json.loads(
+        (tmp_path / "out" / "training.json").read_text()
+    )["face-fusion"]["options"]["resume"] == "checkpoint-2"  # fmt: skip
+
+
 def test_weights_can_be_trained_on(train: Any, tmp_path: Path) -> None:
     assert train(validation_people=0)[0] == 0
     first = tmp_path / "out" / "face_fusion_adapter.safetensors"
@@ -502,6 +548,8 @@ def test_weights_can_be_trained_on(train: Any, tmp_path: Path) -> None:
         (["--validation-people", "99"], "none of 7"),
         (["--push-to-hub"], "on the Hub"),
         (["--max-train-steps", "0"], "--max-train-steps must be positive"),
+        (["--reference-timestep", "1000"], "--reference-timestep must be from 0 to 999"),
+        (["--adam-beta2", "1"], "below 1"),
     ],
 )
 def test_bad_input_is_one_line(train: Any, words: list[str], message: str) -> None:

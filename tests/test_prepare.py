@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -126,6 +127,26 @@ def test_one_folder_for_each_person(tmp_path: Path) -> None:
         "bob/1.jpg": ("bob", "bob at sea"),
         "nobody.jpg": (None, ""),
     }
+
+
+def test_a_photo_that_changed_makes_another_piece(tmp_path: Path) -> None:
+    folder = write_rows(tmp_path, [{"text": "a"}])
+    keys = [next(iter(open_source(folder))).key]
+    keys.append(next(iter(open_source(folder))).key)
+    noise(5).save(folder / "0.png")
+    os.utime(folder / "0.png", ns=(1, 1))
+    keys.append(next(iter(open_source(folder))).key)
+    for field in ({"as_reference": False}, {"landmarks5": [[0, 0]] * 5}, {"boxes": [[1, 2, 3, 4], [5, 6, 7, 8]]}):
+        write_rows(tmp_path, [{"text": "a", **field}])
+        keys.append(next(iter(open_source(folder))).key)
+    assert keys[0] == keys[1] and len(set(keys)) == 5
+
+
+def test_a_limit_is_refused_for_shards(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", {"a.png": b""})
+    for source in (tmp_path, tmp_path / "*.tar"):
+        with pytest.raises(DataError, match="not up to a limit of 3 photos"):
+            open_source(source, SourceOptions(limit=3))
 
 
 def write_shard(path: Path, files: dict[str, bytes]) -> None:

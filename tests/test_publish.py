@@ -106,6 +106,13 @@ def test_publishing_again_leaves_nothing_of_the_parts_before(trained, tmp_path):
     assert published == {path.name for path in (trained / "unet").iterdir()}
 
 
+def test_the_folder_that_is_published_from_is_no_place_for_the_result(trained, tmp_path):
+    before = {path: path.read_bytes() for path in trained.rglob("*.*")}
+    with pytest.raises(FaceFusionError, match="take another folder"):
+        publish.publish(trained, trained / "unet" / "..", [])
+    assert {path: path.read_bytes() for path in trained.rglob("*.*")} == before
+
+
 def test_the_card_counts_every_run_and_orders_the_parts():
     hours = {
         name: {**RECORD, "seconds": 3600 * n} for n, name in enumerate(("adapter", "unet", "clip-text", "vae"), 1)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..face_errors import FaceFusionError
-from .prepare import add_hub_arguments, add_selection_arguments, add_source_arguments, check_selection
+from .prepare import add_hub_arguments, add_selection_arguments, add_source_arguments, check_selection, given_words
 
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -101,16 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command_line(args: argparse.Namespace) -> list[str]:
     """The command that gives these arguments, without those that are at their defaults."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add_arguments(parser)
-    words = ["face-fusion", "train"]
-    for action in parser._actions:
-        value = getattr(args, action.dest)
-        if value is None or value == action.default:
-            continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [action.option_strings[0], *map(str, values)]
-    return words
+    return ["face-fusion", "train", *given_words(args, add_arguments)]
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -126,9 +117,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("learning_rate", "face_loss_weight", "timestep_power", "max_grad_norm"):
         if not getattr(args, name) > 0:
             raise FaceFusionError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in ("text_dropout", "face_dropout", "both_dropout", "identity_loss_until", "ema_decay", "adam_beta2"):
+    for name in ("text_dropout", "face_dropout", "both_dropout", "identity_loss_until"):
         if not 0 <= getattr(args, name) <= 1:
             raise FaceFusionError(f"--{name.replace('_', '-')} must be from 0 to 1, got {getattr(args, name)}")
+    for name in ("ema_decay", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise FaceFusionError(f"--{name.replace('_', '-')} must be at least 0, below 1, got {getattr(args, name)}")
+    if not 0 <= args.reference_timestep < 1000:
+        raise FaceFusionError(f"--reference-timestep must be from 0 to 999, got {args.reference_timestep}")
     if args.text_dropout + args.face_dropout + args.both_dropout > 1:
         raise FaceFusionError("--text-dropout, --face-dropout and --both-dropout add up to more than 1")
     if args.seed < 0:

@@ -156,12 +156,15 @@ def _panel(args: argparse.Namespace) -> Panel:
     return Panel(load_judges(args.judges or SHIPPED), recognisers, _detector(args))
 
 
+def _model_folder(args: argparse.Namespace) -> str:
+    return args.model or str(Path(__file__).parents[1] / "embedded")
+
+
 def _settings(args: argparse.Namespace, **more: Any) -> Settings:
     from ..evaluation.generation import Settings
 
-    model = args.model or str(Path(__file__).parents[1] / "embedded")
     common = {"steps": args.steps, "guidance_scale": args.guidance_scale, "seed": args.seed, "batch": args.batch}
-    return Settings(model=model, **common, **more)
+    return Settings.of(_model_folder(args), **common, **more)
 
 
 def _training_captions(data: Path | None) -> set[str]:
@@ -180,7 +183,7 @@ def _adapter(args: argparse.Namespace) -> str | None:
     """The adapter named, else the one beside the model, else None."""
     from ..face_adapter import ADAPTER_WEIGHTS_NAME
 
-    model = Path(_settings(args).model)
+    model = Path(_model_folder(args))
     return args.adapter or (str(model) if (model / ADAPTER_WEIGHTS_NAME).is_file() else None)
 
 
@@ -235,7 +238,7 @@ def _depth(args: argparse.Namespace) -> tuple[dict, str]:
     from ..evaluation.judges import SHIPPED, load_judges
     from ..evaluation.trials import plan_trials
 
-    controlnet = args.controlnet or str(Path(_settings(args).model) / "controlnet")
+    controlnet = args.controlnet or str(Path(_model_folder(args)) / "controlnet")
     settings = _settings(args, adapter=_adapter(args), controlnet=controlnet, face_scale=args.scale)
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -114,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         panel,
         args.out,
         settings=settings,
-        load_pipeline=None if settings is None else lambda: pipeline_of(settings, str(device), args.dtype),
+        load_pipeline=None if settings is None else lambda: pipeline_of(settings, str(device)),
         left_out=left_out,
         seed=args.seed,
     )
@@ -150,10 +149,10 @@ def _settings(args: argparse.Namespace, model: str) -> Settings:
     from ..training.loop import process_group
 
     adapter = args.adapter or (model if (Path(model) / ADAPTER_FILE).is_file() else None)
-    settings = Settings(
-        model=model,
-        adapter=adapter,
-        adapter_hash=_hash(adapter),
+    settings = Settings.of(
+        model,
+        adapter,
+        dtype=args.dtype,
         steps=args.steps,
         guidance_scale=args.guidance,
         face_scale=check_scale(args.scale, "--scale"),
@@ -166,12 +165,6 @@ def _settings(args: argparse.Namespace, model: str) -> Settings:
     with process_group().main_process_first():
         keep_settings(args.out, settings)
     return settings
-
-
-def _hash(adapter: str | None) -> str | None:
-    """Of the weights of an adapter, None for one on the Hub."""
-    files = [] if adapter is None else [Path(adapter), Path(adapter) / ADAPTER_FILE]
-    return next((hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files if file.is_file()), None)
 
 
 def _pictures(args: argparse.Namespace, people: list[Person], settings: Settings | None) -> list[Picture]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,20 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
     chosen.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
     chosen.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
+
+
+def given_words(args: argparse.Namespace, add: Callable[[argparse.ArgumentParser], None]) -> list[str]:
+    """Those of the options that `add` adds which have other values in `args` than their defaults, as words."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add(parser)
+    words: list[str] = []
+    for action in parser._actions:
+        value = getattr(args, action.dest)
+        if value is None or value == action.default:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [action.option_strings[0], *map(str, values)]
+    return words
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,11 +9,20 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._train_options import add_arguments, check_arguments, command_line, resume
-from .prepare import first_look, load, prepare_photos
+from .prepare import (
+    add_hub_arguments,
+    add_selection_arguments,
+    add_source_arguments,
+    first_look,
+    given_words,
+    load,
+    prepare_photos,
+)
 
 
 if TYPE_CHECKING:
@@ -72,16 +81,38 @@ def prepared_folder(args: argparse.Namespace, base: BaseModel) -> Path:
 
     folder = Path(args.data)
     ready = folder if is_prepared(folder) else args.out / "prepared"
+    if ready == folder:
+        check_prepared(args, folder)
     if process_group().num_processes > 1 and not (is_prepared(ready) and is_encoded(ready, base, args.augmentations)):
-        raise DataError(
-            f"several processes need prepared data: first `face-fusion prepare {args.data} --model {args.model} "
-            f"--out {ready}`, in one process"
-        )
+        words = ["face-fusion", "prepare", args.data, "--model", args.model, "--out", str(ready)]
+        for add in (add_hub_arguments, add_source_arguments, add_selection_arguments):
+            words += given_words(args, add)
+        raise DataError(f"several processes need prepared data: first `{shlex.join(words)}`, in one process")
     if ready != folder and process_group().num_processes == 1:
         prepare_photos(first_look(args.data, args), ready, args, base)
     if not is_encoded(ready, base, args.augmentations):
         encode(ready, base, args.augmentations)
     return ready
+
+
+def check_prepared(args: argparse.Namespace, folder: Path) -> None:
+    """Raise `DataError` where an option asks for other photos than those that the prepared `folder` holds."""
+    from ..finetuning.preparation import read_report
+    from ..finetuning.sources import DataError
+
+    settings = read_report(folder)["settings"]
+    words = given_words(args, add_selection_arguments)
+    for option in [word for word in words if word.startswith("--")]:
+        name = option[2:].replace("-", "_")
+        if name in settings and getattr(args, name) != settings[name]:
+            raise DataError(
+                f"{folder} was prepared with {option} {settings[name]}, not {getattr(args, name)}: leave the option "
+                "out, or prepare the photos again in another folder"
+            )
+    if words := given_words(args, add_source_arguments):
+        raise DataError(
+            f"{words[0]} chooses photos, and {folder} is prepared already: give it to `face-fusion prepare`"
+        )
 
 
 def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> FaceFusionTask:

@@ -24,7 +24,7 @@ from .trials import Trial, portraits
 
 
 METHODS = ("none", "training-free", "adapter")
-_LATER = {"adapter_hash": None, "controlnet": None}  # settings that older folders do not name
+_LATER = {"weights_hash": None, "controlnet": None, "dtype": "float32"}  # settings that older folders do not name
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,37 @@ class Settings:
     training_free_scale: float = 1.0
     seed: int = 0
     batch: int = 4
-    adapter_hash: str | None = None  # of weights in a local file, which may be trained on
     controlnet: str | None = None
+    dtype: str = "float32"
+    weights_hash: str | None = None  # of local files, which may be trained on under the same name
+
+    @classmethod
+    def of(cls, model: str, adapter: str | None = None, controlnet: str | None = None, **more: Any) -> Settings:
+        """Settings that know the weights in local files: UNet, adapter and ControlNet."""
+        return cls(
+            model, adapter, controlnet=controlnet, weights_hash=hash_weights(model, adapter, controlnet), **more
+        )
 
 
-def pipeline_of(settings: Settings, device: str = "cpu", dtype: str = "float32") -> Any:
+def hash_weights(model: str, adapter: str | None = None, controlnet: str | None = None) -> str | None:
+    """Of the content of the local files among these, None where all are on the Hub."""
+    folders = [Path(model) / "unet", *(Path(place) for place in (adapter, controlnet) if place)]
+    files = [
+        file for place in folders for file in ([place] if place.is_file() else sorted(place.glob("*.safetensors")))
+    ]
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16] if files else None
+
+
+def pipeline_of(settings: Settings, device: str = "cpu") -> Any:
     """The pipeline with exactly the adapter that the settings name, or none; see `loading.load_pipeline`.
 
     The safety checker of the model stays on: a picture that it blacks out shows no face.
     """
-    pipe = load_pipeline(settings.model, settings.adapter, device, dtype, settings.controlnet)
+    pipe = load_pipeline(settings.model, settings.adapter, device, settings.dtype, settings.controlnet)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -9,7 +9,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with the two ends of its confidence interval; `count` is the number of values averaged."""
+    """A mean with the two ends of its confidence interval; `count` is the number of values averaged.
+
+    The ends are NaN where there is nothing to tell an interval from: no value, or a single group.
+    """
 
     mean: float
     low: float
@@ -17,7 +20,8 @@ class Estimate:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        known = self.low == self.low
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]" if known else f"{self.mean:.3f}"
 
 
 def cosine_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -65,10 +69,13 @@ def bootstrap_mean(
     names, index = np.unique(groups, return_inverse=True)
     sums = np.bincount(index, values)
     counts = np.bincount(index)
+    if len(names) == 1:  # one person tells nothing of how much people differ
+        return Estimate(float(values.mean()), float("nan"), float("nan"), len(values))
     picks = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
     means = sums[picks].sum(1) / counts[picks].sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(values.mean()), float(low), float(high), len(values))
+    mean = values.mean()  # of equal values it differs from those of the draws by rounding
+    return Estimate(float(mean), float(min(low, mean)), float(max(high, mean)), len(values))
 
 
 def closed_share(value: float, floor: float, ceiling: float) -> float:

@@ -12,7 +12,10 @@ from ..finetuning.sources import Photo, open_source
 
 @dataclass(frozen=True)
 class Person:
-    """One person; the first photo is the reference, which a model is given, and it never sees the others."""
+    """One person; the first photo is the reference, which a model is given, and it never sees the others.
+
+    Photos that are not meant to be references (`as_reference: false` in the metadata) come last.
+    """
 
     name: str
     photos: tuple[Photo, ...]
@@ -50,4 +53,7 @@ def read_people(source: str | Path, limit: int | None = None) -> list[Person]:
                 photos.setdefault(photo.identity or photo.name, []).append(photo)
     if not photos:
         raise FaceFusionError(f"--identities {source} has no photo of a single person")
-    return [Person(name, tuple(mine)) for name, mine in list(photos.items())[:limit]]
+    return [
+        Person(name, tuple(sorted(mine, key=lambda photo: not photo.as_reference)))
+        for name, mine in list(photos.items())[:limit]
+    ]

@@ -22,9 +22,12 @@ def circumstances() -> dict[str, Any]:
     """Machine, date and versions, for the foot of a table."""
     import diffusers
 
+    machine = f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}",
+        "machine": machine,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }

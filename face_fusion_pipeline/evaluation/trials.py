@@ -68,14 +68,16 @@ class Portraits:
 def plan_trials(
     identities: int, prompts: int, *, seed: int = 0, people: int = 1, exclude: Collection[str] = (), **fixed: Any
 ) -> list[Trial]:
-    """`prompts` scenes for each of `identities` test people (further people of a scene are the next ones).
+    """`prompts` scenes for each of `identities` test people; further people of a scene are the next ones.
+
+    Nobody is in the scenes of two of them, so that an interval that resamples trials by `person` holds.
 
     Captions in `exclude` (those seen in training) are passed over. `fixed` is handed to `sample_scene`. With one
     person a caption says "a person", so that the prompt gives no hint about who is meant.
     """
     trials = []
     for index in range(identities):
-        person = FIRST_TEST_IDENTITY + index
+        person = FIRST_TEST_IDENTITY + index * people
         candidates = count(_SCENE_SEEDS + seed * 10**9 + index * 10**4)
         for number in range(prompts):
             for scene_seed in candidates:

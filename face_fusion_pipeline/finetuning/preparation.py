@@ -20,7 +20,7 @@ from typing import Any
 import cv2
 from tqdm import tqdm
 
-from ..face_detectors import FaceDetector, load_detector
+from ..face_detectors import FaceDetector, find_yunet, load_detector
 from ..face_errors import FaceFusionError
 from ..face_images import CROP_ENLARGE
 from .selection import REASONS, RefusedPhotoError, SelectionOptions, differences, select
@@ -36,7 +36,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """`detector` and `detector_model` as for `face_detectors.load_detector`; `workers` is a number of processes."""
+    """`detector` and `detector_model` as for `face_detectors.load_detector`; `workers` is a number of processes.
+
+    What "auto" means here and now is part of the settings: a folder is not prepared by two detectors.
+    """
 
     selection: SelectionOptions = field(default_factory=SelectionOptions)
     detector: str = "auto"
@@ -45,7 +48,10 @@ class PrepareOptions:
 
     def settings(self) -> dict[str, Any]:
         """What one folder must be prepared with from its first to its last piece."""
-        return {**asdict(self.selection), "detector": self.detector, "face_crop": CROP_ENLARGE}
+        detector = self.detector
+        if detector == "auto":
+            detector = "haar" if find_yunet(self.detector_model) is None else "yunet"
+        return {**asdict(self.selection), "detector": detector, "face_crop": CROP_ENLARGE}
 
 
 def prepare(pieces: Iterable[Piece], out: Path, options: PrepareOptions, progress: bool = True) -> dict[str, Any]:

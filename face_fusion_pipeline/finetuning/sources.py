@@ -12,7 +12,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,8 +85,13 @@ class ListedPiece:
 
 
 def _describe(photo: Photo) -> str:
-    content = hashlib.sha256(photo.content).hexdigest() if isinstance(photo.content, bytes) else photo.content
-    return repr((photo.name, photo.text, photo.identity, photo.box, str(photo.reference), str(content)))
+    """All that an example is made of; for a file its size and time of change stand for what is in it."""
+    if isinstance(photo.content, bytes):
+        content = hashlib.sha256(photo.content).hexdigest()
+    else:
+        state = photo.content.stat() if photo.content.exists() else None
+        content = f"{photo.content} {state and (state.st_size, state.st_mtime_ns)}"
+    return repr((content, *(str(getattr(photo, f.name)) for f in fields(photo) if f.name != "content")))
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ def _face_fields(record: dict[str, Any]) -> dict[str, Any]:
 class SourceOptions:
     """How a source is read; columns, `config` and `streaming` are for Hugging Face datasets.
 
-    `limit` is the largest number of photos read from a folder or dataset (shards are read whole).
+    `limit` is the largest number of photos read from a folder or dataset; shards are read whole, so it is refused.
     """
 
     image_column: str = "image"
@@ -195,7 +200,7 @@ def open_source(source: str | Path, options: SourceOptions | None = None) -> Ite
         if (folder / "metadata.jsonl").is_file():
             return _listed(islice(_image_folder(folder, options), options.limit))
         if shards := sorted(folder.glob("*.tar")):
-            return (ShardPiece(path) for path in shards)
+            return _shards(shards, options)
         if any(found for pattern in DATASET_FILES for found in folder.glob(pattern)):
             return _listed(islice(_dataset(folder, options), options.limit))
         return _listed(islice(_folder_per_person(folder), options.limit))
@@ -203,10 +208,18 @@ def open_source(source: str | Path, options: SourceOptions | None = None) -> Ite
         paths = [Path(name) for pattern in _braces(str(source)) for name in sorted(glob.glob(pattern)) or [pattern]]
         if missing := [path for path in paths if not path.is_file()]:
             raise DataError(f"there is no shard {missing[0]}: give a tar file, a pattern of some, or their folder")
-        return (ShardPiece(path) for path in paths)
+        return _shards(paths, options)
     if folder.exists() or str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
         raise DataError(f"{source} is no folder of photos, of .tar shards or of a dataset, and no Hub id (owner/name)")
     return _listed(islice(_dataset(str(source), options), options.limit))
+
+
+def _shards(paths: list[Path], options: SourceOptions) -> Iterator[Piece]:
+    if options.limit is not None:
+        raise DataError(
+            f"shards are read whole, not up to a limit of {options.limit} photos: name fewer of them, as {paths[0]}"
+        )
+    return (ShardPiece(path) for path in paths)
 
 
 def _listed(photos: Iterable[Photo]) -> Iterator[Piece]:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,8 +74,11 @@ def save_checkpoint(
     step: int,
     seconds: float,
     scaler: Any = None,
+    subject: Mapping[str, Any] | None = None,
 ) -> None:
     """Weights, average, optimiser state and counters in one safetensors file, replaced atomically.
+
+    `subject` is what is learned from what, see `Task.subject`.
 
     Raises `TrainingError` where it cannot be written; what was there stays.
     """
@@ -85,6 +89,7 @@ def save_checkpoint(
         tensors |= {f"optimizer/{key}/{name}": torch.as_tensor(value) for key, value in state.get(index, {}).items()}
     plain = {key for entry in state.values() for key, value in entry.items() if not isinstance(value, Tensor)}
     counters = {"step": step, "seconds": seconds, "options": asdict(options), "plain": sorted(plain)}
+    counters["subject"] = dict(subject or {})
     if scaler is not None:
         counters["scaler"] = scaler.state_dict()
     partial = path.with_suffix(".partial")
@@ -112,19 +117,24 @@ def load_checkpoint(
     ema: Ema,
     options: LoopOptions,
     scaler: Any = None,
+    subject: Mapping[str, Any] | None = None,
 ) -> tuple[int, float]:
-    """Restore what `save_checkpoint` wrote; returns (steps, seconds) already done."""
+    """Restore what `save_checkpoint` wrote; returns (steps, seconds) already done.
+
+    Raises `TrainingError` where it cannot be read, or is of another run: another network, seed, batch or `subject`.
+    """
     try:
         with safe_open(path, "pt") as file:
             counters = json.loads(file.metadata()["state"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a safetensors file is no dict
     except (SafetensorError, OSError) as error:
         raise TrainingError(f"{path} cannot be read: {error}; resume from an earlier checkpoint") from error
-    for key in ("seed", "batch_size"):
-        if counters["options"][key] != getattr(options, key):
+    before = {key: counters["options"][key] for key in ("seed", "batch_size")} | counters.get("subject", {})
+    now = asdict(options) | json.loads(json.dumps(dict(subject or {})))
+    for key, value in before.items():
+        if key in now and now[key] != value:
             raise TrainingError(
-                f"{path} was made with {key} {counters['options'][key]}, not {getattr(options, key)}: "
-                "give the same value, or start again without it"
+                f"{path} was made with {key} {value}, not {now[key]}: give the same value, or start again without it"
             )
     wrong = [n for n, p in named.items() if f"model/{n}" not in tensors or tensors[f"model/{n}"].shape != p.shape]
     if wrong:

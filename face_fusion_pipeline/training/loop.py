@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, broadcast
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ from .optimizers import create_optimizer
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
+SPLITS_WEIGHTS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,11 @@ class Task(nn.Module):
     published_as: str | None = None  # where its record has another name in a published model
     size: int  # training images
     settings: dict[str, Any] = {}  # options of its own, for the record of a run
+
+    @property
+    def subject(self) -> dict[str, Any]:
+        """What is learned from what, as JSON values: a run goes on from a checkpoint only where all of it is equal."""
+        return self.settings
 
     def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
         """Tensors of the training images `indices` (B,), with all random choices drawn from `generator`."""
@@ -215,9 +221,11 @@ def train(
 
     step, used = 0, 0.0
     if (checkpoint := checkpoint_to_resume(options, folder, logs)) is not None:
-        step, used = load_checkpoint(checkpoint, named, optimizer, ema, options, accelerator.scaler)
+        step, used = load_checkpoint(checkpoint, named, optimizer, ema, options, accelerator.scaler, task.subject)
     elif export_only:
         raise TrainingError(f"no checkpoint to export: {logs / CHECKPOINT} does not exist")
+    subject = task.subject
+    check_same_start(accelerator, step, folder)
     metrics = Metrics(logs / "metrics.jsonl", step, accelerator.is_main_process, accelerator.log)
     if options.compile:
         # One graph: cutting it where gradients could already be exchanged pays between machines only.
@@ -247,7 +255,7 @@ def train(
                 except (SafetensorError, OSError) as error:
                     raise cannot_write(path, error) from error
             seconds = time.monotonic() - started
-            save_checkpoint(path, named, optimizer, ema, options, step, seconds, accelerator.scaler)
+            save_checkpoint(path, named, optimizer, ema, options, step, seconds, accelerator.scaler, subject)
             if options.checkpoint_steps:
                 prune(folder, options.checkpoint_limit)
 
@@ -348,6 +356,11 @@ def create_accelerator(options: LoopOptions, logs: Path) -> Accelerator:
         )
     except (ValueError, ImportError) as error:  # a precision or tracker that is not possible here
         raise TrainingError(str(error)) from error
+    if accelerator.distributed_type in SPLITS_WEIGHTS:
+        raise TrainingError(
+            f"{accelerator.distributed_type.value} splits the weights, and checkpoints would be incomplete: choose "
+            "plain data parallelism in `accelerate config`; what is trained here is small enough for one device"
+        )
     parts = accelerator.num_processes * options.accumulation
     if options.accumulation > 1 and options.batch_size % parts:
         raise TrainingError(
@@ -360,6 +373,18 @@ def create_accelerator(options: LoopOptions, logs: Path) -> Accelerator:
         simple = {key: value for key, value in asdict(options).items() if isinstance(value, (int, float, str))}
         accelerator.init_trackers("face-fusion", simple)
     return accelerator
+
+
+def check_same_start(accelerator: Accelerator, step: int, folder: Path) -> None:
+    """Raise `TrainingError` where another process begins at another step, for they would wait for each other."""
+    if accelerator.num_processes > 1:
+        first = int(broadcast(torch.tensor(step, device=accelerator.device)))
+        apart = accelerator.reduce(torch.tensor(float(first != step), device=accelerator.device))
+        if float(apart):
+            raise TrainingError(
+                f"this process begins at step {step}, the first one at {first}: {folder} must be on a disk that all "
+                "machines share"
+            )
 
 
 def log_image(accelerator: Accelerator, path: Path, step: int) -> None:
@@ -439,7 +464,7 @@ def describe_run(
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, accelerate)},
-        "options": asdict(options) | task.settings,
+        "options": {**asdict(options), **task.settings, "resume": Path(options.resume).name},
     }
 
 

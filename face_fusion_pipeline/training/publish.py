@@ -42,8 +42,11 @@ def publish(model: Path, out: Path, tables: list[Path], note: str = "", adapter:
 
     `adapter` is the folder that `face-fusion train` wrote; without it the adapter and its record are in `model`.
     A ControlNet in `model` goes along. Nothing of `out` changes unless everything is there. Raises ModelNotFoundError
-    for a missing part or table, FaceFusionError for weights above SIZE_LIMIT or CONTROLNET_LIMIT.
+    for a missing part or table, FaceFusionError for weights above SIZE_LIMIT or CONTROLNET_LIMIT, or where `out` is
+    one of the folders that are copied from.
     """
+    if out.resolve() in [folder.resolve() for folder in (model, adapter) if folder]:
+        raise FaceFusionError(f"{out} is what is published: take another folder for the result")
     controlnet = [model / "controlnet"] if (model / "controlnet").is_dir() else []
     copied = [model / name for name in (*PARTS, "model_index.json")] + controlnet
     copied.append((adapter or model) / ADAPTER_WEIGHTS_NAME)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -280,6 +281,11 @@ class UnetTask(Task):
         self.loss = DiffusionLoss(face_weight, timestep_power)
         self.even_loss = DiffusionLoss(face_weight)  # validation losses stay comparable
         self.settings = {"face_loss_weight": face_weight, "timestep_power": timestep_power}
+        self.data_key = train.key
+
+    @property
+    def subject(self) -> dict[str, Any]:
+        return {**self.settings, "data": self.data_key}
 
     @property
     def device(self) -> torch.device:
