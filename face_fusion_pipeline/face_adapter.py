@@ -203,8 +203,10 @@ def create_adapter(
     return adapter
 
 
-def _plain_weight(linear: Any) -> Tensor:
-    return getattr(linear, "base_layer", linear).weight  # PEFT wraps a Linear and keeps it as base_layer
+def _plain_weight(module: Any) -> Tensor:
+    module = getattr(module, "base_layer", module)  # PEFT wraps a Linear and keeps it as base_layer
+    elsewhere = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # sequential offload
+    return module.weight if elsewhere is None else elsewhere["weight"]
 
 
 # --- Fingerprints ------------------------------------------------------------------------------------------------
@@ -213,9 +215,9 @@ def _plain_weight(linear: Any) -> Tensor:
 def fingerprint(weights: Sequence[Tensor], samples: int = 4) -> str:
     """A few weights of each tensor as text: tells models apart, yet survives a change of precision (unlike a hash).
 
-    Empty where weights cannot be read (meta device, sequential offload).
+    Empty where weights cannot be read (meta device) or are kept in 8 bits, which round too much.
     """
-    if any(weight.device.type == "meta" for weight in weights):
+    if any(weight.device.type == "meta" or weight.dtype.itemsize < 2 for weight in weights):
         return ""
     picked = [w.detach().flatten()[:: max(1, w.numel() // samples)][:samples].float().cpu() for w in weights]
     return " ".join(f"{value:.6g}" for value in torch.cat(picked).tolist())
@@ -233,7 +235,7 @@ def unet_fingerprint(unet: Any) -> str:
     """[`fingerprint`] of the first and last convolution and of eight attention layers."""
     unet = getattr(unet, "_orig_mod", unet)
     layers = list(attention_layers(unet, "attn2").values()) + list(attention_layers(unet, "attn1").values())
-    weights = [unet.conv_in.weight, unet.conv_out.weight]
+    weights = [_plain_weight(unet.conv_in), _plain_weight(unet.conv_out)]
     return fingerprint(weights + [_plain_weight(attn.to_q) for attn in layers[:: max(1, len(layers) // 8)][:8]])
 
 

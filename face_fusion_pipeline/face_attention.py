@@ -143,7 +143,7 @@ class PersonKeys:
     Args:
         key, value: `(B or 1, n_refs, N_f, inner)`.
         log_weights: `(B or 1, n_refs)` from [`reference_log_weights`].
-        scale: strength > 0 of this face at this layer.
+        scale: strength of this face at this layer; at 0 nobody sees it.
         token_count_bias: see [`constant_bias`].
     """
 
@@ -161,14 +161,19 @@ class PersonKeys:
             None if log_weights is None else log_weights.repeat_interleave(key.shape[2], dim=1)[:, None, None, :]
         )
         self.scale = scale
+        # What layers read of it is no number: torch.compile would compile again for every other scale.
+        self.seen = scale > 0
+        self.strength = None if scale in (0, 1) else self.key.new_full((1, 1, 1, self.key.shape[1]), math.log(scale))
         self.token_count_bias = token_count_bias
 
     def bias(self, text_tokens: int) -> Tensor | None:
         """M of Eq. 4 on these keys, `(B or 1, 1, 1, K_f)`, or `None` where it is zero."""
-        constant = constant_bias(self.scale, self.tokens_per_reference, text_tokens, self.token_count_bias)
-        if self.reference_bias is not None:
-            return self.reference_bias + constant
-        return None if constant == 0.0 else self.key.new_full((1, 1, 1, self.key.shape[1]), constant)
+        count = constant_bias(1.0, self.tokens_per_reference, text_tokens, self.token_count_bias)
+        parts = [part for part in (self.reference_bias, self.strength) if part is not None]
+        if not parts:
+            return None if count == 0.0 else self.key.new_full((1, 1, 1, self.key.shape[1]), count)
+        bias = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return bias if count == 0.0 else bias + count
 
 
 def join_people(people: Sequence[PersonKeys], text_tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -344,7 +349,7 @@ class FaceFusionAttnProcessor:
         people: tuple[PersonKeys, ...],
     ) -> Tensor:
         dispatch = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
-        people = tuple(person for person in people if person.scale > 0)
+        people = tuple(person for person in people if person.seen)
         if not people:
             return dispatch_attention_fn(query, key, value, mask, **dispatch)
         face_key, face_value, bias = join_people(people, key.shape[1])
@@ -412,6 +417,9 @@ def check_idle(unet: Any) -> None:
             raise FaceFusionError(IN_USE)
 
 
+REPLACED = "replaced_processor"
+
+
 @contextmanager
 def installed_processors(unet: Any, processors: Mapping[str, Any]) -> Iterator[None]:
     """Put `processors` (by layer name) into the UNet and, whatever happens, put the very same old objects back."""
@@ -430,10 +438,15 @@ def installed_processors(unet: Any, processors: Mapping[str, Any]) -> Iterator[N
         for name, layer in layers.items():
             processors[name].take_over(originals[name])
             layer.set_processor(processors[name])
+            if isinstance(
+                originals[name], torch.nn.Module
+            ):  # with weights (IP-Adapter), which have to move with the UNet
+                layer.add_module(REPLACED, originals[name])
         yield
         lost = [name for name, layer in layers.items() if layer.processor is not processors[name]]
     finally:
         for name, layer in layers.items():
+            layer._modules.pop(REPLACED, None)
             layer.set_processor(originals[name])
     if lost:
         raise FaceFusionError(

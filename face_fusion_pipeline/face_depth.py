@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .face_errors import FaceFusionError, ModelNotFoundError, UnreadableImageError
+from .face_pictures import upright_rgb
 
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def photo_of(image: Any, kind: ControlKind = "auto") -> Image.Image | None:
         )
     if picture is None or kind in ("depth", "map") or (kind == "auto" and is_depth_map(picture)):
         return None
-    return picture.convert("RGB")
+    return upright_rgb(picture)
 
 
 def control_depth(image: Any, kind: ControlKind = "auto", estimator: str | DepthEstimator = "auto") -> Any:

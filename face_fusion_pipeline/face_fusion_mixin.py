@@ -1,5 +1,6 @@
 """Face Fusion for any Stable Diffusion pipeline: encode the faces, install processors, call the pipeline, restore."""
 
+import difflib
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
@@ -108,14 +109,18 @@ class FaceFusionMixin(FaceLoaderMixin):
                 f"face_resolution {resolution!r} must be a positive multiple of {self.vae_scale_factor}"
             )
         timestep = metadata.reference_timestep if metadata else 0
+        check_unet(self.unet)
         device, dtype = self._execution_device, self.unet.dtype
         text_states = self._empty_prompt_states(device)
         references = []
-        for pixels in face_tensors(images, int(resolution)):  # one by one: an image encodes the same in any company
-            latents = encode_latents(self.vae, pixels.to(device)).to(dtype)
-            latents = noise_latents(latents, self.scheduler.alphas_cumprod, timestep)
+        # One by one, for an image encodes the same in any company; first all through the VAE: where models take turns
+        # on a GPU, each of them comes once.
+        encoded = [encode_latents(self.vae, pixels.to(device)) for pixels in face_tensors(images, int(resolution))]
+        for latents in encoded:
+            latents = noise_latents(latents.to(dtype), self.scheduler.alphas_cumprod, timestep)
+            sample = unet_input(latents, self.unet.config.in_channels)
             kind = "attn2" if mode == "adapter" else "attn1"
-            hidden_states = capture_hidden_states(self.unet, latents, timestep, text_states, kind)
+            hidden_states = capture_hidden_states(self.unet, sample, timestep, text_states, kind)
             references.append(self._project(hidden_states, mode))
         self.maybe_free_model_hooks()
         identity = FaceIdentity(
@@ -227,6 +232,7 @@ class FaceFusionMixin(FaceLoaderMixin):
         check_window(face_start, face_end)
         plain = super().__call__  # type: ignore[misc]
         bound = inspect.signature(plain).bind(prompt, *args, **kwargs)
+        check_names(bound)
         bound.apply_defaults()
         prompts = prompt_count(bound.arguments)
         faces = [] if face_image is None else face_axes(face_image, prompts)
@@ -340,7 +346,8 @@ class FaceFusionMixin(FaceLoaderMixin):
                     "face_boxes or face_layout for better places",
                     *(index, len(found), count),
                 )
-                boxes, source = even_boxes(count, height, width), "even"
+                assign = placement.assign and [sorted(placement.assign).index(face) for face in placement.assign]
+                boxes, source = assign_boxes(even_boxes(count, height, width), count, assign), "even"
             layouts.append(layout_from_boxes(boxes, height, width, source))
         return layouts
 
@@ -360,6 +367,8 @@ class FaceFusionMixin(FaceLoaderMixin):
 
     def _output_size(self, arguments: dict[str, Any]) -> tuple[int, int]:
         """(height, width) in pixels of the images that the underlying pipeline will make; for subclasses."""
+        if (latents := arguments.get("latents")) is not None:  # diffusers asks nothing else then
+            return latents.shape[-2] * self.vae_scale_factor, latents.shape[-1] * self.vae_scale_factor
         height, width = arguments.get("height"), arguments.get("width")
         return (height, width) if height and width else self._default_size()  # as diffusers: one alone does not count
 
@@ -449,6 +458,47 @@ class FaceFusionMixin(FaceLoaderMixin):
 
         arguments["callback_on_step_end"] = after_step
         return switch
+
+
+def check_unet(unet: Any) -> None:
+    """Raise [`FaceFusionError`] for a UNet that wants to be told more than a text, as that of SDXL does."""
+    if unet.config.addition_embed_type is not None or unet.config.class_embed_type is not None:
+        raise FaceFusionError(
+            "this UNet takes more than a text (addition_embed_type "
+            f"{unet.config.addition_embed_type!r}), as that of SDXL does: take a Stable Diffusion 1.x or 2.x model"
+        )
+
+
+def unet_input(latents: Tensor, channels: int) -> Tensor:
+    """Latents `(B, c, h, w)` of a reference as a UNet with `channels` inputs takes them.
+
+    One made for inpainting, 2c + 1 inputs, also gets a mask that leaves the whole picture as it is, and the picture.
+
+    Raises:
+        FaceFusionError: another number of channels.
+    """
+    own = latents.shape[1]
+    if channels == own:
+        return latents
+    if channels == 2 * own + 1:
+        return torch.cat([latents, torch.zeros_like(latents[:, :1]), latents], dim=1)
+    raise FaceFusionError(
+        f"this UNet takes {channels} channels, the latents of its VAE have {own}: only UNets for text to image ({own}) "
+        f"and for inpainting ({2 * own + 1}) can look at a face"
+    )
+
+
+def check_names(bound: inspect.BoundArguments) -> None:
+    """Raise TypeError for an argument that no pipeline knows: diffusers would pass over it in silence."""
+    rest = next((p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+    unknown = [name for name in bound.arguments.get(rest) or {} if name not in ("callback", "callback_steps")]
+    if unknown:
+        name = unknown[0]
+        if name.startswith("control"):
+            raise TypeError(f"{name} goes with a control_image, and there is none")
+        own = inspect.signature(FaceFusionMixin.__call__).parameters
+        near = difflib.get_close_matches(name, [*bound.signature.parameters, *own], 1)
+        raise TypeError(f"unknown argument {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
 
 
 def prompt_count(arguments: dict[str, Any]) -> int:

@@ -24,6 +24,7 @@ from .face_attention import (
 )
 from .face_errors import IdentityMismatchError, InvalidScaleError, UnreadableImageError
 from .face_ownership import OwnThread, own_thread
+from .face_pictures import upright_rgb
 
 
 IDENTITY_FORMAT = "face-fusion-identity"
@@ -54,8 +55,7 @@ def face_tensors(images: Any, resolution: int) -> list[Tensor]:
 def _pixels(image: Any, resolution: int) -> Tensor:
     """`(n, 3, H, W)` in [0, 1]; of a PIL image already a square of `resolution`, resized as `FacePhoto.crop` does."""
     if isinstance(image, Image.Image):
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-        image = np.asarray(ImageOps.fit(upright, (resolution, resolution), Image.Resampling.LANCZOS))
+        image = np.asarray(ImageOps.fit(upright_rgb(image), (resolution, resolution), Image.Resampling.LANCZOS))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3:
         return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
     if isinstance(image, Tensor) and image.is_floating_point() and image.ndim in (3, 4) and image.shape[-3] == 3:

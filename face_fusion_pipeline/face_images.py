@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .face_detectors import DetectorName, Face, FaceDetector, load_detector
 from .face_errors import FaceTooSmallError, NoFaceError, SeveralFacesError, UnreadableImageError
+from .face_pictures import upright_rgb
 
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def load_image(source: ImageSource) -> Image.Image:
             image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
             image = Image.fromarray(_to_uint8(image)) if isinstance(image, np.ndarray) else image
             _check_size(image.size, name)  # before decoding
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return upright_rgb(image)
     except UnreadableImageError:
         raise
     except UnidentifiedImageError as error:
@@ -83,15 +84,6 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def detect_faces(image: Image.Image, detector: FaceDetector) -> list[Face]:
     """All faces of an image, from left to right, in its pixels; an empty list if there is none.
 
@@ -109,14 +101,17 @@ def detect_faces(image: Image.Image, detector: FaceDetector) -> list[Face]:
     return sorted(best, key=lambda face: face.box[0] + face.box[2])
 
 
-def _views(image: Image.Image, sizes: tuple[int, ...]) -> Iterator[tuple[Image.Image, float, int]]:
-    """The picture at every size, then with a margin: (view, pixels of the view for one of the picture, margin)."""
-    for border in (0, round(0.4 * max(image.size))):
-        padded = crop_box(image, (-border, -border, image.width + border, image.height + border))
+def _views(image: Image.Image, sizes: tuple[int, ...]) -> Iterator[tuple[Image.Image, float, float]]:
+    """The picture at every size, then with a margin: (view, its pixels for one of the picture, margin in those)."""
+    for margin in (0.0, 0.4):
         for size in sizes:
-            scale = size / max(padded.size)
-            shape = (max(1, round(padded.width * scale)), max(1, round(padded.height * scale)))
-            yield padded.resize(shape, Image.Resampling.BICUBIC), scale, border
+            scale = size / (max(image.size) * (1 + 2 * margin))
+            shape = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            view = image.resize(shape, Image.Resampling.BICUBIC)  # first, for a margin of a large photo is large
+            border = round(margin * max(shape))
+            if border:
+                view = crop_box(view, (-border, -border, view.width + border, view.height + border))
+            yield view, scale, border / scale
 
 
 def find_face(

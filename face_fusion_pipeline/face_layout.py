@@ -87,6 +87,12 @@ class Placement:
         names = [name for name, value in said.items() if value is not None]
         if len(names) > 1:
             raise InvalidLayoutError(f"{' and '.join(names)} say the same thing twice: give one of them")
+        if self.assign is not None and (self.boxes is not None or self.masks is not None):
+            raise InvalidLayoutError(
+                f"face_assign chooses among faces that are found; {names[0]} are taken in the order of the people"
+            )
+        if self.assign is not None and len(set(self.assign)) != len(self.assign):
+            raise InvalidLayoutError(f"face_assign must name different faces, got {list(self.assign)}")
         for name, value, allowed in (
             ("face_overlap", self.overlap, OVERLAPS),
             ("face_background", self.background, BACKGROUNDS),
@@ -162,7 +168,7 @@ def given_masks(masks: Sequence[Any], height: int, width: int) -> Tensor:
     result = []
     for index, mask in enumerate(masks):
         array = np.asarray(mask.convert("L")) / 255 if isinstance(mask, Image.Image) else mask
-        tensor = torch.as_tensor(np.asarray(array) if not isinstance(array, Tensor) else array).float()
+        tensor = torch.as_tensor(np.asarray(array) if not isinstance(array, Tensor) else array).float().cpu()
         if tensor.ndim != 2:
             raise InvalidLayoutError(f"mask {index} must have the shape (H, W), got {tuple(tensor.shape)}")
         tensor = tensor / 255 if tensor.max() > 1 else tensor
@@ -177,9 +183,9 @@ def pool(masks: Tensor, height: int, width: int) -> Tensor:
     """Masks `(n, H, W)` at another size: a cell is inside where any of its pixels is, so no mask ever vanishes."""
     if masks.shape[-2:] == (height, width):
         return masks
-    if masks.shape[-2] < height or masks.shape[-1] < width:
-        return F.interpolate(masks[None].float(), (height, width), mode="nearest")[0] > 0
-    return F.adaptive_max_pool2d(masks[None].float(), (height, width))[0] > 0
+    smaller = (min(masks.shape[-2], height), min(masks.shape[-1], width))
+    pooled = F.adaptive_max_pool2d(masks[None].float(), smaller)  # first, in case only one side grows
+    return F.interpolate(pooled, (height, width), mode="nearest")[0] > 0
 
 
 def layer_sizes(height: int, width: int) -> list[tuple[int, int]]:

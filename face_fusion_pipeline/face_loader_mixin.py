@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from diffusers.utils.hub_utils import _get_model_file
@@ -30,9 +31,10 @@ BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 
 def check_scale(scale: Any, name: str = "face_scale") -> float:
     """`scale` as a float in [0, 100]; raises [`InvalidScaleError`] otherwise."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= MAX_FACE_SCALE:
+    number = float(scale) if isinstance(scale, Real) and not isinstance(scale, bool) else -1.0
+    if not 0 <= number <= MAX_FACE_SCALE:
         raise InvalidScaleError(f"{name} must be a number from 0 (off) over 1 (the paper) to 100, got {scale!r}")
-    return float(scale)
+    return number
 
 
 def check_window(start: Any, end: Any) -> None:

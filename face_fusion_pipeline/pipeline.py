@@ -23,6 +23,7 @@ from .face_identity import FaceIdentity, capture_hidden_states
 from .face_layout import layer_regions
 from .face_loader_mixin import FaceLoaderMixin
 from .face_ownership import sole_use
+from .face_pictures import upright_rgb
 
 
 if TYPE_CHECKING:  # only needed where a layout is searched for faces, but the loader has to find their names here
@@ -44,6 +45,7 @@ __all__ = [
     "face_fused_unet",
     "layer_regions",
     "sole_use",
+    "upright_rgb",
 ]
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from test_several_people import LEFT, RIGHT, FakeDetector, close
 from tiny_models import face, generate, tiny_pipeline, tiny_unet
 
-from face_fusion_pipeline.face_errors import FaceAxesError, FaceFusionError, InvalidScaleError
+from face_fusion_pipeline.face_errors import FaceAxesError, FaceFusionError, InvalidLayoutError, InvalidScaleError
 from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
 from face_fusion_pipeline.pipeline_inpaint import StableDiffusionInpaintFaceFusionPipeline
 
@@ -83,6 +83,67 @@ def test_inpainting_takes_the_size_of_the_unet(pipe, monkeypatch, given, size):
     other.set_progress_bar_config(disable=True)
     options = {"image": picture(), "mask_image": Image.new("L", (20, 24), "white"), "strength": 1.0}
     assert made_and_expected(other, monkeypatch, **options, **given) == (size, {size})
+
+
+def test_latents_say_the_size_where_they_are_given(pipe, monkeypatch):
+    noise = torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(0))
+    assert made_and_expected(pipe, monkeypatch, latents=noise) == ((24, 16), {(24, 16)})
+
+
+def test_people_are_not_placed_in_a_part_of_a_picture(pipe):
+    other = StableDiffusionInpaintFaceFusionPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[9:, 9:] = 255
+    options = {"image": picture(16, 16), "mask_image": Image.fromarray(mask), "strength": 1.0, "padding_mask_crop": 2}
+    options["output_type"] = "pil"
+    generate(other, face_image=A, **options)  # one person is everywhere
+    with pytest.raises(InvalidLayoutError, match="with padding_mask_crop"):
+        generate(other, **TWO, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("face_imagee", "did you mean 'face_image'"),
+        ("guidance", "did you mean 'guidance_"),
+        ("controlnet_conditioning_scale", "goes with a control_image"),
+        ("zzzz", "unknown argument 'zzzz'$"),
+    ],
+)
+@pytest.mark.parametrize("faces", [{}, {"face_image": A}])
+def test_an_argument_that_nobody_knows_is_refused(pipe, name, message, faces):
+    with pytest.raises(TypeError, match=message):
+        generate(pipe, **faces, **{name: 1.0})
+
+
+def test_a_unet_for_inpainting_looks_at_faces_too(pipe):
+    parts = {**pipe.components, "unet": tiny_unet(in_channels=9)}
+    del parts["controlnet"]
+    other = StableDiffusionInpaintFaceFusionPipeline(**parts, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    options = {"image": picture(16, 16), "mask_image": Image.new("L", (16, 16), "white"), "strength": 1.0}
+    assert not close(generate(other, **options, face_image=A), generate(other, **options))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"in_channels": 8}, "takes 8 channels, the latents of its VAE have 4"),
+        (
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 64,
+            },
+            "as that of SDXL does",
+        ),
+    ],
+)
+def test_a_unet_that_cannot_look_at_a_face_is_named(pipe, config, message):
+    pipe.unet = tiny_unet(**config)
+    with pytest.raises(FaceFusionError, match=message):
+        pipe.encode_face(A)
 
 
 # --- Numbers that belong to people ---------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ Each test compares with the face against without, or against the same thing done
 raise would prove nothing.
 """
 
+import functools
+
 import diffusers
 import numpy as np
 import pytest
@@ -13,12 +15,19 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.models import attention_dispatch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from test_pipeline import load_random_ip_adapter
 from test_several_people import LEFT, RIGHT, close, differ
 from tiny_models import TEXT_WIDTH, face, generate, tiny_components, tiny_pipeline, tiny_unet, with_adapter
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
-from face_fusion_pipeline.face_errors import FaceFusionError
+from face_fusion_pipeline.face_attention import (
+    Cast,
+    FaceFusionAttnProcessor,
+    attention_layers,
+    installed_processors,
+)
+from face_fusion_pipeline.face_errors import FaceFusionError, IdentityMismatchError
 from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
 from face_fusion_pipeline.pipeline_inpaint import StableDiffusionInpaintFaceFusionPipeline
 
@@ -282,6 +291,52 @@ def test_layerwise_casting_of_the_vae(pipe, storage):
     assert (cast - plain).abs().mean() < 0.2 * (generate(pipe) - plain).abs().mean()
 
 
+def test_an_identity_fits_its_model_however_the_weights_are_kept(pipe):
+    identity = pipe.encode_face(A)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    generate(pipe, face_image=identity)
+
+
+def test_an_identity_is_refused_by_another_model_that_is_offloaded(pipe):
+    import accelerate
+
+    identity, before = pipe.encode_face(A), generate(pipe, face_image=A)
+    accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
+    assert pipe.unet.conv_in.weight.device.type == "meta"
+    assert pipe.encode_face(A).base_fingerprint == identity.base_fingerprint
+    assert close(generate(pipe, face_image=identity), before)
+    pipe.unet = tiny_unet(seed=5)
+    accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
+    with pytest.raises(IdentityMismatchError, match="another base model"):
+        generate(pipe, face_image=identity)
+
+
+def test_weights_of_an_ip_adapter_move_with_the_unet_during_a_call(pipe):
+    """Model offload moves the UNet to the GPU inside the call, when other processors stand in for the IP-Adapter's."""
+    load_random_ip_adapter(pipe)
+    names = list(attention_layers(pipe.unet, "attn2"))
+    before = list(pipe.unet.state_dict())
+    with installed_processors(pipe.unet, {name: FaceFusionAttnProcessor([Cast(())]) for name in names}):
+        pipe.unet.to(torch.float64)
+    assert list(pipe.unet.state_dict()) == before
+    assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.float64}
+
+
+def test_references_go_through_one_model_after_the_other(pipe, monkeypatch):
+    order = []
+    for name in ("vae", "unet"):
+        part = getattr(pipe, name)
+        method = "encode" if name == "vae" else "forward"
+        monkeypatch.setattr(part, method, functools.partial(_noting, order, name, getattr(part, method)))
+    pipe.encode_face([A, B])
+    assert order == ["vae", "vae", "unet", "unet"]
+
+
+def _noting(order, name, method, *args, **kwargs):
+    order.append(name)
+    return method(*args, **kwargs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "faces", [{"face_image": A}, {"face_image": [[A], [B]], "face_boxes": [LEFT, RIGHT]}], ids=["one", "two"]
@@ -340,6 +395,20 @@ def test_compile_repeated_blocks_without_graph_breaks(people):
     assert before > 0
     assert close(generate(pipe, **other), expected[1])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    torch.compiler.reset()
+
+
+def test_another_scale_does_not_compile_again():
+    pipe = with_adapter(tiny_pipeline())
+    identity = pipe.encode_face(A)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    graphs = []
+    for scale in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 1.5, 2.0, 3.0, 4.0):
+        generate(pipe, face_image=identity, face_scale=scale)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[-1] <= 2 * graphs[0]  # scale 1 has no bias
     torch.compiler.reset()
 
 

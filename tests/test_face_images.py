@@ -171,7 +171,7 @@ def test_a_margin_is_tried_last() -> None:
             seen = [Face(LEFT, 1.0).moved(400 / 360, 80 * 400 / 360, 80 * 400 / 360)]
             return seen if image.size == (400, 289) else []
 
-    assert find_face(PICTURE, NeedsMargin()).box == pytest.approx(LEFT)
+    assert find_face(PICTURE, NeedsMargin()).box == pytest.approx(LEFT, abs=0.2)  # margins are whole pixels
 
 
 def test_several_faces_are_listed_from_the_left() -> None:

@@ -22,7 +22,7 @@ from face_fusion_pipeline.face_errors import (
     UnreadableImageError,
 )
 from face_fusion_pipeline.face_identity import encode_latents, face_tensors, noise_latents
-from face_fusion_pipeline.face_images import FacePhoto
+from face_fusion_pipeline.face_images import FacePhoto, load_image
 
 
 def adapted_pipeline(seed=0, **metadata):
@@ -195,3 +195,17 @@ def test_bad_mode_and_resolution_are_refused(pipe):
         pipe.encode_face(face(), face_resolution=15)
     with pytest.raises(FaceFusionError, match="needs weights"):
         tiny_pipeline().encode_face(face(), face_mode="adapter")
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGBA"])
+def test_a_picture_is_the_same_reference_as_object_and_as_file(mode):
+    """16-bit grey was clipped to white, and what lies under transparency came to light."""
+    if mode == "I;16":
+        picture = Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16))
+    else:
+        picture = face(0).convert("RGBA")
+        picture.putalpha(Image.linear_gradient("L").resize((16, 16)))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    assert torch.equal(face_tensors(picture, 16)[0], face_tensors(load_image(buffer.getvalue()), 16)[0])
+    assert float(face_tensors(picture, 16)[0].std()) > 0.2 and picture.mode == mode

@@ -192,3 +192,10 @@ def test_placement_is_checked():
 
 def test_the_mixin_has_no_own_init():
     assert "__init__" not in vars(FaceFusionMixin)  # from_pipe reads the pipeline's signature
+
+
+def test_a_mask_that_grows_on_one_side_and_shrinks_on_the_other_does_not_vanish():
+    mask = torch.zeros(1, 512, 32, dtype=torch.bool)
+    mask[:, 101:103] = True
+    pooled = pool(mask, 64, 64)
+    assert pooled[0, 12].all() and pooled.sum() == 64

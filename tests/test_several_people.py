@@ -218,3 +218,29 @@ def test_people_of_different_modes_are_refused():
 def test_odd_sizes_work(pipe):
     image = generate(pipe, face_image=[[A], [B]], face_boxes=[(1, 4, 6, 12), (20, 4, 30, 12)], height=24, width=40)
     assert image.shape[-2:] == (12, 20)
+
+
+def test_an_assignment_holds_where_a_draft_shows_too_few_faces(pipe):
+    nobody = {"face_detector": FakeDetector(), "output_type": "pil", "prompt": "a cat"}
+
+    def places(assign):
+        return generate_output(pipe, face_image=[[A], [B]], face_assign=assign, **nobody).face_boxes[0]
+
+    assert places([1, 0]) == places([0, 1])[::-1] == places([3, 2])
+    assert places(None) == places([0, 1])
+
+
+def generate_output(pipe, **arguments):
+    return pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"face_boxes": [LEFT, RIGHT], "face_assign": [0, 1]}, "face_boxes are taken in the order of the people"),
+        ({"face_assign": [1, 1]}, "different faces"),
+    ],
+)
+def test_an_assignment_that_says_nothing_is_refused_at_once(pipe, options, message):
+    with pytest.raises(InvalidLayoutError, match=message):
+        generate(pipe, face_image=[[A], [B]], **options)
