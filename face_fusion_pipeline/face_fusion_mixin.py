@@ -483,7 +483,7 @@ def unet_input(latents: Tensor, channels: int) -> Tensor:
     if channels == 2 * own + 1:
         return torch.cat([latents, torch.zeros_like(latents[:, :1]), latents], dim=1)
     raise FaceFusionError(
-        f"this UNet takes {channels} channels, the latents of its VAE have {own}: only UNets for text to image ({own}) "
+        f"this UNet takes {channels} channels, the latents of its VAE have {own}: only UNets for text ({own}) "
         f"and for inpainting ({2 * own + 1}) can look at a face"
     )
 

@@ -575,6 +575,22 @@ def test_a_reference_without_a_face_is_left_out_and_named(
     assert f"* {broken.name}: " in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_what_a_safety_checker_blacked_out_counts_in_no_figure(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(self: Any, image: torch.Tensor, *_: Any) -> tuple[torch.Tensor, list[bool]]:
+        return torch.cat([torch.full_like(image[:1], -1), image[1:]]), [True] + [False] * (len(image) - 1)
+
+    monkeypatch.setattr(StableDiffusionFaceFusionPipeline, "run_safety_checker", check)
+    assert main([*words, "--methods", "none", "--max-identities", "1"]) == 0
+    hidden = [p for p in (tmp_path / "out" / "images").glob("*.png") if "blacked_out" in Image.open(p).info]
+    assert hidden and all(Image.open(path).convert("L").getextrema() == (0, 0) for path in hidden)
+    rows = [row for row in _rows(tmp_path / "out") if row["method"] == "none"]
+    assert rows and not {row["file"] for row in rows} & {path.name for path in hidden}
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert all(f"* {path.name}: the model's safety checker blacked it out" in table for path in hidden)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -28,7 +28,7 @@ class Measure:
 
     def cell(self, estimate: dict[str, Any]) -> str:
         mean, low, high = (f"{self.factor * estimate[key]:.{self.decimals}f}" for key in ("mean", "low", "high"))
-        return f"{mean}{self.unit} [{low}, {high}]"
+        return f"{mean}{self.unit} [{low}, {high}]" if estimate["low"] == estimate["low"] else f"{mean}{self.unit}"
 
 
 PHOTOS = (ANOTHER_PHOTO, SOMEBODY_ELSE)
@@ -61,10 +61,11 @@ TABLES = {
     "Several people": ("similarity_own", "similarity_neighbour", "all_present", "missing_faces", "extra_faces"),
 }
 LEGEND = (
-    "Means with 95 % bootstrap intervals over people. Distance: cosine distance of the face to the reference photo. "
-    "CLIP: 100 × cosine of picture and prompt. PSNR and SSIM: aligned face crop against that of the reference, in "
-    "float. CMMD: distance of the pictures' CLIP embeddings to those of the photos, 0 where they look alike as a "
-    "whole. Face found: a picture without a face counts in no other figure of faces.\n\n"
+    "Means with 95 % bootstrap intervals over people, where there are several. Distance: cosine distance of the face "
+    "to the reference photo. CLIP: 100 × cosine of picture and prompt. PSNR and SSIM: aligned face crop against that "
+    "of the reference, in float. CMMD: distance of the pictures' CLIP embeddings to those of the photos (at most two "
+    "of a person), 0 where they look alike as a whole. Face found: a picture without a face counts in no other figure "
+    "of faces.\n\n"
     "Sim(GT): cosine similarity to other photos of the person. Copy-paste: 1 is the reference photo itself, -1 "
     "another photo. Pose, expression, landmarks: difference from the reference photo; a larger one is less copying. "
     "Neighbour: similarity to the other people of the picture.\n"

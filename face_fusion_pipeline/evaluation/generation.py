@@ -23,6 +23,7 @@ from .renders import to_pil
 from .trials import Trial, portraits
 
 
+BLACKED_OUT = "blacked_out"  # in the text of a PNG file
 METHODS = ("none", "training-free", "adapter")
 _LATER = {"weights_hash": None, "controlnet": None, "dtype": "float32"}  # settings that older folders do not name
 
@@ -67,7 +68,7 @@ def hash_weights(model: str, adapter: str | None = None, controlnet: str | None 
 def pipeline_of(settings: Settings, device: str = "cpu") -> Any:
     """The pipeline with exactly the adapter that the settings name, or none; see `loading.load_pipeline`.
 
-    The safety checker of the model stays on: a picture that it blacks out shows no face.
+    The safety checker of the model stays on. A picture that it blacks out is marked in its file.
     """
     pipe = load_pipeline(settings.model, settings.adapter, device, settings.dtype, settings.controlnet)
     pipe.set_progress_bar_config(disable=True)
@@ -128,8 +129,8 @@ def make_pictures(
             size = settings.batch if len(people) == 1 else 1
             for start in range(0, len(missing), size):
                 batch = missing[start : start + size]
-                for picture, image in zip(batch, _images(pipe, batch, face, settings), strict=True):
-                    save_png(to_pil(image), picture.path, _text(picture))
+                for picture, (image, hidden) in zip(batch, _images(pipe, batch, face, settings), strict=True):
+                    save_png(to_pil(image), picture.path, _text(picture) | ({BLACKED_OUT: True} if hidden else {}))
                 progress.update(len(batch))
 
 
@@ -148,8 +149,13 @@ def _face_arguments(pipe: Any, faces: list[Image.Image], method: str, settings: 
 
 
 @torch.inference_mode()
-def _images(pipe: Any, pictures: Sequence[Picture], face: dict[str, Any], settings: Settings) -> torch.Tensor:
-    """Images (B, 3, H, W) in [0, 1] on the CPU. Noise comes from CPU generators: the same on every device."""
+def _images(
+    pipe: Any, pictures: Sequence[Picture], face: dict[str, Any], settings: Settings
+) -> list[tuple[torch.Tensor, bool]]:
+    """Images (3, H, W) in [0, 1] on the CPU, and whether the safety checker blacked them out.
+
+    Noise comes from CPU generators: the same on every device.
+    """
     output = pipe(
         [picture.prompt for picture in pictures],
         num_inference_steps=settings.steps,
@@ -158,7 +164,8 @@ def _images(pipe: Any, pictures: Sequence[Picture], face: dict[str, Any], settin
         output_type="pt",
         **face,
     )
-    return output.images.float().cpu()
+    hidden = getattr(output, "nsfw_content_detected", None) or [False] * len(pictures)
+    return list(zip(output.images.float().cpu(), map(bool, hidden), strict=True))
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Judges of avatar images: where the face is, what the scene shows, who it is. Small networks, trained on renders.
 
-They measure only: nothing of them is used to generate or to train. All of them are shipped with the package.
+They measure: nothing of them is used to generate, and of the weights that are shipped nothing was trained with them.
+The recogniser can be asked for in a training (`--identity-recogniser avatars`), which it cannot judge then.
 """
 
 from __future__ import annotations

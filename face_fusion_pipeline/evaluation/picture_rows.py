@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
-from ..face_errors import FaceFusionError
+from ..face_errors import FaceFusionError, UnreadableImageError
 from ..face_images import FacePhoto, load_image
 from ..finetuning.sources import Photo
 from .clip_score import ClipScore
 from .copying import expression_difference, landmark_difference, pixel_agreement, pose_difference, yaw
+from .generation import BLACKED_OUT
 from .metrics import copy_paste_score, cosine_similarity
 from .observation import Observation, Observer
 from .people import Person
@@ -89,8 +92,13 @@ class PicturePanel:
         return FacePhoto(*self.observer.finder.photo(self.people[name].reference))
 
     def rows(self, picture: Picture) -> list[Row]:
-        """One row for each person of a picture. Raises UnreadableImageError if its file cannot be read."""
+        """One row for each person of a picture.
+
+        Raises UnreadableImageError if its file cannot be read, or shows nothing but that a safety checker was there.
+        """
         image = load_image(picture.source)
+        if isinstance(picture.source, Path) and is_blacked_out(picture.source):
+            raise UnreadableImageError("the model's safety checker blacked it out")
         found = self.observer.observe(image)
         known = [self.known(name) for name in picture.people]
         matches = match(known, found)
@@ -153,6 +161,11 @@ class PicturePanel:
             row["expression_difference"] = expression_difference(face.expression, reference.expression)
         row |= pixel_agreement(face.crop, reference.crop)
         return {name: value for name, value in row.items() if math.isfinite(value)}
+
+
+def is_blacked_out(path: Path) -> bool:
+    with Image.open(path) as image:
+        return BLACKED_OUT in image.info
 
 
 def match(known: Sequence[KnownPerson | None], found: Sequence[Observation]) -> list[Observation | None]:

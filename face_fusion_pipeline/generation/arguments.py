@@ -21,7 +21,10 @@ def check_model(model: str) -> None:
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ModelNotFoundError(f"{model} is no diffusers model: it has no model_index.json")
     if path.is_file():
-        raise ModelNotFoundError(f"{model} is a file: --model takes a diffusers folder or a Hub id (owner/name)")
+        raise ModelNotFoundError(
+            f"{model} is a file: --model takes a diffusers folder or a Hub id (owner/name); make a folder of it once: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
     if path.exists():
         return
     if model.startswith((".", "/", "~")):
