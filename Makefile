@@ -16,6 +16,7 @@ $(INSTALLED): pyproject.toml setup.cfg constraints.txt
 
 # A portrait of somebody whom the model has never seen, then four new pictures of the same person.
 demo: $(INSTALLED)
+	@rm -rf demo
 	$(BIN)/face-fusion avatars --out demo --portrait $(SEED)
 	$(BIN)/face-fusion generate --face demo/reference.png --prompt "$(PROMPT)" --num-images 4 --seed 0 --out demo
 	@echo "Look at demo/contact_sheet.png: reference | without Face Fusion | with Face Fusion"

@@ -1,6 +1,7 @@
 """`face-fusion ablate`: each variant is what it says, all are trained alike, and the figures say what the rows say."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,12 @@ def test_a_finished_training_is_loaded(base: Any, data: Path, tmp_path: Path, mo
         trainer.trained(VARIANTS[METHOD], 1)
 
 
+@pytest.mark.parametrize("name", ["ip-adapter", "ip-adapter-plus", "ip-adapter-faceid"])
+def test_encoders_of_tokens_are_trained_by_the_same_loop(name: str, base: Any, data: Path, tmp_path: Path) -> None:
+    conditioning, record = Trainer(base, data, tmp_path, Budget(steps=1, batch_size=4)).trained(VARIANTS[name], 0)
+    assert conditioning is not None and record["steps"] == 1
+
+
 # --- Judges and people -------------------------------------------------------------------------------------------
 
 
@@ -377,6 +384,23 @@ def test_figures_of_rows() -> None:
     ]
     lines = table(QUESTIONS["attention"], cells).splitlines()
     assert len(lines) == 2 + 5 and "| 51 % |" in lines[5] and "| 25 % |" in lines[6] and "-0.210" in lines[6]
+
+
+def test_a_difference_has_to_be_larger_than_that_of_seeds() -> None:
+    """Two trainings a side whose own means lie further apart than the sides do."""
+    known = {"trained_parameters": 1, "options": {"lr": 1.0}, "seconds": 1, "steps": 1}
+
+    def said(*runs: Run) -> str:
+        bounds = [run_of(CEILING, 0.9), run_of(FLOOR, 0.1), run_of(NO_FACE, 0.1)]
+        return sentences(
+            QUESTIONS["attention"], summarise([*bounds, *(replace(run, training=known) for run in runs)])
+        )[0]
+
+    method = [run_of(METHOD, 0.5), run_of(METHOD, 0.7, seed=1)]
+    other = [run_of("added-attention", 0.45), run_of("added-attention", 0.65, seed=1)]
+    assert "no difference in likeness found" in said(*method, *other)
+    assert "less likeness (-0.4" in said(*method, *(run_of("added-attention", 0.2, seed=seed) for seed in (0, 1)))
+    assert "less likeness" in said(*method, other[0]) and "one training a side" in said(*method, other[0])
 
 
 def test_equal_accuracy_compares_the_best_scales_that_are_accurate_enough() -> None:

@@ -1,5 +1,6 @@
 """The handlers of the web app without a browser: runs that are replaced, cancelled or refused, pages that close."""
 
+import dataclasses
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny_models
+from PIL import Image
 from test_app import make_engine
 from test_several_people import FakeDetector
 
@@ -47,7 +49,10 @@ class Page:
 
     def start(self) -> dict[Any, Any]:
         """Press Generate; gives what the page now holds."""
-        return {**self.values, self.widgets.run_id: self.handlers.start(self.request)[self.widgets.run_id]}
+        return {
+            **self.values,
+            self.widgets.run_id: self.handlers.start(self.values, self.request)[self.widgets.run_id],
+        }
 
     def run(self, values: dict[Any, Any]) -> list[dict[Any, Any]]:
         """The turn of a run has come; gives all updates."""
@@ -72,7 +77,7 @@ def test_a_run_shows_each_picture_and_then_all_files(page: Page) -> None:
     updates = page.run(page.start())
     assert [len(update[w.results]) for update in updates[:-1]] == [1, 2]
     last = updates[-1]
-    assert last[w.status] == "<p>Done.</p>" and last[w.generate].interactive and not last[w.cancel].visible
+    assert last[w.status] == "<p role='status'>Done.</p>" and last[w.generate].interactive and not last[w.cancel].visible
     with zipfile.ZipFile(last[w.archive]) as archive:
         assert archive.namelist() == ["image_000.png", "image_001.png", "contact_sheet.png", "metadata.json"]
 
@@ -99,6 +104,55 @@ def test_a_run_that_is_replaced_in_a_picture_says_nothing_more(page: Page, monke
     session = page.sessions.of("ada")
     assert session.run and [path.name for path in session.folder.path.iterdir()] == [session.run.folder.path.name]
     assert list(session.run.folder.path.iterdir()) == []
+
+
+def test_a_form_that_is_wrong_leaves_what_was_made_before(page: Page) -> None:
+    w = page.widgets
+    files = page.run(page.start())[-2][w.results]
+    assert files and all(Path(file).is_file() for file in files)
+    page.values[w.seed] = -3
+    updates = page.handlers.start(page.values, page.request)
+    assert "seed must be from 0" in page.words(updates, "seed") and w.results not in updates
+    assert page.run({**page.values, w.run_id: updates[w.run_id]}) == []
+    assert all(Path(file).is_file() for file in files)
+    page.values[w.seed] = 3
+    page.start()
+    assert not any(Path(file).is_file() for file in files)
+
+
+def test_depth_is_estimated_once_for_all_pictures(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    estimated, given = [], []
+
+    def depth(picture: Image.Image) -> Image.Image:
+        estimated.append(picture)
+        return picture.convert("L")
+
+    def denoise(form: Form, *_: Any) -> Any:
+        given.append(form.control.mode)
+        return type("Output", (), {"images": [Image.new("RGB", (16, 16))]})
+
+    monkeypatch.setattr("face_fusion_pipeline.app.engine.control_depth", depth)
+    monkeypatch.setattr(page.engine, "_denoise", denoise)
+    form = page.handlers.read_form(page.values, page.sessions.of("ada"))
+    form = dataclasses.replace(form, control=Image.new("RGB", (16, 16), "red"), count=2)
+    identity = page.engine.identity(form.people[0])[1]
+    assert len(list(page.engine.run(form, [identity], lambda *_: None, lambda: False))) == 2
+    assert len(estimated) == 1 and given == ["L", "L"]
+
+
+def test_an_identity_that_cannot_be_loaded_takes_the_one_before_away(page: Page, tmp_path: Path) -> None:
+    page.sessions.of("ada").identities[1] = "the one before"
+    (tmp_path / "broken.safetensors").write_bytes(b"no identity")
+    updates = page.handlers_of_person().load_identity(str(tmp_path / "broken.safetensors"), page.request)
+    assert "broken.safetensors" in page.words(updates, "person_1") and not page.sessions.of("ada").identities
+
+
+def test_too_many_photos_are_said_at_once(page: Page, photo: Path) -> None:
+    person = page.widgets.people[0]
+    page.values[person.photos] = [(str(photo), None)] * 9
+    assert "9 photos: keep the best 8" in page.words(
+        page.handlers_of_person().check_photos(page.values, page.request), "person_1"
+    )
 
 
 def test_a_run_of_a_closed_page_leaves_nothing(page: Page) -> None:

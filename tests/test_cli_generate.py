@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from PIL import Image
 
-from face_fusion_pipeline import create_adapter, save_adapter
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter, save_adapter
 from face_fusion_pipeline.cli import commands, main
 from face_fusion_pipeline.generation.contact_sheet import contact_sheet, save_png
 
@@ -81,6 +81,32 @@ def test_face_changes_the_picture_and_scale_zero_does_not(generate: Any, tmp_pat
     assert np.array_equal(sheets[0][28:, plain], sheets[0][28:, fused])
     assert np.array_equal(sheets[0][28:, plain], sheets[1][28:, plain])  # the same seeds
     assert not np.array_equal(sheets[1][28:, plain], sheets[1][28:, fused])
+
+
+def test_pictures_of_an_earlier_run_stay(generate: Any, tmp_path: Path) -> None:
+    for seed in (0, 5):
+        assert generate("--no-detect", num_images=2, seed=seed)[0] == 0
+    out = tmp_path / "out"
+    names = {path.name for path in out.glob("*.png")}
+    assert names == {"contact_sheet.png", "contact_sheet_002.png", *(f"image_{i:03d}.png" for i in range(4))}
+    assert [Image.open(out / f"image_{i:03d}.png").text["seed"] for i in range(4)] == ["0", "1", "5", "6"]  # type: ignore[attr-defined]
+
+
+def test_a_run_that_is_stopped_keeps_its_pictures(
+    generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = StableDiffusionFaceFusionPipeline.__call__
+    calls = []
+
+    def interrupted(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(StableDiffusionFaceFusionPipeline, "__call__", interrupted)
+    assert generate("--no-detect", num_images=5, batch_size=1)[0] == 130
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["image_000.png", "image_001.png"]
 
 
 def test_a_picture_depends_on_its_own_seed_only(generate: Any, tmp_path: Path) -> None:

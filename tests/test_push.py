@@ -194,9 +194,23 @@ class StubbedHub:
         self.made.append((name, options))
         return type("Url", (), {"repo_id": name})
 
+    def repo_info(self, name: str) -> Any:
+        return type("Info", (), {"private": "public" not in name})
+
     def create_commit(self, repository: str, operations: Any, **options: Any) -> Any:
         self.sent.update({operation.path_in_repo: operation for operation in operations}, repository=repository)
         return type("Commit", (), {"commit_url": "https://address"})
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "HfApi", StubbedHub)
+    monkeypatch.setattr(StubbedHub, "made", [])
+    monkeypatch.setattr(StubbedHub, "sent", {})
+    assert main(["push", str(trained), "--to", "me/public", "--private", "--license", "openrail"]) == 2
+    assert "me/public is on the Hub already, and public" in capsys.readouterr().err and not StubbedHub.sent
+    assert main(["push", str(trained), "--to", "me/public", "--license", "openrail"]) == 0
 
 
 def test_pushes_in_one_commit(

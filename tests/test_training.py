@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from face_fusion_pipeline.avatars.dataset import write
+from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.training import loop
 from face_fusion_pipeline.training.data import load_avatars, render_avatars
 from face_fusion_pipeline.training.loop import LoopOptions, Task, TrainingError, data_order, learning_rate, train
@@ -180,6 +181,65 @@ def test_wrong_resume_and_bad_loss_are_refused(tmp_path):
     exploding.layer.bias.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="smaller --lr"):
         train(exploding, dataclasses.replace(OPTIONS, resume="never"), tmp_path)
+
+
+def test_what_is_not_finite_replaces_no_checkpoint(tmp_path):
+    """Also between two lines of the log, and in a run that ends by time."""
+    good = dataclasses.replace(OPTIONS, steps=2)
+    train(Regression(), good, tmp_path)
+    checkpoint = tmp_path / "logs" / "regression" / "checkpoint.safetensors"
+
+    class Breaks(Regression):
+        def forward(self, batch):
+            loss, extra = super().forward(batch)
+            return loss * (float("nan") if self.seen > 1 else 1.0), extra
+
+    for options in ({"checkpoint_minutes": 60.0}, {"checkpoint_minutes": 0.0}):
+        before = checkpoint.read_bytes()
+        with pytest.raises(TrainingError, match="not finite"):
+            train(Breaks(), dataclasses.replace(OPTIONS, log_every=20, **options), tmp_path)
+        assert checkpoint.read_bytes() == before or options["checkpoint_minutes"] == 0.0
+    with safe_open(checkpoint, "pt") as file:
+        assert all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())  # noqa: SIM118
+
+
+def test_a_checkpoint_of_other_data_or_another_start_is_refused(tmp_path):
+    class OfData(Regression):
+        settings = {"power": 1.0}
+        key = "first"
+
+        @property
+        def subject(self):
+            return {**self.settings, "data": self.key}
+
+    train(OfData(), OPTIONS, tmp_path)
+    train(OfData(), OPTIONS, tmp_path)  # finished, given again
+    other = OfData()
+    other.key = "second"
+    with pytest.raises(TrainingError, match="data first, not second"):
+        train(other, OPTIONS, tmp_path)
+    other = OfData()
+    other.settings = {"power": 2.0}
+    with pytest.raises(TrainingError, match="power"):
+        train(other, OPTIONS, tmp_path)
+    other = OfData()
+    torch.nn.init.constant_(other.layer.weight, 0.25)
+    with pytest.raises(TrainingError, match="initial_weights"):
+        train(other, OPTIONS, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["controlnet", "--face-loss-weight", "5"], "--face-loss-weight is for the stage unet, not controlnet"),
+        (["unet", "--decoder-only"], "--decoder-only is for the stage vae"),
+        (["unet", "--render", "10", "--images", "5"], "leave --images out"),
+        (["controlnet", "--render", "10"], "needs depth maps"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words, message, tmp_path, capsys):
+    assert main(["avatars-train", *words, "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_data_order_visits_every_image_once_an_epoch():

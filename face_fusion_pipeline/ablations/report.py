@@ -15,7 +15,18 @@ from ..training.loop import write_atomic
 from .encoders import load_recogniser
 from .laboratory import Laboratory, Run
 from .questions import Condition, Question
-from .summary import EXPECTED_RATIO, LEVELS, Cell, Cells, as_json, closed, difference, equal_accuracy, summarise
+from .summary import (
+    EXPECTED_RATIO,
+    LEVELS,
+    Cell,
+    Cells,
+    as_json,
+    closed,
+    difference,
+    equal_accuracy,
+    seed_noise,
+    summarise,
+)
 from .variants import METHOD, NO_FACE, VARIANTS
 
 
@@ -112,16 +123,21 @@ def sentences(question: Question, cells: Cells) -> list[str]:
             names = [cell.variant, compared.variant]
             if question.axis is not None:
                 names = [f"{axis_value(question, side)} {question.axis}" for side in (cell, compared)]
-            found = [_comparison(measure, difference(cell, compared, measure)) for measure in measures]
+            found = [
+                _comparison(measure, difference(cell, compared, measure), seed_noise(cell, compared, measure))
+                for measure in measures
+            ]
             said.append(f"{names[0]} against {names[1]}: {', '.join(found)}.")
     return said
 
 
-def _comparison(measure: str, found: Estimate) -> str:
+def _comparison(measure: str, found: Estimate, noise: float) -> str:
+    """A difference counts where it is one between people, and larger than what two trainings alike can differ by."""
     less, more = WORDS[measure]
-    if found.low <= 0 <= found.high or not found.count:
+    if not (found.low > 0 or found.high < 0) or abs(found.mean) <= noise:
         return f"no difference in {measure.replace('copied', 'traits copied')} found"
-    return f"{less if found.mean < 0 else more} ({found})"
+    doubt = ", one training a side: what seeds make of it is unknown" if noise != noise else ""
+    return f"{less if found.mean < 0 else more} ({found}{doubt})"
 
 
 def is_variant(cell: Cell) -> bool:

@@ -113,6 +113,21 @@ def difference(cell: Cell, baseline: Cell, measure: str = "likeness") -> Estimat
     return bootstrap_mean(np.array(values), np.array(shared))
 
 
+def seed_noise(cell: Cell, baseline: Cell, measure: str = "likeness") -> float:
+    """Twice the standard error of a difference that comes of the seeds of two trainings, NaN where one has one seed.
+
+    0 where both are the same trainings under two conditions.
+    """
+    if cell.variant == baseline.variant:
+        return 0.0
+    variances = [
+        side.spread[measure] ** 2 / side.seeds if side.seeds > 1 else float("nan")
+        for side in (cell, baseline)
+        if side.rate == side.rate  # it was trained at all
+    ]
+    return 2 * float(np.sqrt(sum(variances)))
+
+
 @dataclass(frozen=True)
 class EqualAccuracy:
     """Distance (1 − likeness) of the method and of the best encoder of tokens, where both are accurate enough."""

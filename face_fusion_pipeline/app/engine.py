@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..face_adapter import unet_fingerprint
+from ..face_depth import control_depth
 from ..face_detectors import FaceDetector, load_detector
 from ..face_errors import FaceFusionError, InvalidLayoutError, ModelNotFoundError, NoFaceError, SeveralFacesError
 from ..face_identity import FaceIdentity
@@ -154,6 +155,8 @@ class Engine:
             CancelledError: `cancelled()` was true; the pictures so far have been handed out.
             FieldError, FaceFusionError: bad input that only the pipeline could see.
         """
+        if form.control is not None:  # once: an estimator of depth takes its time to load
+            form = replace(form, control=self._depth(form.control))
         if self.watermark:  # `__init__` has checked the size without a picture to follow
             in_field("places", check_size, *self.size(form.control))
         for person, identity in zip(form.people, identities, strict=True):
@@ -185,6 +188,12 @@ class Engine:
             text = self._text(one, identities, places, source)
             yield Picture(output.images[0], plain, places, hidden, text)
 
+    def _depth(self, picture: Image.Image) -> Image.Image:
+        try:
+            return control_depth(picture)
+        except ModelNotFoundError as error:  # a depth estimator that is not there
+            raise FieldError("places", error) from error
+
     def _denoise(self, form: Form, faces: dict[str, Any], on_step: Callable[[float], None]) -> Any:
         import torch
 
@@ -209,7 +218,7 @@ class Engine:
                     **faces,
                     **control,
                 )
-        except (InvalidLayoutError, ModelNotFoundError) as error:  # boxes, and a depth estimator that is not there
+        except InvalidLayoutError as error:  # boxes
             raise FieldError("places", error) from error
 
     def _boxes_in_draft(self, draft: Any, count: int) -> tuple[list[Box], str]:

@@ -65,6 +65,11 @@ class PersonForm:
         """Which face, counted from 0 and from the left; None: the only one."""
         return None if self.which in (ONLY_FACE, WHOLE_PHOTO) else WHICH_FACE.index(self.which) - 1
 
+    def check(self) -> None:
+        """Raise [`FieldError`] for more photos than are worth their time."""
+        if len(self.photos) > MAX_PHOTOS:
+            raise FieldError(self.field, f"{len(self.photos)} photos: keep the best {MAX_PHOTOS} or fewer")
+
 
 @dataclass(frozen=True)
 class Form:
@@ -104,8 +109,7 @@ class Form:
         if not self.people:
             raise FieldError("person_1", "add a photo of the person, load an identity, or take one of the examples")
         for person in self.people:
-            if len(person.photos) > MAX_PHOTOS:
-                raise FieldError(person.field, f"{len(person.photos)} photos: keep the best {MAX_PHOTOS} or fewer")
+            person.check()
             in_field(person.field, check_scale, person.strength, "the strength")
         in_field("prompt", check_prompt, self.prompt, "the prompt")
         if self.negative_prompt:

@@ -99,14 +99,21 @@ class Handlers:
 
     # --- Generating ------------------------------------------------------------------------------------------------
 
-    def start(self, request: gr.Request) -> Updates:
-        """At once, whoever else is being served: messages and old results go, the Cancel button comes."""
+    def start(self, values: Updates, request: gr.Request) -> Updates:
+        """At once, whoever else is being served: messages and old results go, the Cancel button comes.
+
+        A form that is wrong changes nothing but the messages: what was made before stays.
+        """
         w, session = self.widgets, self.sessions.of(request.session_hash)
-        run = session.new_run()
         kept = {f"person_{number}" for number in session.identities}  # the words that one is loaded
         cleared = {beside: message("") for name, beside in w.messages.items() if name not in kept}
+        try:
+            self.read_form(values, session)
+        except FieldError as error:
+            return {**cleared, w.run_id: "", **self.show_error(error)}
+        run = session.new_run()
         empty = {w.results: None, w.sheet: None, w.metadata: None, w.downloads: gr.Column(visible=False)}
-        status = {w.status: "<p>Waiting …</p>", w.run_id: run.id}
+        status = {w.status: "<p role='status'>Waiting …</p>", w.run_id: run.id}
         return {**cleared, **empty, **self._buttons(running=True), **status}
 
     def run(self, values: Updates, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Iterator[Updates]:  # noqa: B008  Gradio finds it by its default
@@ -176,7 +183,7 @@ class Handlers:
         Raises [`CancelledError`]: the files were removed, by the next run or because the page was closed.
         """
         w = self.widgets
-        updates: Updates = {**self._buttons(running=False), w.status: f"<p>{words}</p>" if words else ""}
+        updates: Updates = {**self._buttons(running=False), w.status: f"<p role='status'>{words}</p>" if words else ""}
         with run.folder.writing() as folder:
             pictures, files = [picture for picture, _ in run.results], [file for _, file in run.results]
             sheet = save_sheet(pictures, run.references, folder, self.engine.watermark)

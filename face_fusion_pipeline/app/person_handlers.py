@@ -39,6 +39,7 @@ class PersonHandlers:
         if person.photos:
             session.identities.pop(self.number, None)
             try:
+                person.check()
                 photos = self.page.engine.photos(person)
                 words = f"{count(len(photos), 'photo')}, {'each ' * (len(photos) > 1)}with a face."
             except FieldError as error:
@@ -55,8 +56,9 @@ class PersonHandlers:
         name = Path(file).name
         try:
             identity = self.page.engine.load_identity(Path(file))
-        except FaceFusionError as error:
-            return {self.beside: message(f"{name}: {error}")}
+        except FaceFusionError as error:  # an identity that was loaded before is not what was asked for now
+            self.page.sessions.of(request.session_hash).identities.pop(self.number, None)
+            return {self.beside: message(f"{name}: {error}"), self.widgets.forget: gr.Button(visible=False)}
         self.page.sessions.of(request.session_hash).identities[self.number] = identity
         words = f"{name}: the identity of {count(identity.n_refs, 'photo')} is used."
         shown = {self.widgets.photos: None, self.widgets.forget: gr.Button(visible=True)}
@@ -76,6 +78,7 @@ class PersonHandlers:
                 raise FieldError(person.field, "add a photo of the person first")
             if session is None:  # the page was closed while this waited for its turn, or the connection broke
                 raise FieldError(person.field, "the connection was lost: reload the page")
+            person.check()
             identity = self.page.engine.identity(person)[1]
             with session.folder.writing() as folder:
                 file = folder / f"person_{self.number}.safetensors"

@@ -67,7 +67,15 @@ def connect(handlers: Handlers, examples: list[Example]) -> None:
 
     def generate_after(listener: Callable[..., Any]) -> Any:
         """`start` at once and `run` in the queue; returns the latter, for the Cancel button."""
-        run = listener(handlers.start, outputs=shown, queue=False, js=SHOW_STATUS, **HIDDEN).then(
+        start = listener(
+            handlers.start,
+            inputs=handlers.form_inputs(),
+            outputs=[*shown, *sections],
+            queue=False,
+            **HIDDEN,
+        )
+        start.then(None, js=SHOW_STATUS)
+        run = start.then(
             handlers.run,
             inputs=handlers.form_inputs(),
             outputs=[*shown, *sections],

@@ -1,6 +1,7 @@
 """`face-fusion app`: the web page, served on this machine."""
 
 import argparse
+import logging
 import signal
 import threading
 from typing import Any
@@ -43,8 +44,11 @@ def run(args: argparse.Namespace) -> int:
 
     engine = load_engine(args)
     stop = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):  # both end with the uploads removed
-        signal.signal(name, lambda *_: stop.set())
+    logging.getLogger("face_fusion_pipeline").setLevel(logging.WARNING)  # where faces were found is nobody's business
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # all end with the uploads removed; the last is a closed terminal
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, lambda *_: stop.set())
     with serving(engine, args.host, args.port, args.steps, args.max_upload) as address:
         print(f"Face Fusion is at {address}  (Ctrl+C ends it)", flush=True)
         stop.wait()

@@ -210,9 +210,11 @@ def _model(args: argparse.Namespace) -> tuple[dict, str]:
     from ..evaluation.model_quality import as_markdown, measure_model, quality_trials
 
     settings = _settings(args)
-    trials = quality_trials(args.prompts, seed=args.seed, exclude=_training_captions(args.training_data))
+    exclude = _training_captions(args.training_data)
+    trials = quality_trials(args.prompts, seed=args.seed, exclude=exclude)
     panel = _panel(args)
-    result = measure_model(pipeline_of(settings, args.device), trials, panel, settings, args.out)
+    pipe = pipeline_of(settings, args.device)
+    result = measure_model(pipe, trials, panel, settings, args.out, unseen=bool(exclude))
     return result, as_markdown(result)
 
 

@@ -10,6 +10,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..face_errors import FaceFusionError
+
 
 if TYPE_CHECKING:
     from ..training.data import AvatarImages
@@ -61,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--checkpoint-minutes", type=float)
     length.add_argument("--sample-minutes", type=float)
 
-    length.add_argument("--face-loss-weight", type=float, default=3.0, help="unet: loss weight in face boxes")
+    length.add_argument("--face-loss-weight", type=float, help="unet: loss weight in face boxes (default: 3)")
 
     vae = parser.add_argument_group("vae")
     vae.add_argument("--decoder-only", action="store_true", help="train the decoder on, latents stay as they are")
@@ -71,11 +73,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     unet = parser.add_argument_group("unet")
     unet.add_argument(
-        "--timestep-power", type=float, default=1.0, help="timesteps are T u^P: above 1 more often the less noisy ones"
+        "--timestep-power", type=float, help="timesteps are T u^P: above 1 more often the less noisy ones (default: 1)"
     )
 
 
+ONLY_FOR = {
+    "face_loss_weight": "unet",
+    "timestep_power": "unet",
+    "decoder_only": "vae",
+    "latent_noise": "vae",
+    "equivariance": "vae",
+}
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise [`FaceFusionError`] for an option that would do nothing."""
+    for name, stage in ONLY_FOR.items():
+        if getattr(args, name) not in (None, False) and args.stage != stage:
+            raise FaceFusionError(f"--{name.replace('_', '-')} is for the stage {stage}, not {args.stage}")
+    if args.render and args.images:
+        raise FaceFusionError("--render says how many images there are: leave --images out")
+    if args.render and args.stage == "controlnet":
+        raise FaceFusionError("the stage controlnet needs depth maps, which are read from --data: leave --render out")
+
+
 def run(args: argparse.Namespace) -> int:
+    check_arguments(args)
     if args.processes > 1 and "RANK" not in os.environ:
         return in_processes(args.processes)
 
@@ -150,7 +173,9 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
             unet = load_unet_for(frozen, source, data.captions[:1000])
         else:
             unet = create_unet(frozen, data.pixels.shape[-1], **preset.network)
-        return UnetTask(unet, frozen, data, validation, args.face_loss_weight, args.timestep_power)
+        face_loss_weight = 3.0 if args.face_loss_weight is None else args.face_loss_weight
+        timestep_power = 1.0 if args.timestep_power is None else args.timestep_power
+        return UnetTask(unet, frozen, data, validation, face_loss_weight, timestep_power)
     from ..training.controlnet import ControlNetTask, create_controlnet, load_controlnet_for
     from ..training.unet import load_frozen, load_unet
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,21 +70,21 @@ def run(args: argparse.Namespace) -> int:
     references, identity = encode(pipe, faces)
     settings = settings_of(args, pipe, identity.mode)
 
-    plain = [] if args.no_sheet else generate(pipe, args, None)
-    fused = generate(pipe, args, identity)
-
     from ..generation.contact_sheet import contact_sheet, save_png
 
-    written = []
-    for index, picture in enumerate(fused):
-        text = {**settings, "seed": args.seed + index}
-        picture = add_watermark(picture) if args.watermark else picture
-        written.append(save_png(picture, args.out / f"image_{index:03d}.png", text))
+    written, fused, first = [], [], next_number(args.out)
+    for picture in generate(pipe, args, identity):  # each is saved at once: a run that is stopped keeps what it has
+        text = {**settings, "seed": args.seed + len(fused)}
+        marked = add_watermark(picture) if args.watermark else picture
+        written.append(save_png(marked, args.out / f"image_{first + len(fused):03d}.png", text))
+        fused.append(picture)
     if not args.no_sheet:
+        plain = list(generate(pipe, args, None))
         columns = {"reference": references, "without Face Fusion": plain, "with Face Fusion": fused}
         sheet = contact_sheet({label: pictures for label, pictures in columns.items() if pictures})
         sheet = add_watermark(sheet) if args.watermark else sheet
-        written.append(save_png(sheet, args.out / "contact_sheet.png", {**settings, "seed": args.seed}))
+        name = f"contact_sheet_{first:03d}.png" if first else "contact_sheet.png"
+        written.append(save_png(sheet, args.out / name, {**settings, "seed": args.seed}))
     if args.json:
         print(
             json.dumps({"files": [str(path) for path in written], "seed": args.seed, **settings}, ensure_ascii=False)
@@ -156,14 +157,21 @@ def encode(pipe: Any, faces: "list[FacePhoto] | Any") -> "tuple[list[Image.Image
     return crops, pipe.encode_face(crops)
 
 
-def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "list[Image.Image]":
+def next_number(folder: Path) -> int:
+    """The number of the next picture in `folder`: what earlier runs wrote there stays."""
+    taken = [
+        int(path.stem.removeprefix("image_")) for path in folder.glob("image_[0-9]*.png") if path.stem[6:].isdigit()
+    ]
+    return max(taken, default=-1) + 1
+
+
+def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[Image.Image]":
     """All pictures, with a face or (None) without; picture i depends on seed + i only, not on the batch."""
     import torch
 
-    pictures: list[Image.Image] = []
-    while len(pictures) < args.num_images:
-        count = min(args.batch_size, args.num_images - len(pictures))
-        seeds = range(args.seed + len(pictures), args.seed + len(pictures) + count)
+    for first in range(0, args.num_images, args.batch_size):
+        count = min(args.batch_size, args.num_images - first)
+        seeds = range(args.seed + first, args.seed + first + count)
         output = pipe(
             args.prompt,
             negative_prompt=args.negative_prompt,
@@ -178,8 +186,7 @@ def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "list[Image.
         )
         if any(output.nsfw_content_detected or []):
             print("face-fusion: the safety checker blacked out a picture: try another prompt or seed", file=sys.stderr)
-        pictures += output.images
-    return pictures
+        yield from output.images
 
 
 def settings_of(args: argparse.Namespace, pipe: Any, mode: str) -> dict[str, object]:

@@ -43,10 +43,13 @@ def train_judges(
 
     `steps` batches for each, half of them for the recogniser. What looks at aligned faces is trained on faces
     as the locator finds them. With `only` a few of the names, the others are those already in `out`. `start` is a
-    folder of judges to go on from. The figures are also written to `out/report.json`.
+    folder of judges to go on from. The figures are also written to `out/report.json`, with what each judge was trained
+    on. Depth needs depth maps: `TrainingError` before anything is trained where there are none.
     """
     torch.manual_seed(seed)
-    renders = load_renders(data, "train", limit)
+    renders, held_out = load_renders(data, "train", limit), load_renders(data, "validation", limit)
+    if "depth" in only:
+        _ = renders.depth, held_out.depth
     singles = renders.where(people=1)
     labels = {trait: sorted({str(record[trait]) for record in renders.records}) for trait in TRAITS}
     judges = load_judges(start) if start else Judges.new(labels)
@@ -67,21 +70,23 @@ def train_judges(
     if "depth" in only:
         _fit(judges.depth, _depth_loss(judges, renders), _random(renders, rng, IMAGES), steps)
     judges.save(out)
-    figures = report(load_judges(out), load_renders(data, "validation", limit))
-    figures |= {
+    figures = report(load_judges(out), held_out)
+    path = Path(out) / "report.json"
+    known = json.loads(path.read_text()).get("judges", {}) if path.is_file() and set(only) != set(JUDGE_NAMES) else {}
+    run = {
         "trained_on": len(renders),
         "steps": steps,
-        "trained": list(only),
         "started_from_judges": start is not None,
         "seed": seed,
         **circumstances(),
     }
-    (Path(out) / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
+    figures["judges"] = known | dict.fromkeys(only, run)
+    path.write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 
 
 def report(judges: Judges, renders: Renders) -> dict[str, Any]:
-    """Accuracy by trait, mean landmark error in pixels, mean depth error and recogniser AUC.
+    """Accuracy by trait, mean landmark error in pixels, recogniser AUC, and mean depth error where depth is known.
 
     Landmarks are those that the judges find themselves.
 
@@ -100,13 +105,14 @@ def report(judges: Judges, renders: Renders) -> dict[str, Any]:
                 if _decidable(trait, renders.records[row]):
                     hits[trait].append(said[trait][i] == str(renders.records[row][trait]))
         errors.append((found - truth)[single].norm(dim=-1).mean(1))
-        depth_errors.append((judges.nearness(images) - renders.depth[rows]).abs().mean(dim=(1, 2)))
+        if renders.has_depth:
+            depth_errors.append((judges.nearness(images) - renders.depth[rows]).abs().mean(dim=(1, 2)))
         embeddings.append(judges.embed(images[single], found[single]))
         identities += [renders.records[int(rows[i])]["identities"][0] for i in single]
     return {
         "accuracy": {trait: float(np.mean(values)) for trait, values in hits.items()},
         "landmark_error_pixels": float(torch.cat(errors).mean()),
-        "depth_error": float(torch.cat(depth_errors).mean()),
+        "depth_error": float(torch.cat(depth_errors).mean()) if depth_errors else None,
         "recogniser_auc": verification_auc(np.concatenate(embeddings), np.array(identities)),
         "images": len(renders),
     }

@@ -46,8 +46,13 @@ def reconstruction_psnr(vae: Any, images: torch.Tensor) -> float:
     return float(np.mean(values))
 
 
-def measure_model(pipe: Any, trials: list[Trial], panel: Panel, settings: Settings, out: Path) -> dict[str, Any]:
-    """Generate the trials without a face, score them beside true renders of the same scenes, write `model.json|md`."""
+def measure_model(
+    pipe: Any, trials: list[Trial], panel: Panel, settings: Settings, out: Path, *, unseen: bool = False
+) -> dict[str, Any]:
+    """Generate the trials without a face, score them beside true renders of the same scenes, write `model.json|md`.
+
+    `unseen` says that the captions of the training data were passed over.
+    """
     generate(pipe, trials, ["none"], settings, out)
     truth = true_renders(trials)
     made = torch.stack([read_image(image_path(out, trial, "none"), IMAGE_SIZE) for trial in trials])
@@ -59,6 +64,7 @@ def measure_model(pipe: Any, trials: list[Trial], panel: Panel, settings: Settin
     result = {
         "settings": asdict(settings),
         "prompts": len(trials),
+        "unseen": unseen,
         **circumstances(),
         "psnr": reconstruction_psnr(pipe.vae, truth),
         **{kind: _obedience([row for row in rows if row["method"] == kind]) for kind in ("generated", "true render")},
@@ -85,7 +91,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         shown = [None if value is None else f"{100 * value:.1f} %" for value in values]
         rows.append(["no face found ↓" if figure == "no_face" else f"{figure} right ↑", *shown])
     s = result["settings"]
+    seen = "not seen in training" if result["unseen"] else "of which some may be captions that training saw"
     return markdown_table(["figure", "generated", "true renders", "goal"], rows) + (
-        f"\n{result['prompts']} prompts not seen in training (one to three people, all styles), {s['steps']} steps, "
+        f"\n{result['prompts']} prompts {seen} (one to three people, all styles), {s['steps']} steps, "
         f"guidance {s['guidance_scale']}, seed {s['seed']}; {result['machine']}, {result['date']}.\n"
     )

@@ -41,6 +41,10 @@ class Renders:
         """Five landmarks (N, 5, 2) of the first person of each image."""
         return torch.tensor([r["landmarks5"][0] for r in self.records], dtype=torch.float32).reshape(-1, 5, 2)
 
+    @property
+    def has_depth(self) -> bool:
+        return all("depth_file_name" in record for record in self.records)
+
     @cached_property
     def depth(self) -> torch.Tensor:
         """Nearness (N, 32, 32) in [0, 1]; `TrainingError` where the dataset was written without `--depth`."""

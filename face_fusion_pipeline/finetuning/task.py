@@ -18,7 +18,7 @@ from torch import Tensor
 from ..face_adapter import ADAPTER_WEIGHTS_NAME, FaceFusionAdapter, face_fused_unet, save_adapter
 from ..face_identity import capture_hidden_states, noise_latents
 from ..training.loop import Batch, Part, Task, seeded
-from ..training.unet import fingerprint, plain_attention_on_cpu
+from ..training.unet import plain_attention_on_cpu
 from .base_model import BaseModel
 from .objective import Recogniser, face_mask, spread_timesteps, unlikeness, weighted_error
 from .pairs import Pairs
@@ -84,7 +84,7 @@ class FaceFusionTask(Task):
         self.options = options or FaceFusionOptions()
         self.settings = asdict(self.options)
         self.base, self.adapter, self.pairs, self.held_out, self.samples = base, adapter, train, validation, samples
-        self.size, self.initial_weights = len(train), fingerprint(adapter)
+        self.size = len(train)
         self.empty = {key: state.float().cpu() for key, state in base.conditions([""]).items()}
         self.unet = base.unet.requires_grad_(False).eval()
         needs_decoder = samples is not None or self.options.identity_loss_weight > 0
@@ -105,13 +105,9 @@ class FaceFusionTask(Task):
 
     @property
     def subject(self) -> dict[str, Any]:
-        return {
-            **self.settings,
-            **asdict(self.adapter.metadata),
-            "initial_weights": self.initial_weights,
-            "data": self.pairs.key,
-            "training_images": self.size,
-        }
+        metadata = getattr(self.adapter, "metadata", None)  # a subclass may train something else
+        described = {} if metadata is None else asdict(metadata)
+        return {**self.settings, **described, "data": self.pairs.key, "training_images": self.size}
 
     @property
     def device(self) -> torch.device:

@@ -14,8 +14,10 @@ Exported parts: `text_encoder` (CLIPTextModel, what Stable Diffusion reads), `to
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +87,11 @@ class ClipTask(Task):
         self.data, self.validation, self.size = train, validation, len(train)
         self.tokens = tokenize(tokenizer, train.captions)
         self.caption_ids = equal_caption_ids(train.captions)
+
+    @property
+    def subject(self) -> dict[str, Any]:
+        words = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return {"data": self.data.key, "words": hashlib.sha256(words.encode()).hexdigest()[:16]}
 
     @property
     def device(self) -> torch.device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from .unet import (
     DiffusionLoss,
     Frozen,
     LatentData,
+    fingerprint,
     fit_text,
     load_unet_for,
     plain_attention_on_cpu,
@@ -103,6 +105,11 @@ class ControlNetTask(Task):
         self.data, self.held_out = LatentData(frozen, train), LatentData(frozen, validation)
         self.depth, self.held_out_depth = load_depth(train), load_depth(validation)
         self.loss = DiffusionLoss(face_weight=1.0)
+        self.data_key = train.key
+
+    @property
+    def subject(self) -> dict[str, Any]:
+        return {"data": self.data_key, "unet": fingerprint(self.unet), **self.frozen.subject}
 
     @property
     def device(self) -> torch.device:

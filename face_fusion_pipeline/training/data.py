@@ -119,7 +119,9 @@ def render_avatars(
         pixels[start : start + len(scenes)] = (rendered.images * 255).round().byte().cpu()
         records += [describe(scene, rendered, row) for row, scene in enumerate(scenes)]
     (folder / split).mkdir(parents=True, exist_ok=True)
-    return AvatarImages(pixels, records, folder / split, f"rendered {split} {count} {size} {per_identity}")
+    key = hashlib.sha256(json.dumps(records).encode())  # another renderer makes other pictures of the same scenes
+    key.update(pixels.numpy())
+    return AvatarImages(pixels, records, folder / split, f"rendered {key.hexdigest()}")
 
 
 def cached(path: Path, key: str, make: Callable[[], Tensor]) -> Tensor:

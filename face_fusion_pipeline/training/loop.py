@@ -11,6 +11,7 @@ decays to the end; a resumed run continues with the time it had used.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -108,7 +109,10 @@ class Task(nn.Module):
 
     @property
     def subject(self) -> dict[str, Any]:
-        """What is learned from what, as JSON values: a run goes on from a checkpoint only where all of it is equal."""
+        """What is learned from what, as JSON values: a run goes on from a checkpoint only where all of it is equal.
+
+        The weights that the run began with are added to it.
+        """
         return self.settings
 
     def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
@@ -220,11 +224,11 @@ def train(
     logs.mkdir(parents=True, exist_ok=True)
 
     step, used = 0, 0.0
+    subject = {**task.subject, "initial_weights": digest(named)}
     if (checkpoint := checkpoint_to_resume(options, folder, logs)) is not None:
-        step, used = load_checkpoint(checkpoint, named, optimizer, ema, options, accelerator.scaler, task.subject)
+        step, used = load_checkpoint(checkpoint, named, optimizer, ema, options, accelerator.scaler, subject)
     elif export_only:
         raise TrainingError(f"no checkpoint to export: {logs / CHECKPOINT} does not exist")
-    subject = task.subject
     check_same_start(accelerator, step, folder)
     metrics = Metrics(logs / "metrics.jsonl", step, accelerator.is_main_process, accelerator.log)
     if options.compile:
@@ -247,6 +251,12 @@ def train(
 
     def save() -> None:
         if accelerator.is_main_process:
+            # Not only now and then: what is written replaces the last good weights.
+            norms = torch.stack(torch._foreach_norm([p.detach().float() for p in parameters]))
+            if not (metrics.finite and bool(torch.isfinite(norms).all())):
+                raise TrainingError(
+                    f"the weights are not finite after {step} steps: try a smaller --lr than {options.lr}"
+                )
             path = numbered_state(folder, step) if options.checkpoint_steps else logs / CHECKPOINT
             if options.checkpoint_steps:
                 try:
@@ -387,6 +397,14 @@ def check_same_start(accelerator: Accelerator, step: int, folder: Path) -> None:
             )
 
 
+def digest(named: dict[str, nn.Parameter]) -> str:
+    """Hash of the content of all parameters."""
+    found = hashlib.sha256()
+    for name, parameter in sorted(named.items()):
+        found.update(name.encode() + parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def log_image(accelerator: Accelerator, path: Path, step: int) -> None:
     """Show the picture at `path`, if there is one, in the trackers that take pictures."""
     if path.is_file() and accelerator.trackers:
@@ -425,6 +443,11 @@ class Metrics:
         for key, value in {"loss": loss, **extra}.items():
             self.sums[key] = self.sums.get(key, 0) + value.detach().float() * share
         self.count += share
+
+    @property
+    def finite(self) -> bool:
+        """Whether everything counted since the last line is a finite number."""
+        return all(bool(torch.isfinite(total).all()) for total in self.sums.values())
 
     def flush(self, step: int, lr: float, batch_size: int) -> dict[str, float]:
         values = {key: float(value) / self.count for key, value in self.sums.items()}

@@ -53,6 +53,14 @@ class Frozen:
     tokenizer: CLIPTokenizer
     image_encoder: CLIPVisionModelWithProjection | None
 
+    @property
+    def subject(self) -> dict[str, str]:
+        """What was learned below, see `Task.subject`."""
+        return {
+            "vae": f"{fingerprint(self.vae.encoder)}/{self.vae.config.scaling_factor}",
+            "text_encoder": fingerprint(self.text_encoder),
+        }
+
     def pipeline(self, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
         """A Stable Diffusion of these parts; its progress bar is off."""
         pipe = StableDiffusionPipeline(
@@ -285,7 +293,7 @@ class UnetTask(Task):
 
     @property
     def subject(self) -> dict[str, Any]:
-        return {**self.settings, "data": self.data_key}
+        return {**self.settings, "data": self.data_key, **self.frozen.subject}
 
     @property
     def device(self) -> torch.device:

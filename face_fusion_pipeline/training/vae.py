@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
@@ -81,10 +82,15 @@ class VaeTask(Task):
         self.latent_noise, self.equivariance = latent_noise, equivariance
         self.settings = {"latent_noise": latent_noise, "equivariance": equivariance, "decoder_only": decoder_only}
         self.data, self.validation, self.size = train, validation, len(train)
+        self.key = train.key
         self.centres = (train.first_boxes[:, :2] + train.first_boxes[:, 2:]) / 2
         vae.requires_grad_(True)
         if decoder_only:
             vae.encoder.requires_grad_(False)
+
+    @property
+    def subject(self) -> dict[str, Any]:
+        return {**self.settings, "data": self.key}
 
     @property
     def device(self) -> torch.device:
