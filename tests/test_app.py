@@ -218,6 +218,8 @@ def test_the_depth_of_a_picture_is_followed_in_its_shape(photo: Path) -> None:
     assert flat.image.size == (16, 8) and differ(flat, deep)
     assert deep.boxes and deep.boxes[1] == pytest.approx([9.6, 2, 15.2, 6]) and deep.text["control"]
     assert run(engine, form)[0].image.size == (16, 16)
+    drawn = run(engine, replace(form, layout_size=(300, 150)))[0]  # boxes on a picture keep their shape without depth
+    assert drawn.image.size == (16, 8) and drawn.boxes and drawn.boxes[1] == pytest.approx([9.6, 2, 15.2, 6])
 
 
 def test_cancelling_keeps_the_pictures_so_far(photo: Path) -> None:

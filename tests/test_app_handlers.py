@@ -77,7 +77,8 @@ def test_a_run_shows_each_picture_and_then_all_files(page: Page) -> None:
     updates = page.run(page.start())
     assert [len(update[w.results]) for update in updates[:-1]] == [1, 2]
     last = updates[-1]
-    assert last[w.status] == "<p role='status'>Done.</p>" and last[w.generate].interactive and not last[w.cancel].visible
+    assert last[w.status] == "<p role='status'>Done.</p>"
+    assert last[w.generate].interactive and not last[w.cancel].visible
     with zipfile.ZipFile(last[w.archive]) as archive:
         assert archive.namelist() == ["image_000.png", "image_001.png", "contact_sheet.png", "metadata.json"]
 

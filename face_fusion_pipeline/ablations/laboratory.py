@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,8 +15,9 @@ from ..evaluation.reports import circumstances
 from ..evaluation.trials import Trial
 from ..face_adapter import unet_fingerprint
 from ..face_errors import FaceFusionError
-from ..finetuning.preparation import read_rows
+from ..finetuning.preparation import METADATA, read_rows
 from ..training.loop import write_atomic
+from ..training.unet import fingerprint
 from .encoders import check_independent, load_recogniser
 from .pictures import Sampling, make_pictures
 from .questions import Condition, Question
@@ -70,7 +72,9 @@ class Laboratory:
         return {
             "model": Path(base.name).name,
             "unet": unet_fingerprint(base.unet),
+            "encoders": [fingerprint(part) for part in (base.vae, *base.text_encoders)],
             "examples": len(read_rows(self.trainer.data)),
+            "data": hashlib.sha256((self.trainer.data / METADATA).read_bytes()).hexdigest()[:16],
             "budget": {key: value for key, value in asdict(self.trainer.budget).items() if key != "rates"},
             "sampling": {key: value for key, value in asdict(self.sampling).items() if key != "batch"},
             "condition_recogniser": load_recogniser(self.trainer.recogniser).name,

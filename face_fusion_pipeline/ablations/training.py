@@ -28,7 +28,7 @@ from .variants import Variant
 
 WEIGHTS_NAME = "weights.safetensors"
 # As the embedded weights were trained.
-LOSS = FaceFusionOptions(timestep_power=0.6, snr_gamma=5.0, keep_noisy=True, face_loss_weight=4.0)
+LOSS = FaceFusionOptions(timestep_power=0.7, snr_gamma=5.0, keep_noisy=True, face_loss_weight=4.0)
 
 
 @dataclass(frozen=True)

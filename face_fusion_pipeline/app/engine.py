@@ -75,12 +75,12 @@ class Engine:
             check_size(*self.size())
         self._unet_lock, self._detector_lock = threading.Lock(), threading.Lock()
 
-    def size(self, control: Image.Image | None = None) -> tuple[int, int]:
-        """(width, height) of the pictures in pixels: the model's own square, or inside it the shape of `control`."""
+    def size(self, shape: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(width, height) of the pictures in pixels: the model's own square, or inside it the same `shape`."""
         side = self.pipe._default_resolution()
-        if control is None:
+        if shape is None:
             return side, side
-        width, height = (max(1, round(length * side / max(control.size) / 8)) * 8 for length in control.size)
+        width, height = (max(1, round(length * side / max(shape) / 8)) * 8 for length in shape)
         return width, height
 
     @property
@@ -158,12 +158,12 @@ class Engine:
         if form.control is not None:  # once: an estimator of depth takes its time to load
             form = replace(form, control=self._depth(form.control))
         if self.watermark:  # `__init__` has checked the size without a picture to follow
-            in_field("places", check_size, *self.size(form.control))
+            in_field("places", check_size, *self.size(form.shape))
         for person, identity in zip(form.people, identities, strict=True):
             if identity.mode != identities[0].mode:
                 words = f"an identity of {identity.mode} mode does not go with one of {identities[0].mode} mode"
                 raise FieldError(person.field, f"{words}: make this one again")
-        boxes = form.face_boxes and scale_boxes(form.face_boxes, (1, 1), self.size(form.control))
+        boxes = form.face_boxes and scale_boxes(form.face_boxes, (1, 1), self.size(form.shape))
         draft = len(identities) > 1 and boxes is None
         passes = 2 if form.compare or draft else 1
         for index in range(form.count):
@@ -201,7 +201,7 @@ class Engine:
             on_step((step + 1) / pipe.num_timesteps)
             return tensors
 
-        width, height = self.size(form.control)
+        width, height = self.size(form.shape)
         control = {} if form.control is None else {"control_image": form.control}
         try:
             with self._unet_lock:

@@ -79,6 +79,7 @@ class Form:
         people: those who are given, at least one.
         boxes: person's number -> face box XYXY in [0, 1] of the picture's width and height; may be empty.
         control: picture whose depth is to be followed, an RGB image, or None.
+        layout_size: (width, height) of the picture that the boxes were drawn on, or None.
         compare: whether each picture is made without faces, too.
     """
 
@@ -93,6 +94,12 @@ class Form:
     compare: bool = False
     boxes: dict[int, Box] | None = None
     control: Any = None
+    layout_size: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(width, height) of the picture whose shape the results take, or None."""
+        return self.layout_size if self.control is None else self.control.size
 
     @property
     def full_prompt(self) -> str:
@@ -123,8 +130,8 @@ class Form:
             raise FieldError("guidance", f"this must be from 0 to 100, got {self.guidance}")
         if self.boxes:
             self._check_boxes(self.boxes)
-        if self.control is not None and max(self.control.size) > MAX_RATIO * min(self.control.size):
-            width, height = self.control.size
+        if self.shape is not None and max(self.shape) > MAX_RATIO * min(self.shape):
+            width, height = self.shape
             words = f"its longer side may be at most {MAX_RATIO} times the shorter one"
             raise FieldError("places", f"the picture to follow is {width} × {height} pixels: {words}")
 

@@ -81,6 +81,7 @@ class Handlers:
             compare=values[w.compare],
             boxes=drawn_boxes(values[w.canvas]),
             control=session.layout if values[w.follow_depth] else None,
+            layout_size=session.layout.size if session.layout is not None and drawn_boxes(values[w.canvas]) else None,
         )
         form.check()
         return form
