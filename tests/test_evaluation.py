@@ -39,6 +39,7 @@ from face_fusion_pipeline.evaluation.savings_table import EVERYTHING, SAVINGS, c
 from face_fusion_pipeline.evaluation.scoring import Panel
 from face_fusion_pipeline.evaluation.trials import FIRST_TEST_IDENTITY, plan_trials, portraits, true_renders
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
+from face_fusion_pipeline.training.errors import TrainingError
 
 
 LABELS = {
@@ -221,12 +222,23 @@ def test_judges_learn(tmp_path: Path) -> None:
     assert result["images"] == 24 and result["landmark_error_pixels"] >= 0
     first = load_judges(tmp_path / "judges").scene.heads["background"].weight
     again = train_judges(tmp_path, tmp_path / "again", steps=2, start=tmp_path / "judges")
-    assert again["started_from_judges"] and not result["started_from_judges"]
+    runs = [report["judges"]["scene"]["started_from_judges"] for report in (again, result)]
+    assert runs == [True, False]
     second = load_judges(tmp_path / "again").scene.heads["background"].weight
     assert 0 < (second - first).abs().max() < 0.1  # went on from there
     nearer = train_judges(tmp_path, tmp_path / "judges", steps=40, only=["depth"])
     assert nearer["depth_error"] < 0.3  # one half for whoever says the same of all pictures
     assert torch.equal(load_judges(tmp_path / "judges").scene.heads["background"].weight, first)
+    assert [nearer["judges"][name]["steps"] for name in ("scene", "depth")] == [16, 40]
+
+    for split in ("train", "validation"):  # the same without depth maps
+        metadata = tmp_path / split / "metadata.jsonl"
+        metadata.write_text(metadata.read_text().replace("depth_file_name", "nothing"))
+    flat = train_judges(tmp_path, tmp_path / "judges", steps=2, only=["scene"])
+    assert flat["depth_error"] is None and flat["accuracy"]["background"] >= 0
+    with pytest.raises(TrainingError, match="--depth"):
+        train_judges(tmp_path, tmp_path / "none", steps=2)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.skipif(not (SHIPPED / WEIGHTS_NAME).is_file(), reason="no trained judges in the package")
