@@ -35,10 +35,11 @@ def draw(out: Path) -> None:
         for number, prompt in enumerate(PROMPTS):
             sheet = [] if number == 0 else ["--no-sheet"]
             count = 3 if number == 0 else 1
-            words = ["--face", work / "reference.png", "--prompt", prompt, "--num-images", count, "--out", work]
+            made = work / str(number)
+            words = ["--face", work / "reference.png", "--prompt", prompt, "--num-images", count, "--out", made]
             run("generate", *words, *sheet)
-            (out / f"example_{number + 1}.png").write_bytes((work / "image_000.png").read_bytes())
-        (out / "sheet.png").write_bytes((work / "contact_sheet.png").read_bytes())
+            (out / f"example_{number + 1}.png").write_bytes((made / "image_000.png").read_bytes())
+        (out / "sheet.png").write_bytes((work / "0" / "contact_sheet.png").read_bytes())
 
 
 if __name__ == "__main__":
