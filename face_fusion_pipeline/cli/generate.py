@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
 
     from ..generation.contact_sheet import contact_sheet, save_png
 
-    written, fused, first = [], [], next_number(args.out)
+    written: list[Path] = []
+    fused: list[Image.Image] = []
+    first = next_number(args.out)
     for picture in generate(pipe, args, identity):  # each is saved at once: a run that is stopped keeps what it has
         text = {**settings, "seed": args.seed + len(fused)}
         marked = add_watermark(picture) if args.watermark else picture

@@ -120,7 +120,7 @@ def render_avatars(
         records += [describe(scene, rendered, row) for row, scene in enumerate(scenes)]
     (folder / split).mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(json.dumps(records).encode())  # another renderer makes other pictures of the same scenes
-    key.update(pixels.numpy())
+    key.update(pixels.numpy().tobytes())
     return AvatarImages(pixels, records, folder / split, f"rendered {key.hexdigest()}")
 
 
