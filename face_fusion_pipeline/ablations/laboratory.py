@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from ..evaluation.reports import circumstances
 from ..evaluation.trials import Trial
 from ..face_adapter import unet_fingerprint
 from ..face_errors import FaceFusionError
-from ..finetuning.preparation import METADATA, read_rows
+from ..finetuning.preparation import data_key, read_rows
 from ..training.loop import write_atomic
 from ..training.unet import fingerprint
 from .encoders import check_independent, load_recogniser
@@ -74,7 +73,7 @@ class Laboratory:
             "unet": unet_fingerprint(base.unet),
             "encoders": [fingerprint(part) for part in (base.vae, *base.text_encoders)],
             "examples": len(read_rows(self.trainer.data)),
-            "data": hashlib.sha256((self.trainer.data / METADATA).read_bytes()).hexdigest()[:16],
+            "data": data_key(self.trainer.data),
             "budget": {key: value for key, value in asdict(self.trainer.budget).items() if key != "rates"},
             "sampling": {key: value for key, value in asdict(self.sampling).items() if key != "batch"},
             "condition_recogniser": load_recogniser(self.trainer.recogniser).name,

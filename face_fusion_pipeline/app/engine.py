@@ -11,7 +11,7 @@ from PIL import Image
 from ..face_adapter import unet_fingerprint
 from ..face_depth import control_depth
 from ..face_detectors import FaceDetector, load_detector
-from ..face_errors import FaceFusionError, InvalidLayoutError, ModelNotFoundError, NoFaceError, SeveralFacesError
+from ..face_errors import FaceFusionError, InvalidLayoutError, NoFaceError, SeveralFacesError
 from ..face_identity import FaceIdentity
 from ..face_images import FacePhoto, detect_faces, locate_face
 from ..face_layout import Box, assign_boxes, even_boxes, scale_boxes
@@ -156,7 +156,7 @@ class Engine:
             FieldError, FaceFusionError: bad input that only the pipeline could see.
         """
         if form.control is not None:  # once: an estimator of depth takes its time to load
-            form = replace(form, control=self._depth(form.control))
+            form = replace(form, control=in_field("places", control_depth, form.control))
         if self.watermark:  # `__init__` has checked the size without a picture to follow
             in_field("places", check_size, *self.size(form.shape))
         for person, identity in zip(form.people, identities, strict=True):
@@ -187,12 +187,6 @@ class Engine:
             hidden = any(getattr(output, "nsfw_content_detected", None) or [])
             text = self._text(one, identities, places, source)
             yield Picture(output.images[0], plain, places, hidden, text)
-
-    def _depth(self, picture: Image.Image) -> Image.Image:
-        try:
-            return control_depth(picture)
-        except ModelNotFoundError as error:  # a depth estimator that is not there
-            raise FieldError("places", error) from error
 
     def _denoise(self, form: Form, faces: dict[str, Any], on_step: Callable[[float], None]) -> Any:
         import torch

@@ -150,9 +150,9 @@ def whole_number(field: str, value: Any) -> int:
     raise FieldError(field, f"this must be a whole number, got {'nothing' if value is None else value}")
 
 
-def in_field(field: str, check: Any, *args: Any) -> None:
+def in_field(field: str, check: Any, *args: Any) -> Any:
     """`check(*args)`, whose [`FaceFusionError`] becomes the [`FieldError`] of this field."""
     try:
-        check(*args)
+        return check(*args)
     except FaceFusionError as error:
         raise FieldError(field, error) from error

@@ -68,6 +68,7 @@ class Handlers:
         w = self.widgets
         if values[w.follow_depth] and session.layout is None:
             raise FieldError("places", "add the picture whose depth is to be followed, or clear “Follow the depth”")
+        boxes = drawn_boxes(values[w.canvas])
         people = [self.read_person(values, number, session) for number in range(1, len(w.people) + 1)]
         form = Form(
             people=tuple(person for person in people if person.is_given),
@@ -79,9 +80,9 @@ class Handlers:
             steps=whole_number("steps", values[w.steps]),
             guidance=values[w.guidance],
             compare=values[w.compare],
-            boxes=drawn_boxes(values[w.canvas]),
+            boxes=boxes,
             control=session.layout if values[w.follow_depth] else None,
-            layout_size=session.layout.size if session.layout is not None and drawn_boxes(values[w.canvas]) else None,
+            layout_size=session.layout.size if session.layout is not None and boxes else None,
         )
         form.check()
         return form

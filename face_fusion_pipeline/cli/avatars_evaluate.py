@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..avatar_model import embedded_model
+
 
 if TYPE_CHECKING:
     from ..evaluation.generation import Settings
@@ -157,7 +159,7 @@ def _panel(args: argparse.Namespace) -> Panel:
 
 
 def _model_folder(args: argparse.Namespace) -> str:
-    return args.model or str(Path(__file__).parents[1] / "embedded")
+    return args.model or str(embedded_model())
 
 
 def _settings(args: argparse.Namespace, **more: Any) -> Settings:

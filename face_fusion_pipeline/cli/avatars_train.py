@@ -173,9 +173,9 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
             unet = load_unet_for(frozen, source, data.captions[:1000])
         else:
             unet = create_unet(frozen, data.pixels.shape[-1], **preset.network)
-        face_loss_weight = 3.0 if args.face_loss_weight is None else args.face_loss_weight
-        timestep_power = 1.0 if args.timestep_power is None else args.timestep_power
-        return UnetTask(unet, frozen, data, validation, face_loss_weight, timestep_power)
+        given = {"face_weight": args.face_loss_weight, "timestep_power": args.timestep_power}
+        given = {name: value for name, value in given.items() if value is not None}
+        return UnetTask(unet, frozen, data, validation, **given)
     from ..training.controlnet import ControlNetTask, create_controlnet, load_controlnet_for
     from ..training.unet import load_frozen, load_unet
 

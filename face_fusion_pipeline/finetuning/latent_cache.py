@@ -29,7 +29,7 @@ from ..face_adapter import save_tensors
 from ..training.unet import fingerprint
 from .augmentation import augmented
 from .base_model import BaseModel
-from .preparation import METADATA, Row, has_partner, read_rows, write_text
+from .preparation import Row, data_key, has_partner, read_rows, write_text
 from .sources import DataError
 
 
@@ -50,7 +50,7 @@ class Cache:
 
 def cache_folders(folder: Path, base: BaseModel, augmentations: int = AUGMENTATIONS) -> Cache:
     """Where the shards of a prepared folder lie for this base: another part of it or other data is another place."""
-    data = hashlib.sha256((folder / METADATA).read_bytes()).hexdigest()
+    data = data_key(folder)
     vae = [fingerprint(base.vae), base.vae.config.scaling_factor, data, augmentations]
     text = [[fingerprint(encoder) for encoder in base.text_encoders], base.is_xl, data]  # XL takes an earlier layer
     return Cache(folder / "latents" / _digest(vae), folder / "conditions" / _digest(text))

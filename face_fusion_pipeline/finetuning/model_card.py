@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shlex
@@ -13,7 +12,7 @@ from typing import Any
 
 from ..publishing.card import render_card
 from ..training.loop import add_record, write_atomic
-from .preparation import METADATA, read_report
+from .preparation import data_key, read_report
 from .task import FaceFusionTask
 
 
@@ -33,7 +32,7 @@ def write_card(
         command: the words of the command line.
     """
     report = read_report(data)
-    report["sha256"] = hashlib.sha256((data / METADATA).read_bytes()).hexdigest()
+    report["sha256"] = data_key(data)
     record = {
         **record,
         "base": public_name(model),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections import defaultdict
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .latent_cache import Cache, Shards
-from .preparation import METADATA, Row, has_partner, may_be_reference, read_rows
+from .preparation import Row, data_key, has_partner, may_be_reference, read_rows
 from .sources import DataError
 
 
@@ -34,7 +33,7 @@ class Pairs:
 
     def __init__(self, folder: Path, cache: Cache, people: list[list[int]], *, same_photo: bool = False) -> None:
         self.rows, self.people = read_rows(folder), people
-        self.key = hashlib.sha256((folder / METADATA).read_bytes()).hexdigest()[:16]  # changes with the data
+        self.key = data_key(folder)
         self.shards = Shards(cache, len(self.rows))
         self.targets = sorted(index for members in people for index in members)
         self.references: dict[int, list[tuple[int, int]]] = {}

@@ -7,6 +7,7 @@ one file in `parts/`, which appears when all its pictures are on disk, so a run 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -231,6 +232,11 @@ def read_rows(folder: Path) -> list[Row]:
 def read_report(folder: Path) -> dict[str, Any]:
     """What `prepare` returned when it made the folder."""
     return json.loads((folder / REPORT).read_text(encoding="utf-8"))
+
+
+def data_key(folder: Path) -> str:
+    """Changes with the examples of a prepared folder."""
+    return hashlib.sha256((folder / METADATA).read_bytes()).hexdigest()
 
 
 def is_prepared(folder: Path) -> bool:

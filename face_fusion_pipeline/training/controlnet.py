@@ -105,11 +105,10 @@ class ControlNetTask(Task):
         self.data, self.held_out = LatentData(frozen, train), LatentData(frozen, validation)
         self.depth, self.held_out_depth = load_depth(train), load_depth(validation)
         self.loss = DiffusionLoss(face_weight=1.0)
-        self.data_key = train.key
 
     @property
     def subject(self) -> dict[str, Any]:
-        return {"data": self.data_key, "unet": fingerprint(self.unet), **self.frozen.subject}
+        return {"data": self.data.key, "unet": fingerprint(self.unet), **self.frozen.subject}
 
     @property
     def device(self) -> torch.device:

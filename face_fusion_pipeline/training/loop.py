@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -397,11 +397,11 @@ def check_same_start(accelerator: Accelerator, step: int, folder: Path) -> None:
             )
 
 
-def digest(named: dict[str, nn.Parameter]) -> str:
-    """Hash of the content of all parameters."""
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """Hash of all weights, as they are in float16."""
     found = hashlib.sha256()
-    for name, parameter in sorted(named.items()):
-        found.update(name.encode() + parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    for name, weight in sorted(weights.items()):
+        found.update(name.encode() + weight.detach().cpu().half().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
 
 

@@ -9,7 +9,6 @@ boxes, which are few and matter most. A weight by position does not move the opt
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 
 from .clip import equal_caption_ids, run_in_float32, tokenize
 from .data import AvatarImages, cached, save_grid
-from .loop import Batch, Task, TrainingError, seeded
+from .loop import Batch, Task, TrainingError, digest, seeded
 from .text_change import change_text, text_map
 from .tokenizer import load_tokenizer
 
@@ -185,10 +184,7 @@ def fit_text(network: nn.Module, frozen: Frozen, folder: Path, captions: list[st
 
 def fingerprint(module: nn.Module) -> str:
     """Hash of all weights, so that cached results of one network are not taken for another's."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(module.state_dict().items()):
-        digest.update(name.encode() + weight.detach().cpu().half().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest(module.state_dict())
 
 
 class LatentData:
@@ -196,6 +192,7 @@ class LatentData:
 
     def __init__(self, frozen: Frozen, data: AvatarImages) -> None:
         device = frozen.vae.device
+        self.key = data.key
 
         def encode_images() -> Tensor:
             vae = copy.deepcopy(frozen.vae).to(memory_format=torch.channels_last)  # twice as quick on a CPU
@@ -289,11 +286,10 @@ class UnetTask(Task):
         self.loss = DiffusionLoss(face_weight, timestep_power)
         self.even_loss = DiffusionLoss(face_weight)  # validation losses stay comparable
         self.settings = {"face_loss_weight": face_weight, "timestep_power": timestep_power}
-        self.data_key = train.key
 
     @property
     def subject(self) -> dict[str, Any]:
-        return {**self.settings, "data": self.data_key, **self.frozen.subject}
+        return {**self.settings, "data": self.data.key, **self.frozen.subject}
 
     @property
     def device(self) -> torch.device:

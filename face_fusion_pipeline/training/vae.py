@@ -82,7 +82,6 @@ class VaeTask(Task):
         self.latent_noise, self.equivariance = latent_noise, equivariance
         self.settings = {"latent_noise": latent_noise, "equivariance": equivariance, "decoder_only": decoder_only}
         self.data, self.validation, self.size = train, validation, len(train)
-        self.key = train.key
         self.centres = (train.first_boxes[:, :2] + train.first_boxes[:, 2:]) / 2
         vae.requires_grad_(True)
         if decoder_only:
@@ -90,7 +89,7 @@ class VaeTask(Task):
 
     @property
     def subject(self) -> dict[str, Any]:
-        return {**self.settings, "data": self.key}
+        return {**self.settings, "data": self.data.key}
 
     @property
     def device(self) -> torch.device:
