@@ -7,6 +7,7 @@
     python -m benchmarks grow                              # more references, people, pixels, images
     python -m benchmarks regions                           # several people: grouped queries against a dense mask
     python -m benchmarks profile                           # where the time over the plain pipeline goes
+    python -m benchmarks training --batch 1                # a step of training, beside a bare forward and backward
     python -m benchmarks load                              # import and loading, beside diffusers' own
     python -m benchmarks soak --shape avatar --calls 200   # does a long run leak or recompile?
 
@@ -231,6 +232,20 @@ def profile(args: argparse.Namespace) -> None:
     deliver(args, named(args, args.device), text)
 
 
+def training(args: argparse.Namespace) -> None:
+    """Time a step of Face Fusion training beside a bare forward and backward of the same UNet."""
+    from .training import measure_training, training_table
+
+    text = []
+    for setup in setups(args):
+        if setup.compile != "none" or setup.attention != "default":
+            raise SystemExit("training measures the loop as it is: leave --compile and --attention out")
+        reference = args.reference or setup.sizes.reference
+        found = measure_training(setup, reference, args.batch, args.steps, args.rounds)
+        text.append(training_table(setup, reference, args.batch, found))
+    deliver(args, named(args, args.device), "\n".join(text))
+
+
 def load(args: argparse.Namespace) -> None:
     """Import and load adapter weights, ours and diffusers' in alternation."""
     from safetensors.torch import save_file
@@ -312,7 +327,8 @@ def soak(args: argparse.Namespace) -> None:
 # --- Command line ------------------------------------------------------------------------------------------------
 
 COMMANDS = {
-    command.__name__: command for command in (floor, compare, added, grow, regions, profile, load, soak, alone)
+    command.__name__: command
+    for command in (floor, compare, added, grow, regions, profile, training, load, soak, alone)
 }
 DEFAULT_STEPS = {"sd15": 3, "avatar": 20, "tiny": 2}
 
@@ -336,7 +352,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         add("--out", type=Path, default=Path("benchmarks/results"))
         add("--page", nargs="?", type=Path, const=PAGE, help="also put the tables into benchmarks/README.md")
         add("--tag", default="", help="a word at the end of the result's name")
-        if name in ("compare", "added", "grow", "load", "regions"):
+        if name in ("compare", "added", "grow", "load", "regions", "training"):
             add("--rounds", type=int, default=5)
         if name == "added":
             add("--grow", action="store_true", help="more references, people and reference pixels instead")
@@ -353,6 +369,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             add("--sweeps", nargs="+", help='of "references", "people", "reference px", "output px", "batch"')
         if name == "profile":
             add("--rows", type=int, default=12)
+        if name == "training":
+            add("--batch", type=int, default=1)
+            add("--reference", type=int, metavar="PIXELS", help="side of the reference (default: as the shape trains)")
         if name == "soak":
             add("--calls", type=int, default=200)
         if name == "alone":

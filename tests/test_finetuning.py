@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,17 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter, embedded_model
+from face_fusion_pipeline.avatars.dataset import plan
+from face_fusion_pipeline.avatars.render import render
 from face_fusion_pipeline.cli import build_parser, main
-from face_fusion_pipeline.finetuning import objective
+from face_fusion_pipeline.face_images import crop_face
+from face_fusion_pipeline.finetuning import latent_cache, objective
 from face_fusion_pipeline.finetuning.base_model import base_of, load_base
 from face_fusion_pipeline.finetuning.latent_cache import Shards, cache_folders, encode, is_encoded, shard_path
 from face_fusion_pipeline.finetuning.pairs import Pairs, split_people
 from face_fusion_pipeline.finetuning.preparation import PrepareOptions, prepare, read_rows
+from face_fusion_pipeline.finetuning.rendered import prepare_rendered
 from face_fusion_pipeline.finetuning.selection import SelectionOptions
 from face_fusion_pipeline.finetuning.sources import DataError, open_source
 from face_fusion_pipeline.finetuning.task import FaceFusionOptions, FaceFusionTask
@@ -176,6 +181,49 @@ def test_what_may_not_be_a_reference_is_a_target_only(tmp_path: Path, base: Any)
     )
 
 
+def test_rendered_avatars_are_prepared_without_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(embedded_model())
+    assert main(["prepare", "avatars:40", "--model", model, "--out", str(tmp_path / "data")]) == 0
+    assert "40 scenes" in capsys.readouterr().out
+    own = load_base(model)
+    rows, cache = read_rows(tmp_path / "data"), cache_folders(tmp_path / "data", own)
+    assert is_encoded(tmp_path / "data", own) and not (tmp_path / "data" / "images").exists()
+    pairs = Pairs(tmp_path / "data", cache, split_people(rows, 0, seed=0)[0])
+    assert len(rows) > 20 and all(own not in {index for index, _ in found} for own, found in pairs.references.items())
+    assert all(rows[index]["as_reference"] for found in pairs.references.values() for index, _ in found)
+    index = int(rows[5]["source"].removeprefix("avatars:"))
+    scene = plan("train", index, 5)
+    drawn = render([scene], 128)
+    assert rows[5]["identity"] == scene.people[0].identity.seed and rows[5]["text"]
+    pixels = (drawn.images * 255).round() / 127.5 - 1
+    torch.testing.assert_close(pairs.shards.latents([5]).float(), own.latents(pixels), rtol=0, atol=0.02)
+    image = Image.fromarray((drawn.images[0] * 255).round().byte().permute(1, 2, 0).numpy())
+    crop = np.asarray(crop_face(image, rows[5]["box"], resolution=128)).copy()
+    face = torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 127.5 - 1
+    torch.testing.assert_close(pairs.shards.references([(5, 0)]).float(), own.latents(face), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["avatars:many", "--model", "MODEL"], "number of scenes"),
+        (["avatars:40"], "give --model"),
+        (["avatars:40", "--model", "MODEL", "--limit", "3"], "--limit chooses among photos"),
+        (["avatars:40", "--model", "MODEL", "--min-face", "9"], "--min-face chooses among photos"),
+    ],
+)
+def test_rendered_avatars_refuse_what_is_for_photos(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(embedded_model()) if word == "MODEL" else word for word in words]
+    assert main(["prepare", *words, "--out", str(tmp_path / "data")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "data").exists()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").write_text("")
+    with pytest.raises(DataError, match="not empty"):
+        prepare_rendered(10, tmp_path / "data", load_base(embedded_model()))
+
+
 def test_validation_shares_nobody_with_training(data: Path) -> None:
     rows = read_rows(data)
     people, aside = split_people(rows, 3, seed=1)
@@ -192,10 +240,28 @@ def test_latents_are_those_of_the_pictures(data: Path, base: Any) -> None:
     for index in (0, 7):
         pixels = np.asarray(Image.open(data / rows[index]["file_name"]))
         expected = base.latents(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1)[0]
-        torch.testing.assert_close(shards.latents(index).float(), expected, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(shards.latents([index])[0].float(), expected, atol=2e-3, rtol=2e-3)
         text = base.conditions([rows[index]["text"]])["text"][0]
-        torch.testing.assert_close(shards.conditions(index)["text"].float(), text, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(shards.conditions([index])["text"][0].float(), text, atol=2e-3, rtol=2e-3)
     assert shards.reference_count(0) == 1 and shards.reference_count(6) == 5
+
+
+def test_examples_are_equal_read_from_memory_or_from_files(
+    data: Path, base: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = Shards(cache_folders(data, base), 10)
+    monkeypatch.setattr(latent_cache, "SHARD", 3)  # several shards
+    shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("latents", "conditions"))
+    cache = encode(tmp_path / "data", base, progress=False)
+    mapped, read = Shards(cache, 10, in_memory=0), Shards(cache, 10)
+    examples, chosen = [9, 0, 4, 4], [(7, 3), (0, 0), (9, 4)]
+    for own, other in ((mapped, read), (whole, read)):
+        for found, expected in (
+            (own.latents(examples), other.latents(examples)),
+            (own.references(chosen), other.references(chosen)),
+            (own.conditions(examples)["text"], other.conditions(examples)["text"]),
+        ):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0 if own is mapped else 2e-3)
 
 
 def test_a_broken_shard_is_made_again_and_another_base_has_its_own(data: Path, base: Any) -> None:
@@ -230,9 +296,9 @@ def test_another_part_of_the_base_leaves_what_it_does_not_encode(
     first, second = cache_folders(data, base), encode(data, other, progress=False)
     assert is_encoded(data, other)
     old, new = Shards(first, 10), Shards(second, 10)
-    assert torch.equal(old.latents(3), new.latents(3)) == (part != "vae")
-    assert torch.equal(old.reference(6, 2), new.reference(6, 2)) == (part != "vae")
-    assert torch.equal(old.conditions(3)["text"], new.conditions(3)["text"]) == (part == "vae")
+    assert torch.equal(old.latents([3]), new.latents([3])) == (part != "vae")
+    assert torch.equal(old.references([(6, 2)]), new.references([(6, 2)])) == (part != "vae")
+    assert torch.equal(old.conditions([3])["text"], new.conditions([3])["text"]) == (part == "vae")
 
 
 def test_all_text_encoders_and_the_family_decide_where_captions_lie(data: Path, base: Any) -> None:

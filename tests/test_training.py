@@ -234,7 +234,6 @@ def test_a_checkpoint_of_other_data_or_another_start_is_refused(tmp_path):
         (["controlnet", "--face-loss-weight", "5"], "--face-loss-weight is for the stage unet, not controlnet"),
         (["unet", "--decoder-only"], "--decoder-only is for the stage vae"),
         (["unet", "--render", "10", "--images", "5"], "leave --images out"),
-        (["controlnet", "--render", "10"], "needs depth maps"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(words, message, tmp_path, capsys):
@@ -271,11 +270,15 @@ def test_pixels_are_cached_until_the_metadata_change(dataset, tmp_path):
 
 
 def test_rendered_data_equal_a_dataset_on_disk(tmp_path):
-    write(tmp_path / "disk" / "test", "test", 10, size=32, progress=False)
+    from face_fusion_pipeline.training.controlnet import load_depth
+
+    write(tmp_path / "disk" / "test", "test", 10, size=32, depth=True, progress=False)
     disk = load_avatars(tmp_path / "disk", "test")
-    memory = render_avatars(tmp_path / "memory", "test", 10, "cpu", size=32)
+    memory = render_avatars(tmp_path / "memory", "test", 10, "cpu", size=32, depth=True)
     assert torch.equal(disk.pixels, memory.pixels)
     assert disk.captions == memory.captions and torch.equal(disk.first_boxes, memory.first_boxes)
+    difference = load_depth(memory).int() - load_depth(disk).int()
+    assert load_depth(memory).amax((1, 2, 3)).eq(255).all() and difference.abs().max() <= 1, "16 bits were rounded"
 
 
 def test_tokenizer_takes_any_text_and_survives_saving(tmp_path):

@@ -93,8 +93,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise FaceFusionError(f"--{name.replace('_', '-')} is for the stage {stage}, not {args.stage}")
     if args.render and args.images:
         raise FaceFusionError("--render says how many images there are: leave --images out")
-    if args.render and args.stage == "controlnet":
-        raise FaceFusionError("the stage controlnet needs depth maps, which are read from --data: leave --render out")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -115,8 +113,9 @@ def run(args: argparse.Namespace) -> int:
     options = loop_options(preset.loop, args)
     if args.render:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        data = render_avatars(args.data, "train", args.render, device)
-        validation = render_avatars(args.data, "validation", min(args.render, 2000), device)
+        depth = args.stage == "controlnet"
+        data = render_avatars(args.data, "train", args.render, device, depth=depth)
+        validation = render_avatars(args.data, "validation", min(args.render, 2000), device, depth=depth)
     else:
         data = load_avatars(args.data, "train", args.images)
         validation = load_avatars(args.data, "validation")
@@ -146,6 +145,8 @@ def loop_options(defaults: LoopOptions, args: argparse.Namespace) -> LoopOptions
 
 def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, validation: AvatarImages) -> Task:
     """The networks of the stage, new or from `--continue-from`, as a task."""
+    from ..training.loop import process_group
+
     source: Path | None = args.continue_from
     if args.stage == "vae":
         from diffusers import AutoencoderTiny
@@ -168,7 +169,7 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
     if args.stage == "unet":
         from ..training.unet import UnetTask, create_unet, load_frozen, load_unet_for
 
-        frozen = load_frozen(args.out)
+        frozen = load_frozen(args.out).to(process_group().device)
         if source:
             unet = load_unet_for(frozen, source, data.captions[:1000])
         else:
@@ -179,6 +180,6 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
     from ..training.controlnet import ControlNetTask, create_controlnet, load_controlnet_for
     from ..training.unet import load_frozen, load_unet
 
-    frozen, base = load_frozen(args.out), load_unet(args.out)
+    frozen, base = load_frozen(args.out).to(process_group().device), load_unet(args.out)
     controlnet = load_controlnet_for(frozen, base, source, data.captions[:1000]) if source else create_controlnet(base)
     return ControlNetTask(controlnet, base, frozen, data, validation)

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         metavar="PHOTOS",
         help="folder with metadata.jsonl (file_name, text, and if known identity, box, reference_file_name), or with "
-        "one folder of photos for each person, or of .tar shards; a pattern such as 'laion/{0000..0099}.tar'; or the "
-        "Hub id of a dataset",
+        "one folder of photos for each person, or of .tar shards; a pattern such as 'laion/{0000..0099}.tar'; the "
+        "Hub id of a dataset; or avatars:N, so many scenes of the avatar world, rendered on the device of the model",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the training data")
     parser.add_argument(
@@ -96,6 +96,8 @@ def given_words(args: argparse.Namespace, add: Callable[[argparse.ArgumentParser
 
 def run(args: argparse.Namespace) -> int:
     check_selection(args)
+    if args.source.startswith("avatars:"):
+        return run_rendered(args)
     pieces = first_look(args.source, args)
     base = None
     if args.model is not None:
@@ -110,6 +112,22 @@ def run(args: argparse.Namespace) -> int:
         f"{report['kept']} of {report['read']} photos of {report['people']} people, "
         f"{report['paired_with_another_photo']} with another photo of the same person; skipped: {skipped}"
     )
+    print(args.out)
+    return 0
+
+
+def run_rendered(args: argparse.Namespace) -> int:
+    """The command for `avatars:N`."""
+    from ..finetuning.rendered import prepare_rendered, scene_count
+    from ..finetuning.sources import DataError
+
+    count = scene_count(args.source)
+    if args.model is None:
+        raise DataError(f"{args.source} is rendered for one model, whose latents are all that is kept: give --model")
+    if words := given_words(args, add_source_arguments) + given_words(args, add_selection_arguments):
+        raise DataError(f"{words[0]} chooses among photos: {args.source} is rendered as the model takes it")
+    report = prepare_rendered(count, args.out, load(args.model, args))
+    print(f"{report['kept']} of {report['read']} scenes: portraits of {report['people']} people")
     print(args.out)
     return 0
 

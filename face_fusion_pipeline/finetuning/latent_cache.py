@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ from .sources import DataError
 
 SHARD = 512  # examples
 BATCH = 8  # images encoded at a time
+PIXELS = 2**22  # of all images that a GPU encodes at a time
+IN_MEMORY = 8 * 2**30  # bytes
 CONDITION = "condition/"
 COMPLETE = "complete.json"
 AUGMENTATIONS = 4
@@ -140,7 +144,8 @@ def picture_shard(
 def caption_shard(base: BaseModel, captions: list[str]) -> dict[str, Tensor]:
     """The tensors of n captions, each different one encoded once."""
     different = list(dict.fromkeys(captions))
-    parts = [base.conditions(different[start : start + BATCH]) for start in range(0, len(different), BATCH)]
+    at_once = SHARD if base.unet.device.type == "cuda" else BATCH
+    parts = [base.conditions(different[start : start + at_once]) for start in range(0, len(different), at_once)]
     return {
         "caption": torch.tensor([different.index(caption) for caption in captions]),
         **{CONDITION + key: torch.cat([part[key].half().cpu() for part in parts]) for key in parts[0]},
@@ -149,10 +154,12 @@ def caption_shard(base: BaseModel, captions: list[str]) -> dict[str, Tensor]:
 
 def encode_pictures(base: BaseModel, pictures: list[Image.Image]) -> Tensor:
     """float16 latents (n, c, h, w) of n pictures of one size."""
-    parts = []
-    for start in range(0, len(pictures), BATCH):
-        arrays = [np.asarray(picture) for picture in pictures[start : start + BATCH]]
-        pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    parts, at_once = [], BATCH
+    if base.vae.device.type == "cuda":  # more of small pictures: a large GPU has time for them
+        at_once = max(BATCH, PIXELS // pictures[0].width ** 2)
+    for start in range(0, len(pictures), at_once):
+        arrays = [np.asarray(picture) for picture in pictures[start : start + at_once]]
+        pixels = torch.from_numpy(np.stack(arrays)).to(base.vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         parts.append(base.latents(pixels).half().cpu())
     return torch.cat(parts)
 
@@ -165,32 +172,57 @@ def read_picture(path: Path) -> Image.Image:
         raise DataError(f"cannot read {path}: {error}; run `face-fusion prepare` again") from error
 
 
+class Column:
+    """Rows of one tensor in all shards: read into memory, or left in the files, which are mapped."""
+
+    def __init__(self, files: list[Any], name: str, in_memory: bool) -> None:
+        self.slices = [file.get_slice(name) for file in files]
+        self.starts = [0, *accumulate(part.get_shape()[0] for part in self.slices)]
+        self.whole = torch.cat([file.get_tensor(name) for file in files]) if in_memory else None
+
+    def take(self, rows: Sequence[int]) -> Tensor:
+        """(B, ...) of B rows, counted through all shards."""
+        if self.whole is not None:
+            return self.whole[torch.as_tensor(rows)]
+        shards = [bisect_right(self.starts, row) - 1 for row in rows]
+        return torch.stack(
+            [self.slices[shard][row - self.starts[shard]] for shard, row in zip(shards, rows, strict=True)]
+        )
+
+
 class Shards:
-    """Random access to the shards of pictures and captions; files are mapped into memory, not read."""
+    """Random access to the shards of pictures and captions; together up to `in_memory` bytes are read at once."""
 
-    def __init__(self, cache: Cache, count: int) -> None:
-        self.pictures, self.texts = (open_shards(folder, count) for folder in (cache.latents, cache.conditions))
-        self.starts = [file.get_tensor("reference_start").tolist() for file in self.pictures]
-        self.captions = [file.get_tensor("caption").tolist() for file in self.texts]
-        self.keys = [key for key in self.texts[0].keys() if key.startswith(CONDITION)]  # noqa: SIM118, no dict
+    def __init__(self, cache: Cache, count: int, in_memory: int = IN_MEMORY) -> None:
+        pictures, texts = (open_shards(folder, count) for folder in (cache.latents, cache.conditions))
+        paths = [
+            shard_path(folder, number) for folder in (cache.latents, cache.conditions) for number in range(len(texts))
+        ]
+        small = sum(path.stat().st_size for path in paths) <= in_memory
+        self._latents, self._references = (Column(pictures, name, small) for name in ("latents", "references"))
+        keys = [key for key in texts[0].keys() if key.startswith(CONDITION)]  # noqa: SIM118, no dict
+        self._conditions = {key.removeprefix(CONDITION): Column(texts, key, small) for key in keys}
+        counts = [count for file in pictures for count in file.get_tensor("reference_start").diff().tolist()]
+        self.reference_starts = [0, *accumulate(counts)]
+        starts = next(iter(self._conditions.values())).starts
+        captions = [file.get_tensor("caption") + start for file, start in zip(texts, starts, strict=False)]
+        self.captions: list[int] = torch.cat(captions).tolist()
 
-    def latents(self, index: int) -> Tensor:
-        """(c, h, w) of example `index`."""
-        return self.pictures[index // SHARD].get_slice("latents")[index % SHARD]
+    def latents(self, examples: Sequence[int]) -> Tensor:
+        """(B, c, h, w)."""
+        return self._latents.take(examples)
 
-    def reference_count(self, index: int) -> int:
-        starts = self.starts[index // SHARD]
-        return starts[index % SHARD + 1] - starts[index % SHARD]
+    def reference_count(self, example: int) -> int:
+        return self.reference_starts[example + 1] - self.reference_starts[example]
 
-    def reference(self, index: int, number: int) -> Tensor:
-        """(c, r, r) of reference `number` of example `index`: 0 is the plain crop."""
-        row = self.starts[index // SHARD][index % SHARD] + number
-        return self.pictures[index // SHARD].get_slice("references")[row]
+    def references(self, chosen: Sequence[tuple[int, int]]) -> Tensor:
+        """(B, c, r, r) of pairs of an example and the number of one of its references: 0 is the plain crop."""
+        return self._references.take([self.reference_starts[example] + number for example, number in chosen])
 
-    def conditions(self, index: int) -> dict[str, Tensor]:
-        """The conditions of the caption of example `index`, see `BaseModel.conditions`."""
-        file, row = self.texts[index // SHARD], self.captions[index // SHARD][index % SHARD]
-        return {key.removeprefix(CONDITION): file.get_slice(key)[row] for key in self.keys}
+    def conditions(self, examples: Sequence[int]) -> dict[str, Tensor]:
+        """The conditions (B, ...) of the captions of these examples, see `BaseModel.conditions`."""
+        rows = [self.captions[example] for example in examples]
+        return {key: column.take(rows) for key, column in self._conditions.items()}
 
 
 def open_shards(folder: Path, count: int) -> list[Any]:

@@ -60,17 +60,16 @@ class Pairs:
 
     def reference_latents(self, references: list[tuple[int, int]]) -> Tensor:
         """float32 (B, c, r, r)."""
-        return torch.stack([self.shards.reference(*reference) for reference in references]).float()
+        return self.shards.references(references).float()
 
     def batch(self, rows: Tensor) -> Batch:
         """Of the targets `rows` (B,): `latents`, conditions, `boxes` (B, 4) and `landmarks5` (B, 5, 2) in pixels."""
         indices = [self.targets[row] for row in rows.tolist()]
-        conditions = [self.shards.conditions(index) for index in indices]
         return {
-            "latents": torch.stack([self.shards.latents(index) for index in indices]).float(),
+            "latents": self.shards.latents(indices).float(),
             "boxes": torch.tensor([self.rows[index]["box"] for index in indices], dtype=torch.float32),
             "landmarks5": torch.tensor([self.rows[index]["landmarks5"] for index in indices], dtype=torch.float32),
-            **{key: torch.stack([found[key] for found in conditions]).float() for key in conditions[0]},
+            **{key: found.float() for key, found in self.shards.conditions(indices).items()},
         }
 
     def caption(self, row: int) -> str:

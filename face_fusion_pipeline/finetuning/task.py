@@ -1,7 +1,7 @@
 """The training task: `to_k_face` and `to_v_face` alone, on latents of people and the face crops that go with them.
 
-Every random choice is drawn from (seed, step, row of the batch). So neither the number of processes nor the number of
-parts that a batch is computed in changes what is learned.
+Every random choice is drawn from (seed, step) for the whole batch. So neither the number of processes nor the number
+of parts that a batch is computed in changes what is learned.
 """
 
 from __future__ import annotations
@@ -121,10 +121,10 @@ class FaceFusionTask(Task):
         timesteps = spread_timesteps(part.batch_size, len(self.base.schedule), whole, power)[part.rows]
         draws = torch.rand(2, part.batch_size, generator=whole)[:, part.rows]
         batch = self.examples(self.pairs, part.indices, self.pairs.choose(part.indices, draws[0]))
-        shape, position = batch["latents"].shape[1:], part.step * part.batch_size
-        generators = [seeded(part.seed, position + row, "noise") for row in part.rows.tolist()]
-        noise = torch.stack([torch.randn(shape, generator=own) for own in generators])
-        batch |= {"timesteps": timesteps, "noise": noise}
+        shape = (part.batch_size, *batch["latents"].shape[1:])
+        noise = seeded(part.seed, part.step, "noise", self.device)
+        batch["noise"] = torch.randn(shape, generator=noise, device=self.device)[part.rows.to(self.device)]
+        batch["timesteps"] = timesteps
         # One draw decides: [text | both | face | none dropped], so that the three cases exclude each other.
         text, both, face = self.options.text_dropout, self.options.both_dropout, self.options.face_dropout
         no_text = draws[1] < text + both

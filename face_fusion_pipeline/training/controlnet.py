@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import AvatarImages, cached, save_grid
+from .data import AvatarImages, cached, save_grid, stretched
 from .loop import Batch, Task, TrainingError, seeded
 from .unet import (
     TEXT_DROPOUT,
@@ -67,7 +67,9 @@ def load_controlnet_for(
 
 
 def load_depth(data: AvatarImages) -> Tensor:
-    """Depth maps uint8 (N, 1, S, S) of a dataset written with `--depth`; each stretched to its range, near is 255."""
+    """Depth maps uint8 (N, 1, S, S), see `data.stretched`, of images rendered with them or written with `--depth`."""
+    if data.depth is not None:
+        return data.depth
     missing = [record for record in data.records if "depth_file_name" not in record]
     if missing:
         raise TrainingError(f"{data.folder} has no depth maps: write the dataset with `avatars-dataset --depth`")
@@ -76,10 +78,8 @@ def load_depth(data: AvatarImages) -> Tensor:
         maps = []
         for record in tqdm(data.records, desc="depth maps", unit="image"):
             with Image.open(data.folder / record["depth_file_name"]) as image:
-                depth = np.asarray(image).astype(np.float32)
-            low, high = depth.min(), depth.max()
-            maps.append(np.round((depth - low) / max(high - low, 1.0) * 255).astype(np.uint8))
-        return torch.from_numpy(np.stack(maps))[:, None]
+                maps.append(torch.from_numpy(np.asarray(image).astype(np.float32)))
+        return torch.cat([stretched(part) for part in torch.stack(maps).split(1024)])[:, None]
 
     return cached(data.folder / "depth.safetensors", f"{data.key} stretched", read)
 
@@ -118,17 +118,12 @@ class ControlNetTask(Task):
         batch = self.examples(self.data, self.depth, indices)
         drawn = self.loss.draw(batch["latents"].shape, generator)
         dropped = torch.rand(len(indices), generator=generator, device=generator.device) < TEXT_DROPOUT
-        empty = self.data.empty_text.to(self.device).float()
-        batch["text"] = torch.where(dropped[:, None, None], empty, batch["text"])
+        batch["text"] = torch.where(dropped[:, None, None], batch["empty_text"], batch["text"])
         return batch | drawn
 
     def examples(self, data: LatentData, depth: Tensor, indices: Tensor) -> Batch:
-        return {
-            "latents": data.latents[indices].to(self.device).float(),
-            "text": data.text[data.caption_ids[indices]].to(self.device).float(),
-            "faces": data.faces[indices].to(self.device),
-            "depth": depth[indices].to(self.device).float().div(255).expand(-1, 3, -1, -1),
-        }
+        near = depth[indices.to(depth.device)].to(self.device).float().div(255).expand(-1, 3, -1, -1)
+        return {**data.rows(indices, self.device), "depth": near}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         noisy, target = self.loss.noised(batch)

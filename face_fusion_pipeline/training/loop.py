@@ -11,6 +11,7 @@ decays to the end; a resumed run continues with the time it had used.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -175,10 +176,15 @@ def data_order(seed: int, step: int, batch_size: int, size: int) -> Tensor:
     position, wanted = step * batch_size, batch_size
     while wanted:
         epoch, start = divmod(position, size)
-        shuffled = torch.randperm(size, generator=seeded(seed, epoch, "epoch"))
-        indices.append(shuffled[start : start + wanted])
+        indices.append(shuffled(seed, epoch, size)[start : start + wanted])
         position, wanted = position + len(indices[-1]), wanted - len(indices[-1])
     return torch.cat(indices)
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(seed: int, epoch: int, size: int) -> Tensor:
+    """The images of an epoch in their order, kept for its other steps."""
+    return torch.randperm(size, generator=seeded(seed, epoch, "epoch"))
 
 
 def seeded(seed: int, number: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:

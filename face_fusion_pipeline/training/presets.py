@@ -56,9 +56,16 @@ PRESETS: dict[str, dict[str, Preset]] = {
             LoopOptions(batch_size=64, lr=1e-3, steps=8000, ema_decay=0.998, weight_decay=0.0, precision="auto"),
         ),
         "gpu": Preset(
-            {"widths": (96, 192, 256), "attention": (True, True, True), "head_size": 32},
+            {"widths": (128, 192, 256), "attention": (True, True, True), "head_size": 32},
             LoopOptions(
-                batch_size=256, lr=4e-4, steps=30000, warmup=1000, ema_decay=0.9995, precision="bf16", compile=True
+                batch_size=512,
+                lr=1.2e-3,
+                steps=12000,
+                warmup=300,
+                weight_decay=0.0,
+                precision="bf16",
+                channels_last=True,
+                compile=True,
             ),
         ),
     },

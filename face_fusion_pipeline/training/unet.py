@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 TEXT_DROPOUT = 0.1
 SNR_GAMMA = 5.0
+AT_ONCE = defaultdict(lambda: 64, cuda=1024)  # captions encoded together, by device
 SHARD_SIZE = "15MB"  # of the weights, so that no file in the repository is large
 
 
@@ -76,6 +78,13 @@ class Frozen:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    def to(self, device: torch.device | str) -> Frozen:
+        """All parts on `device`."""
+        for part in (self.vae, self.text_encoder, self.image_encoder):
+            if part is not None:
+                nn.Module.to(part, device)
+        return self
+
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
         """Scaled latents (B, 8, S/8, S/8) of images (B, 3, S, S) in [-1, 1]."""
@@ -86,7 +95,8 @@ class Frozen:
         """Text embeddings (N, tokens, width) in float16."""
         tokens = tokenize(self.tokenizer, captions)
         device = self.text_encoder.device
-        return torch.cat([self.text_encoder(part.to(device))[0].half().cpu() for part in tokens.split(64)])
+        parts = tokens.split(AT_ONCE[device.type])
+        return torch.cat([self.text_encoder(part.to(device))[0].half().cpu() for part in parts])
 
 
 def load_frozen(folder: Path) -> Frozen:
@@ -197,7 +207,7 @@ class LatentData:
         def encode_images() -> Tensor:
             vae = copy.deepcopy(frozen.vae).to(memory_format=torch.channels_last)  # twice as quick on a CPU
             quick = replace(frozen, vae=vae)
-            parts = tqdm(torch.arange(len(data)).split(32), desc="latents", unit="batch")
+            parts = tqdm(torch.arange(len(data)).split(AT_ONCE[device.type] // 2), desc="latents", unit="batch")
             return torch.cat([quick.latents(data.images(part, device)).half().cpu() for part in parts])
 
         key = f"{data.key}/{fingerprint(frozen.vae.encoder)}/{frozen.vae.config.scaling_factor}"
@@ -208,6 +218,23 @@ class LatentData:
         self.text = cached(data.folder / "text.safetensors", key, lambda: frozen.text_states(captions))
         self.empty_text = frozen.text_states([""])
         self.faces = data.face_emphasis(self.latents.shape[-1], data.pixels.shape[-1] // self.latents.shape[-1])
+
+    def rows(self, indices: Tensor, device: torch.device) -> Batch:
+        """Latents, text, empty text and face emphasis of the images `indices` on `device`.
+
+        A GPU takes all of the data at the first call: what it gathers itself costs it next to nothing.
+        """
+        tensors = ("latents", "text", "caption_ids", "empty_text", "faces")
+        if device.type == "cuda" and self.latents.device != device:
+            for name in tensors:
+                setattr(self, name, getattr(self, name).to(device))
+        indices = indices.to(self.latents.device)
+        return {
+            "latents": self.latents[indices].to(device).float(),
+            "text": self.text[self.caption_ids[indices]].to(device).float(),
+            "empty_text": self.empty_text.to(device).float(),
+            "faces": self.faces[indices].to(device),
+        }
 
 
 class DiffusionLoss:
@@ -225,6 +252,7 @@ class DiffusionLoss:
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Batch:
         """Noise (B, ...) and timesteps (B,), one from each of B equal ranges to lower the variance."""
         device, count = generator.device, shape[0]
+        self.alphas = self.alphas.to(device)
         noise = torch.randn(shape, generator=generator, device=device)
         ranges = torch.randperm(count, generator=generator, device=device)
         within = torch.rand(count, generator=generator, device=device)
@@ -234,7 +262,7 @@ class DiffusionLoss:
 
     def noised(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(z, v) at the batch's timesteps."""
-        alpha = self.alphas.to(batch["latents"].device)[batch["timesteps"]][:, None, None, None]
+        alpha = self.alphas[batch["timesteps"]][:, None, None, None]
         signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
         return (
             signal * batch["latents"] + noise * batch["noise"],
@@ -243,7 +271,7 @@ class DiffusionLoss:
 
     def per_image(self, predicted: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """Weighted squared error (B,)."""
-        alpha = self.alphas.to(predicted.device)[batch["timesteps"]]
+        alpha = self.alphas[batch["timesteps"]]
         weight = torch.clamp((SNR_GAMMA + 1) * (1 - alpha), max=1.0)  # since 1/(SNR + 1) = 1 − ᾱ
         mask = 1 + (self.face_weight - 1) * batch["faces"].float()
         mask = mask / mask.mean(dim=(1, 2, 3), keepdim=True)
@@ -296,19 +324,11 @@ class UnetTask(Task):
         return self.unet.device
 
     def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
-        batch = self.examples(self.data, indices)
+        batch = self.data.rows(indices, self.device)
         drawn = self.loss.draw(batch["latents"].shape, generator)
         dropped = torch.rand(len(indices), generator=generator, device=generator.device) < TEXT_DROPOUT
         batch["text"] = torch.where(dropped[:, None, None], batch["empty_text"], batch["text"])
         return batch | drawn
-
-    def examples(self, data: LatentData, indices: Tensor) -> Batch:
-        return {
-            "latents": data.latents[indices].to(self.device).float(),
-            "text": data.text[data.caption_ids[indices]].to(self.device).float(),
-            "empty_text": data.empty_text.to(self.device).float(),
-            "faces": data.faces[indices].to(self.device),
-        }
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         noisy, target = self.loss.noised(batch)
@@ -326,7 +346,7 @@ class UnetTask(Task):
         images = output.images * 2 - 1
         save_grid(list(images.split(6 if count == 12 else count)), path)
         path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
-        batch = self.examples(self.held_out, torch.arange(min(len(self.validation), 128)))
+        batch = self.held_out.rows(torch.arange(min(len(self.validation), 128)), self.device)
         batch |= self.even_loss.draw(batch["latents"].shape, seeded(0, 0, "validation", self.device))
         return {"validation_loss": float(self.forward(batch)[0])}
 
