@@ -148,6 +148,18 @@ def test_detected_face(generate: Any, tmp_path: Path, test_data: Path) -> None:
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
 
 
+def test_a_variant_of_the_weights_can_be_chosen(generate: Any, tmp_path: Path) -> None:
+    tiny_models.tiny_pipeline(seed=1).save_pretrained(tmp_path / "model")
+    tiny_models.tiny_pipeline(seed=2).save_pretrained(tmp_path / "model", variant="fp16")
+    shown = []
+    for variant in (None, "fp16"):
+        out = tmp_path / f"of {variant}"
+        status, _, err = generate("--no-detect", "--no-sheet", model=tmp_path / "model", variant=variant, out=out)
+        assert status == 0, err
+        shown.append(pixels(out / "image_000.png"))
+    assert not np.array_equal(*shown)
+
+
 BAD = {
     "empty prompt": ({"prompt": "  "}, "--prompt"),
     "undecodable prompt": ({"prompt": "a \udcff"}, "--prompt"),
@@ -166,6 +178,9 @@ BAD = {
     "no such folder of a user": ({"model": "~/nowhere"}, "there is no folder ~/nowhere"),
     "no such folder at all": ({"model": "/nowhere"}, "there is no folder /nowhere"),
     "model that is not cached": ({"model": "nobody/nothing"}, "nobody/nothing"),
+    "revision of no model": ({"model": None, "revision": "v2"}, "give --model"),
+    "variant of no model": ({"model": None, "variant": "fp16"}, "give --model"),
+    "variant that is not there": ({"variant": "fp16"}, "fp16"),
     "no such adapter": ({"adapter": "absent.safetensors"}, "absent.safetensors"),
     "no such identity": ({"face": "absent.safetensors"}, "absent.safetensors"),
     "no such device": ({"device": "warp"}, "warp"),

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from ..face_errors import FaceFusionError
-from .prepare import add_hub_arguments, add_selection_arguments, add_source_arguments, check_selection, given_words
+from ..generation.arguments import add_version_arguments
+from .prepare import add_selection_arguments, add_source_arguments, check_selection, given_words
 
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder that `face-fusion prepare` made, or whatever that takes: it is prepared in OUT/prepared then",
     )
     parser.add_argument("--out", "--output-dir", type=Path, required=True, metavar="DIR")
-    add_hub_arguments(parser)
+    add_version_arguments(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="equal seeds give equal weights, on any number of processes"
     )

@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 from ..face_errors import FaceFusionError
-from ..generation.arguments import check_model
+from ..generation.arguments import add_version_arguments, check_model, check_version
 from ..generation.loading import adapter_beside, controlnet_beside, load_pipeline
 from ..generation.watermark import blind_watermark
 
@@ -17,6 +17,7 @@ HELP = "a web page on this machine: photos and a prompt in, pictures out"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="Stable Diffusion 1.x model; default: the avatars")
+    add_version_arguments(parser)
     parser.add_argument(
         "--adapter",
         metavar="DIR_OR_FILE_OR_HUB_ID",
@@ -63,7 +64,7 @@ def load_engine(args: argparse.Namespace) -> Any:
     detector = load_detector(args.detector, args.detector_model)
     adapter = args.adapter or adapter_beside(args.model)
     controlnet = args.controlnet or controlnet_beside(args.model)
-    pipe = load_pipeline(args.model, adapter, args.device, args.dtype, controlnet)
+    pipe = load_pipeline(args.model, adapter, args.device, args.dtype, controlnet, args.revision, args.variant)
     return Engine(pipe, args.model, adapter, detector, args.watermark)
 
 
@@ -75,6 +76,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise FaceFusionError(f"--steps must be from 1 to 200, got {args.steps}")
     if not 0 < args.max_upload <= 10_000:
         raise FaceFusionError(f"--max-upload must be above 0 and up to 10000 MB, got {args.max_upload}")
+    check_version(args.model, args.revision, args.variant)
     if args.model is not None:
         check_model(args.model)
     if args.watermark:

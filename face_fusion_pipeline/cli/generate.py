@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..face_errors import FaceFusionError
-from ..generation.arguments import MAX_IMAGES, MAX_SEED, check_model, check_prompt
+from ..generation.arguments import (
+    MAX_IMAGES,
+    MAX_SEED,
+    add_version_arguments,
+    check_model,
+    check_prompt,
+    check_version,
+)
 from ..generation.loading import ADAPTER_FILE, adapter_beside, load_pipeline
 from ..generation.provenance import describe
 from ..generation.references import reference_crops
@@ -35,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what they should not show")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for images and contact sheet")
     parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="Stable Diffusion 1.x model; default: the avatars")
+    add_version_arguments(parser)
     parser.add_argument(
         "--adapter",
         metavar="DIR_OR_FILE_OR_HUB_ID",
@@ -115,6 +123,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise FaceFusionError("a saved identity holds all references of a person: give it alone as --face")
     if args.out.exists() and not args.out.is_dir():
         raise FaceFusionError(f"--out {args.out} is a file: name a folder")
+    check_version(args.model, args.revision, args.variant)
     if args.model is not None:
         check_model(args.model)
     if args.watermark:
@@ -142,7 +151,9 @@ def load_model(args: argparse.Namespace) -> Any:
 
     check_scale(args.scale, "--scale")
     args.adapter = args.adapter or adapter_beside(args.model)
-    pipe = load_pipeline(args.model, args.adapter, args.device, args.dtype)
+    pipe = load_pipeline(
+        args.model, args.adapter, args.device, args.dtype, revision=args.revision, variant=args.variant
+    )
     if args.adapter is None:
         print(
             f"face-fusion: no --adapter for {args.model or 'it'}: training-free mode, a weaker likeness",
@@ -200,5 +211,6 @@ def settings_of(args: argparse.Namespace, pipe: Any, mode: str) -> dict[str, obj
         "face_mode": mode,
         "steps": args.steps,
         "guidance": args.guidance,
+        "revision": args.revision,
     }
     return describe(pipe, args.model, args.adapter, settings)

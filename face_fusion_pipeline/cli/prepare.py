@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..face_errors import FaceFusionError
+from ..generation.arguments import add_version_arguments
 
 
 if TYPE_CHECKING:
@@ -40,14 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR_OR_HUB_ID",
         help="the base to train for: latents and text are encoded too, which `train` does otherwise",
     )
-    add_hub_arguments(parser)
+    add_version_arguments(parser)
     add_source_arguments(parser)
     add_selection_arguments(parser)
-
-
-def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", help="revision of the model on the Hub")
-    parser.add_argument("--variant", help="variant of the model's weights, such as fp16")
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:

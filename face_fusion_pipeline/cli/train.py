@@ -13,9 +13,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..generation.arguments import add_version_arguments
 from ._train_options import add_arguments, check_arguments, command_line, resume
 from .prepare import (
-    add_hub_arguments,
     add_selection_arguments,
     add_source_arguments,
     first_look,
@@ -85,7 +85,7 @@ def prepared_folder(args: argparse.Namespace, base: BaseModel) -> Path:
         check_prepared(args, folder)
     if process_group().num_processes > 1 and not (is_prepared(ready) and is_encoded(ready, base, args.augmentations)):
         words = ["face-fusion", "prepare", args.data, "--model", args.model, "--out", str(ready)]
-        for add in (add_hub_arguments, add_source_arguments, add_selection_arguments):
+        for add in (add_version_arguments, add_source_arguments, add_selection_arguments):
             words += given_words(args, add)
         raise DataError(f"several processes need prepared data: first `{shlex.join(words)}`, in one process")
     if ready != folder and process_group().num_processes == 1:

@@ -1,9 +1,10 @@
 """Arguments of the commands and the app, checked before torch is imported: bad input is answered at once."""
 
+import argparse
 import re
 from pathlib import Path
 
-from ..face_errors import InvalidPromptError, ModelNotFoundError
+from ..face_errors import FaceFusionError, InvalidPromptError, ModelNotFoundError
 
 
 MAX_IMAGES, MAX_SEED = 1000, 2**63 - 1
@@ -13,6 +14,19 @@ def check_prompt(text: str, name: str) -> None:
     """Raise [`InvalidPromptError`] unless `text`, which the user knows as `name`, is readable and not empty."""
     if not text.strip() or "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
         raise InvalidPromptError(f"{name} must be readable text that is not empty, got {text!r}")
+
+
+def add_version_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which version of `--model`, as `from_pretrained` takes it."""
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--variant", help="variant of the model's weight files, such as fp16")
+
+
+def check_version(model: str | None, revision: str | None, variant: str | None) -> None:
+    """Raise [`FaceFusionError`] for the version of a model that was not given."""
+    for flag, value in (("--revision", revision), ("--variant", variant)):
+        if value is not None and model is None:
+            raise FaceFusionError(f"{flag} {value} is of a model that you name: give --model")
 
 
 def check_model(model: str) -> None:

@@ -37,6 +37,8 @@ def load_pipeline(
     device: str = "auto",
     dtype: str = "auto",
     controlnet: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> Any:
     """The pipeline with its adapter, on its device. The safety checker of the model, if it has one, stays on.
 
@@ -46,6 +48,7 @@ def load_pipeline(
         device: "auto" (CUDA where there is one) or a device of torch.
         dtype: "auto" (half precision on CUDA), "float32", "float16" or "bfloat16".
         controlnet: folder or Hub id of a ControlNet, or None.
+        revision, variant: of `model`, as diffusers' `from_pretrained` takes them.
 
     Raises:
         FaceFusionError: the device is not there; ModelNotFoundError and AdapterMismatchError for the rest.
@@ -70,7 +73,7 @@ def load_pipeline(
             what = f"ControlNet {controlnet}"
             settings["controlnet"] = ControlNetModel.from_pretrained(controlnet, **settings)
             what = f"model {model}"
-        pipe = StableDiffusionFaceFusionPipeline.from_pretrained(model, **settings)
+        pipe = StableDiffusionFaceFusionPipeline.from_pretrained(model, revision=revision, variant=variant, **settings)
     except (OSError, ValueError) as error:  # not there, offline, gated, a broken or other kind of model
         raise ModelNotFoundError(f"cannot load the {what}: {error}") from error
     pipe.set_progress_bar_config(desc="denoising", leave=False)

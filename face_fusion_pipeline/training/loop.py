@@ -220,6 +220,7 @@ def train(
     options = replace(options, precision=usable_precision(options.precision))
     accelerator = create_accelerator(options, folder / "logs" / task.name)
     task = task.to(accelerator.device)
+    torch.backends.cudnn.benchmark = True  # shapes do not change: the quickest convolutions are worth a search
     if options.channels_last:
         task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     named = {name: p for name, p in task.named_parameters() if p.requires_grad}
