@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import added, measure, regions, report
+from benchmarks import added, measure, regions, report, training
 from benchmarks.__main__ import PAGE, main, parse
 from benchmarks.floor import STEPS, arithmetic, count_flops, floor_ratio
 from benchmarks.measure import Job, Result, Setup, Timing, counted, slope, timed
@@ -111,6 +111,31 @@ def test_decoding_is_timed_once_for_each_size(model, monkeypatch):
     assert decoded == [(1, 4, 8, 8)] * 2
     monkeypatch.undo()
     assert counted(job, measure.Decoder(job.pipe.vae, decoder.setup)).flops == counted(job).flops
+
+
+def test_training_is_timed_beside_a_bare_pass(monkeypatch):
+    real = training.bare_step
+    monkeypatch.setattr(training, "bare_step", lambda *args: (time.sleep(0.3), real(*args)))
+    setup = Setup("tiny", steps=2)
+    found = training.measure_training(setup, reference=8, batch=3, steps=2, rounds=2)
+    assert len(found) == 2 and all(0.3 < one.bare and 0 < one.training < one.bare for one in found)
+    assert all(one.memory > 2**20 for one in found)
+    found = [training.Round(1.0, 2.0, 2**30, 2**31), training.Round(3.0, 4.0, 2**30, 2**30)]
+    text = training.training_table(setup, 8, 3, found)
+    assert "| bare forward and backward | 2 | 1.5 | 1.00 |" in text and "| Face Fusion training | 3 | 1 | 2.00 |" in text
+    assert "0.625 [0.500, 0.750] of the bare" in text and "22.2 hours" in text  # 80,000 / 3 x 3 s
+
+
+def test_the_peak_of_memory_can_be_forgotten():
+    setup = Setup("tiny")
+    block = mmap.mmap(-1, 2**28)
+    block.write(b"x" * 2**28)
+    high = measure.device_bytes(setup, peak=True)
+    block.close()
+    measure.forget_peak(setup)
+    if measure.device_bytes(setup, peak=True) == high:
+        pytest.skip("this kernel does not let a process forget its peak")
+    assert measure.device_bytes(setup, peak=True) < high - 2**27
 
 
 def test_ratios_are_taken_within_a_round():

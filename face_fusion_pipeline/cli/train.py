@@ -146,6 +146,8 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
     samples = create_samples(args, base, adapter, folder, held_out) if args.validation_prompt else None
     task = FaceFusionTask(base, adapter, pairs, held_out, options, recogniser, samples)
     base.cast({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision(args), torch.float32))
+    if base.unet.device.type == "cuda":  # the layout in which tensor cores convolve
+        torch.nn.Module.to(base.unet, memory_format=torch.channels_last)
     needed = set(task.modules())
     for part in (base.vae, *base.text_encoders):
         if part not in needed:
