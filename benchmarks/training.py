@@ -123,6 +123,7 @@ def time_training(task: FaceFusionTask, batch: int, steps: int, setup: Setup) ->
 
 def measure_training(setup: Setup, reference: int, batch: int, steps: int, rounds: int) -> list[Round]:
     """`rounds` times in alternation, in one process."""
+    torch.backends.cudnn.benchmark = True  # as the training has it
     model = setup.model()
     pipe = model.pipeline(StableDiffusionFaceFusionPipeline)
     base = base_of(pipe, setup.shape)

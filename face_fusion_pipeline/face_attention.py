@@ -52,7 +52,7 @@ def reference_log_weights(weights: Tensor, drop: Tensor | None = None) -> Tensor
         return None
     log_weights = (weights / weights.sum(-1, keepdim=True)).log()
     if drop is not None:
-        log_weights = log_weights.to(drop.device).masked_fill(drop[:, None], -math.inf)
+        log_weights = log_weights.to(drop.device, non_blocking=True).masked_fill(drop[:, None], -math.inf)
     return log_weights
 
 

@@ -84,6 +84,6 @@ def cast(centre: Tensor, axes: Tensor, radii: Tensor, image: Tensor, batch: int,
     win = (z >= buffer.index_select(0, pixel)).nonzero().squeeze(1)
     part, pixel = part.index_select(0, win), pixel.index_select(0, win)
     delta = torch.stack([v.index_select(0, win) for v in (dx, dy, dz)], 1)
-    gradient = (q.index_select(0, part) @ delta.unsqueeze(2)).squeeze(2)
+    gradient = (q.index_select(0, part) * delta.unsqueeze(1)).sum(2)  # a GPU is slow at millions of small products
     normal = torch.nn.functional.normalize(gradient, dim=1)
     return Hits(pixel, part, centre.index_select(0, part) + delta, normal, buffer.view(batch, size, size))

@@ -111,13 +111,13 @@ def render(scenes: list[Scene], size: int = 128, device: torch.device | str = "c
     both = torch.cat((turned, upright))
     frame = both.index_select(0, torch.where(in_head, person, person + len(people)))
     offset = (hits.position - origin.index_select(0, person)) / half.index_select(0, person).unsqueeze(1)
-    local = (offset.unsqueeze(1) @ frame).squeeze(1)
+    local = (offset.unsqueeze(2) * frame).sum(1)
 
     normal = hits.normal.clone()
     skin = (material == head.SKIN).nonzero().squeeze(1)
     owner_of_skin = person.index_select(0, skin)
     smooth = shade.skin_normals(local.index_select(0, skin), *head.skin_volumes(genes, face), owner_of_skin)
-    normal[skin] = (turned.index_select(0, owner_of_skin) @ smooth.unsqueeze(2)).squeeze(2)
+    normal[skin] = (turned.index_select(0, owner_of_skin) * smooth.unsqueeze(1)).sum(2)
 
     lights = [scene.light for scene in scenes]
     azimuth, elevation, ambient, warmth = (

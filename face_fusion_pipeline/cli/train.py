@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +147,7 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
     samples = create_samples(args, base, adapter, folder, held_out) if args.validation_prompt else None
     task = FaceFusionTask(base, adapter, pairs, held_out, options, recogniser, samples)
     base.cast({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision(args), torch.float32))
+    base.schedule = replace(base.schedule, alphas=base.schedule.alphas.to(base.unet.device))  # read in every step
     if base.unet.device.type == "cuda":  # the layout in which tensor cores convolve
         torch.nn.Module.to(base.unet, memory_format=torch.channels_last)
     needed = set(task.modules())

@@ -123,7 +123,9 @@ class FaceFusionTask(Task):
         batch = self.examples(self.pairs, part.indices, self.pairs.choose(part.indices, draws[0]))
         shape = (part.batch_size, *batch["latents"].shape[1:])
         noise = seeded(part.seed, part.step, "noise", self.device)
-        batch["noise"] = torch.randn(shape, generator=noise, device=self.device)[part.rows.to(self.device)]
+        batch["noise"] = torch.randn(shape, generator=noise, device=self.device)[
+            part.rows.to(self.device, non_blocking=True)
+        ]
         batch["timesteps"] = timesteps
         # One draw decides: [text | both | face | none dropped], so that the three cases exclude each other.
         text, both, face = self.options.text_dropout, self.options.both_dropout, self.options.face_dropout
@@ -131,7 +133,13 @@ class FaceFusionTask(Task):
         batch["has_face"] = ~((draws[1] >= text) & (draws[1] < text + both + face))
         for key, empty in self.empty.items():
             batch[key] = torch.where(no_text.view(-1, *[1] * (empty.ndim - 1)), empty, batch[key])
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        return {key: self.on_device(value) for key, value in batch.items()}
+
+    def on_device(self, value: Tensor) -> Tensor:
+        """On the device of the UNet, without waiting for what a GPU still computes."""
+        if self.device.type == "cuda" and value.device.type == "cpu":
+            value = value.pin_memory()
+        return value.to(self.device, non_blocking=True)
 
     def examples(self, pairs: Pairs, rows: Tensor, references: list[tuple[int, int]]) -> Batch:
         """The targets `rows` (B,) of `pairs` and their references, on the CPU."""
@@ -166,9 +174,10 @@ class FaceFusionTask(Task):
         timestep = self.adapter.metadata.reference_timestep
         latents = noise_latents(latents, self.base.schedule.alphas, timestep).to(self.unet.dtype)
         count = len(latents)
-        empty = {key: state.to(self.device).expand(count, *state.shape[1:]) for key, state in self.empty.items()}
+        empty = {key: self.on_device(state).expand(count, *state.shape[1:]) for key, state in self.empty.items()}
         arguments = self.base.unet_arguments(empty, self.side(latents))
-        return capture_hidden_states(self.unet, latents, timestep, **arguments)
+        step = torch.full((), timestep, device=latents.device)
+        return capture_hidden_states(self.unet, latents, step, **arguments)
 
     def side(self, latents: Tensor) -> int:
         """Pixels a side of the images of these latents."""

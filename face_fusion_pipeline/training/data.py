@@ -130,8 +130,8 @@ def render_avatars(
             depths[start : start + len(scenes)] = stretched(rendered.depth)[:, None].cpu()
         records += describe(scenes, rendered)
     (folder / split).mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(json.dumps(records).encode())  # another renderer makes other pictures of the same scenes
-    key.update(pixels[:: max(1, count // 1000)].numpy().tobytes())
+    some = slice(None, None, max(1, count // 1000))  # another renderer makes other pictures of the same scenes
+    key = hashlib.sha256(json.dumps([count, per_identity, records[some]]).encode() + pixels[some].numpy().tobytes())
     return AvatarImages(pixels, records, folder / split, f"rendered {key.hexdigest()}", depths)
 
 

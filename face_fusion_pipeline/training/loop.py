@@ -221,6 +221,7 @@ def train(
     accelerator = create_accelerator(options, folder / "logs" / task.name)
     task = task.to(accelerator.device)
     torch.backends.cudnn.benchmark = True  # shapes do not change: the quickest convolutions are worth a search
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients of masked attention can be NaN (pytorch #196678)
     if options.channels_last:
         task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     named = {name: p for name, p in task.named_parameters() if p.requires_grad}

@@ -228,7 +228,7 @@ class LatentData:
         if device.type == "cuda" and self.latents.device != device:
             for name in tensors:
                 setattr(self, name, getattr(self, name).to(device))
-        indices = indices.to(self.latents.device)
+        indices = indices.to(self.latents.device, non_blocking=True)
         return {
             "latents": self.latents[indices].to(device).float(),
             "text": self.text[self.caption_ids[indices]].to(device).float(),
