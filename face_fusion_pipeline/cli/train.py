@@ -149,7 +149,7 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
     base.cast({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision(args), torch.float32))
     base.schedule = replace(base.schedule, alphas=base.schedule.alphas.to(base.unet.device))  # read in every step
     if base.unet.device.type == "cuda":  # the layout in which tensor cores convolve
-        torch.nn.Module.to(base.unet, memory_format=torch.channels_last)
+        base.unet.to(memory_format=torch.channels_last)
     needed = set(task.modules())
     for part in (base.vae, *base.text_encoders):
         if part not in needed:
