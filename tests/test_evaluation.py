@@ -12,6 +12,7 @@ from tiny_models import tiny_components, tiny_controlnet, tiny_unet
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
 from face_fusion_pipeline.avatars import BACKGROUNDS, CLOTHINGS, EXPRESSIONS, STYLES, render
+from face_fusion_pipeline.avatars.dataset import write
 from face_fusion_pipeline.cli import avatars_evaluate
 from face_fusion_pipeline.evaluation import depth_table, people_table
 from face_fusion_pipeline.evaluation.alignment import align_faces, face_template, similarity_transform
@@ -536,6 +537,9 @@ def test_table_command(
         _run(*words, "--methods", "adapter")
     with pytest.raises(FaceFusionError, match="metadata.jsonl"):
         _run(*words, "--training-data", str(tmp_path))
+    write(tmp_path / "data" / "train", "train", 12, size=32, progress=False)
+    seen = avatars_evaluate._training_captions(str(tmp_path / "data"))
+    assert seen == avatars_evaluate._training_captions("avatars:12") and len(seen) > 8
 
 
 def test_recognition_command(test_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,7 +121,11 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=_positive, default=4, help="prompts denoised together (default: 4)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--training-data", type=Path, metavar="DIR", help="dataset whose captions are not to be asked")
+    parser.add_argument(
+        "--training-data",
+        metavar="DIR",
+        help="dataset whose captions are not to be asked, or avatars:N for so many scenes that were rendered",
+    )
     parser.add_argument("--judges", type=Path, help="folder of judges (default: those in the package)")
     _add_judges(parser)
 
@@ -169,13 +173,19 @@ def _settings(args: argparse.Namespace, **more: Any) -> Settings:
     return Settings.of(_model_folder(args), **common, **more)
 
 
-def _training_captions(data: Path | None) -> set[str]:
+def _training_captions(data: str | None) -> set[str]:
     """Captions of the training split; FaceFusionError if there is none."""
+    if data is not None and data.startswith("avatars:"):
+        from ..avatars.caption import caption
+        from ..avatars.dataset import plan
+        from ..finetuning.rendered import PER_IDENTITY, scene_count
+
+        return {caption(plan("train", index, PER_IDENTITY)) for index in range(scene_count(data))}
     from ..face_errors import FaceFusionError
 
     if data is None:
         return set()
-    path = data / "train" / "metadata.jsonl"
+    path = Path(data) / "train" / "metadata.jsonl"
     if not path.is_file():
         raise FaceFusionError(f"--training-data: no {path}")
     return {json.loads(line)["text"] for line in path.read_text().splitlines() if line.strip()}

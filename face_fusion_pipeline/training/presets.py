@@ -71,6 +71,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
     "controlnet": {
         "cpu": Preset({}, LoopOptions(batch_size=32, lr=3e-4, steps=2000, ema_decay=0.998, precision="auto")),
-        "gpu": Preset({}, LoopOptions(batch_size=256, lr=3e-4, steps=6000, ema_decay=0.9995, precision="bf16")),
+        "gpu": Preset(
+            {}, LoopOptions(batch_size=256, lr=8e-4, steps=3000, warmup=50, ema_decay=0.99, precision="bf16")
+        ),
     },
 }

@@ -97,18 +97,19 @@ def card(records: dict[str, dict[str, Any]], tables: list[str], size: int, note:
                 runs.append(earlier)
             rows += [_row(part, run) for run in reversed(runs)]
             seconds += sum(run["seconds"] for run in runs)
-    versions = next(iter(records.values()))["versions"]
+    used = {", ".join(f"{k} {v}" for k, v in record["versions"].items()): None for record in records.values()}
     training = [
-        "Data: rendered avatars with exact captions, written by `face-fusion avatars-dataset`. No photograph of",
-        "anybody. Training, validation and test people are disjoint. Commands: `face-fusion avatars-train` with",
-        "`vae`, `clip` and `unet`, then `face-fusion prepare` and `face-fusion train` for the adapter.",
+        "Data: rendered avatars with exact captions, written by `face-fusion avatars-dataset` or drawn on the device",
+        "(`--render`). No photograph of anybody. Training, validation and test people are disjoint. Commands:",
+        "`face-fusion avatars-train` with `vae`, `clip`, `unet` and `controlnet`, then `face-fusion prepare` and",
+        "`face-fusion train` for the adapter.",
         f"Cost: {seconds / 3600:.1f} hours in all.",
         "",
         "| part | parameters | steps × batch | time | machine | seed | date |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *rows,
         "",
-        f"{', '.join(f'{name} {version}' for name, version in versions.items())}. {note}".rstrip(),
+        f"Last runs with {'; or '.join(used)}. {note}".rstrip(),
     ]
     return render_card(
         title="Avatars: a small Stable Diffusion of a rendered world, with Face Fusion weights",
@@ -125,8 +126,9 @@ def card(records: dict[str, dict[str, Any]], tables: list[str], size: int, note:
 
 def _row(part: str, record: dict[str, Any]) -> str:
     options = record["options"]
+    threads = f", {record['threads']} threads" if "cores" in record["machine"] else ""
     return (
         f"| {part} | {record['trained_parameters']:,} | {record['steps']:,} × {options['batch_size']} "
-        f"| {record['seconds'] / 60:.1f} min, {record['threads']} threads | {record['machine']} "
+        f"| {record['seconds'] / 60:.1f} min{threads} | {record['machine']} "
         f"| {options['seed']} | {record['date'][:10]} |"
     )
