@@ -197,7 +197,7 @@ def test_the_joint_variant_is_face_fusion(base: Any, data: Path) -> None:
     assert ours(part_of(ours))[0].item() == theirs(part_of(theirs))[0].item()
 
 
-@pytest.mark.parametrize("name", [METHOD, "noised-reference", "layers-up", "training-free"])
+@pytest.mark.parametrize("name", [METHOD, "noised-reference", "no-count-bias", "layers-up", "training-free"])
 def test_variants_of_the_method_generate_what_its_pipeline_does(name: str, base: Any, data: Path) -> None:
     conditioning, pipe = conditioning_of(base, data, VARIANTS[name]), base.pipeline
     with conditioning.applied(states_of(conditioning, 1, 2), scale=2.0, guided=True):

@@ -80,7 +80,7 @@ def pipe(engine: Any, monkeypatch: pytest.MonkeyPatch) -> SpiedPipeline:
 def address(engine: Any) -> Iterator[str]:
     from face_fusion_pipeline.app.server import serving
 
-    with serving(engine, port=0, steps=2, max_upload_mb=1) as address:
+    with serving(engine, port=0, steps=2, max_upload_mb=4) as address:
         yield address
 
 
@@ -281,12 +281,12 @@ def test_on_a_phone_a_message_far_above_the_button_comes_into_sight(open_page: A
 
 def test_a_file_above_the_limit_is_refused(open_page: Any) -> None:
     page = open_page()
-    noise = Image.effect_noise((1200, 1200), 100).convert("RGB")
-    assert len(png(noise)["buffer"]) > 2**20
+    noise = Image.effect_noise((2400, 2400), 100).convert("RGB")
+    assert len(png(noise)["buffer"]) > 4 * 2**20
     upload(page, png(noise, "noise.png"))
     message = page.locator(".over-limit")
     expect(message).to_contain_text("noise.png")
-    expect(message).to_contain_text("above the limit of 1.0 MB")
+    expect(message).to_contain_text("above the limit of 4.0 MB")
     expect(page.locator("#photos_1 img")).to_have_count(0)
     upload(page, png(portrait(ADA)))
     expect(beside(page, "person_1")).to_contain_text("with a face")

@@ -117,7 +117,7 @@ class UNetFeatures:
         metadata = {
             "reference_mode": "noised" if self.timestep else "clean",
             "reference_timestep": self.timestep,
-            "token_count_bias": True,
+            "token_count_bias": variant.token_count_bias,
             "face_crop": settings["face_crop"],
             "resolution": self.resolution,
         }
@@ -156,7 +156,8 @@ class UNetFeatures:
         weights = None if weights is None else weights.to(self.unet.device)
         added, switch = self.variant.attention == "added", FusionSwitch(guided=guided)
         processor = AddedFaceAttnProcessor if added else FaceFusionAttnProcessor
-        people = {name: PersonKeys(key, value, weights, scale, trained) for name, (key, value) in projected.items()}
+        bias = trained and self.variant.token_count_bias
+        people = {name: PersonKeys(key, value, weights, scale, bias) for name, (key, value) in projected.items()}
         with installed_processors(
             self.unet, {name: processor([Cast((person,))], switch) for name, person in people.items()}
         ):

@@ -59,8 +59,8 @@ QUESTIONS = {
         Question(
             3,
             "training",
-            "what do training, a clean reference, the initial weights and the region of the keys give?",
-            (METHOD, "training-free", "noised-reference", "init-zero-v", "init-xavier", "face-region"),
+            "what do training, a clean reference, the initial weights, the bias and the region of the keys give?",
+            (METHOD, "training-free", "noised-reference", "init-zero-v", "init-xavier", "no-count-bias", "face-region"),
         ),
         Question(
             4,

@@ -29,6 +29,7 @@ class Variant:
         region: keys of the whole crop, or only of the part of it where the face box lies.
         layers: which cross-attention layers see the face, see [`chosen_layers`].
         same_photo: the reference in training is the target photo itself.
+        token_count_bias: log(text tokens / face tokens) on the face logits; never without training.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Variant:
     region: Literal["crop", "face"] = "crop"
     layers: Literal["all", "up", "down and middle", "every second"] = "all"
     same_photo: bool = False
+    token_count_bias: bool = True
 
 
 METHOD, NO_FACE = "face-fusion", "none"
@@ -57,6 +59,7 @@ VARIANTS = {
         Variant("noised-reference", "reference at a quarter of the timesteps", reference_noise=0.25),
         Variant("init-zero-v", "values start at zero", init="zero_v"),
         Variant("init-xavier", "keys and values start at random", init="xavier"),
+        Variant("no-count-bias", "no bias for the number of face tokens", token_count_bias=False),
         Variant("face-region", "keys of the face box only", region="face"),
         Variant("same-photo", "trained on the photo itself as reference", same_photo=True),
         Variant("layers-up", "the face in the upward half only", layers="up"),
