@@ -23,7 +23,7 @@ from face_fusion_pipeline.inspection.attention_maps import AttentionRecord, reco
 
 
 OUT = Path(__file__).parent / "images" / "attention.png"
-PERSON = 1_100_007  # who is not in any training data
+PERSON = 1_100_008  # who is not in any training data
 PROMPT = "a photo of a smiling person in a red shirt in a garden"
 STEPS = 20
 SHOWN = (0, 4, 12)

@@ -1,4 +1,4 @@
-"""Face detectors behind one small protocol: YuNet, OpenCV's Haar cascades (no download), insightface (optional).
+"""Face detectors behind one small protocol: YuNet (comes with the package), OpenCV's Haar cascades, insightface.
 
 Box convention, whatever the detector: XYXY in float pixels of the image given to `detect`, upright, as YuNet draws it:
 from the hair line to the chin, about 0.72 as wide as high. Haar windows are squares; on photographs YuNet's box
@@ -24,6 +24,7 @@ from .face_errors import FaceFusionError, ModelNotFoundError
 logger = logging.getLogger(__name__)
 
 YUNET_REPO, YUNET_FILE = "opencv/face_detection_yunet", "face_detection_yunet_2023mar.onnx"
+YUNET_BESIDE = Path(__file__).parent / "yunet" / YUNET_FILE  # not there in a custom pipeline from the Hub
 DetectorName = Literal["auto", "yunet", "haar", "insightface"]
 
 
@@ -74,7 +75,7 @@ class FaceDetector(Protocol):
 
 
 class YuNetDetector:
-    """`cv2.FaceDetectorYN`: small, quick and accurate, but its model file (230 kB, MIT) does not come with OpenCV."""
+    """`cv2.FaceDetectorYN`: small, quick and accurate; its model file (230 kB) does not come with OpenCV."""
 
     name = "yunet"
     sizes: tuple[int, ...] = (640, 320, 1280)
@@ -216,9 +217,14 @@ class InsightFaceDetector:
 
 
 def find_yunet(model: str | Path | None = None, download: bool = False) -> Path | None:
-    """Path of YuNet's model: `model`, else $FACE_FUSION_YUNET, else the Hugging Face cache (filled if `download`)."""
+    """Path of YuNet's model: `model`, else $FACE_FUSION_YUNET, else the package's own.
+
+    Where only single files of the package are, the Hugging Face cache, filled if `download`.
+    """
     if given := model or os.environ.get("FACE_FUSION_YUNET"):
         return Path(given)
+    if YUNET_BESIDE.is_file():
+        return YUNET_BESIDE
     if isinstance(cached := try_to_load_from_cache(YUNET_REPO, YUNET_FILE), str):
         return Path(cached)
     if not download:

@@ -66,7 +66,7 @@ def engine() -> Any:
     """As `face-fusion app` makes it without options."""
     parser = argparse.ArgumentParser()
     app_command.add_arguments(parser)
-    return app_command.load_engine(parser.parse_args(["--device", "cpu", "--detector", "haar"]))
+    return app_command.load_engine(parser.parse_args(["--device", "cpu"]))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
 def no_yunet(monkeypatch):
     monkeypatch.delenv("FACE_FUSION_YUNET", raising=False)
     monkeypatch.setattr("face_fusion_pipeline.face_detectors.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("face_fusion_pipeline.face_detectors.YUNET_BESIDE", Path("absent"))
 
 
 @pytest.mark.parametrize("wrong", ["mtcnn", None, 5, Image.new("RGB", (8, 8))])

@@ -208,7 +208,9 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 def test_load_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FACE_FUSION_YUNET", raising=False)
     monkeypatch.setattr("face_fusion_pipeline.face_detectors.try_to_load_from_cache", lambda *_: None)
-    assert load_detector("auto").name == "haar"  # nothing downloaded, nothing set
+    assert load_detector("auto").name == load_detector("yunet").name == "yunet"  # it comes with the package
+    monkeypatch.setattr("face_fusion_pipeline.face_detectors.YUNET_BESIDE", tmp_path / "absent.onnx")
+    assert load_detector("auto").name == "haar"  # nothing beside it, nothing downloaded, nothing set
     mine = Fixed()
     assert load_detector(mine) is mine and isinstance(mine, FaceDetector)
     with pytest.raises(ValueError, match="mtcnn"):

@@ -27,7 +27,7 @@ from face_fusion_pipeline.finetuning.base_model import base_of, load_base
 from face_fusion_pipeline.finetuning.latent_cache import Shards, cache_folders, encode, is_encoded, shard_path
 from face_fusion_pipeline.finetuning.pairs import Pairs, split_people
 from face_fusion_pipeline.finetuning.preparation import PrepareOptions, prepare, read_rows
-from face_fusion_pipeline.finetuning.rendered import prepare_rendered
+from face_fusion_pipeline.finetuning.rendered import detected, prepare_rendered
 from face_fusion_pipeline.finetuning.selection import SelectionOptions
 from face_fusion_pipeline.finetuning.sources import DataError, open_source
 from face_fusion_pipeline.finetuning.task import FaceFusionOptions, FaceFusionTask
@@ -198,7 +198,13 @@ def test_rendered_avatars_are_prepared_without_pictures(tmp_path: Path, capsys: 
     pixels = (drawn.images * 255).round() / 127.5 - 1
     torch.testing.assert_close(pairs.shards.latents([5]).float(), own.latents(pixels), rtol=0, atol=0.02)
     image = Image.fromarray((drawn.images[0] * 255).round().byte().permute(1, 2, 0).numpy())
-    crop = np.asarray(crop_face(image, rows[5]["box"], resolution=128)).copy()
+    boxes = np.array([(row["box"], detected(row)) for row in rows])
+    heights = boxes[:, :, 3] - boxes[:, :, 1]
+    ratio = heights[:, 1] / heights[:, 0]
+    assert 1 / 1.2 < ratio.min() < 0.95 and 1.05 < ratio.max() < 1.2, "as detectors draw them"
+    middle = boxes.reshape(-1, 2, 2, 2).mean(2)
+    assert 0.02 < (np.abs(middle[:, 0] - middle[:, 1]) / heights[:, :1]).max() < 1 / 12 + 1e-6
+    crop = np.asarray(crop_face(image, detected(rows[5]), resolution=128)).copy()
     face = torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 127.5 - 1
     torch.testing.assert_close(pairs.shards.references([(5, 0)]).float(), own.latents(face), rtol=0, atol=0.02)
 

@@ -60,7 +60,15 @@ QUESTIONS = {
             3,
             "training",
             "what do training, a clean reference, the initial weights, the bias and the region of the keys give?",
-            (METHOD, "training-free", "noised-reference", "init-zero-v", "init-xavier", "no-count-bias", "face-region"),
+            (
+                METHOD,
+                "training-free",
+                "noised-reference",
+                "init-zero-v",
+                "init-xavier",
+                "no-count-bias",
+                "face-region",
+            ),
         ),
         Question(
             4,

@@ -8,7 +8,7 @@ from ..avatars.sheet import portrait, to_pil
 from .form import AS_WRITTEN
 
 
-ADA, BOB = 1_100_007, 1_100_004  # people of the test split: no training saw them
+ADA, BOB = 1_100_008, 1_100_004  # people of the test split: no training saw them
 
 
 @dataclass(frozen=True)
