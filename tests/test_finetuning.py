@@ -23,6 +23,7 @@ from face_fusion_pipeline.avatars.render import render
 from face_fusion_pipeline.cli import build_parser, main
 from face_fusion_pipeline.face_images import crop_face
 from face_fusion_pipeline.finetuning import latent_cache, objective
+from face_fusion_pipeline.finetuning import task as task_module
 from face_fusion_pipeline.finetuning.base_model import base_of, load_base
 from face_fusion_pipeline.finetuning.latent_cache import Shards, cache_folders, encode, is_encoded, shard_path
 from face_fusion_pipeline.finetuning.pairs import Pairs, split_people
@@ -33,6 +34,7 @@ from face_fusion_pipeline.finetuning.sources import DataError, open_source
 from face_fusion_pipeline.finetuning.task import FaceFusionOptions, FaceFusionTask
 from face_fusion_pipeline.training import loop
 from face_fusion_pipeline.training.loop import Part, TrainingError, data_order
+from face_fusion_pipeline.training.unet import plain_attention, plain_attention_on_cpu
 
 
 SIDE = 16
@@ -353,6 +355,27 @@ def test_the_gradient_of_a_batch_is_the_mean_of_its_parts(data: Path, base: Any)
     parts = [gradients(task, part_of(task, rows))[1] for rows in ([0, 2], [1, 3])]
     for expected, first, second in zip(whole, *parts, strict=True):
         torch.testing.assert_close((first + second) / 2, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_large_pictures_are_attended_to_by_fused_kernels(
+    data: Path, base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fused(side: int) -> bool:
+        with plain_attention_on_cpu(torch.empty(1, 4, side, side)):
+            return torch.backends.cuda.flash_sdp_enabled()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [fused(side) for side in (16, 32, 64)] == [False, False, True] and torch.backends.cuda.flash_sdp_enabled()
+    found = []
+    for side in (16, 64):  # what is computed again is computed alike
+        monkeypatch.setattr(task_module, "plain_attention_on_cpu", lambda _, s=side: plain_attention(s == 16))
+        saving = task_of(data, base, gradient_checkpointing=True)
+        try:
+            found.append(gradients(saving, part_of(saving, [0, 1, 2, 3]))[1])
+        finally:
+            base.unet.disable_gradient_checkpointing()
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-6)
 
 
 def test_recomputation_and_kept_references_change_nothing(data: Path, base: Any) -> None:

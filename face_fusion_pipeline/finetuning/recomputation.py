@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch.utils.checkpoint import checkpoint
 
 from ..face_attention import attention_layers, installed_processors
-from ..training.unet import plain_attention_on_cpu
+from ..training.unet import plain_attention
 
 
 def enable_recomputation(unet: Any) -> None:
@@ -26,14 +27,15 @@ def enable_recomputation(unet: Any) -> None:
             for name, layer in layers.items()
             if getattr(layer.processor, "is_face_fusion_processor", False)
         }
+        plain = not torch.backends.cuda.flash_sdp_enabled()  # as it is computed now, so again
         return checkpoint(
-            block.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _with(unet, faces))
+            block.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _with(unet, faces, plain))
         )
 
     unet.enable_gradient_checkpointing(run)
 
 
 @contextmanager
-def _with(unet: Any, faces: dict[str, Any]) -> Iterator[None]:
-    with installed_processors(unet, faces), plain_attention_on_cpu():
+def _with(unet: Any, faces: dict[str, Any], plain: bool) -> Iterator[None]:
+    with installed_processors(unet, faces), plain_attention(plain):
         yield

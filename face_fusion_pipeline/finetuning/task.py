@@ -189,7 +189,7 @@ class FaceFusionTask(Task):
         schedule, timesteps, latents = self.base.schedule, batch["timesteps"], batch["latents"]
         noisy = schedule.noised(latents, batch["noise"], timesteps)
         arguments = self.base.unet_arguments({key: batch[key] for key in self.empty}, self.side(latents))
-        with self.fused(batch), plain_attention_on_cpu():
+        with self.fused(batch), plain_attention_on_cpu(noisy):
             predicted = self.unet(noisy.to(self.unet.dtype), timesteps, **arguments).sample.float()
         target = schedule.target(latents, batch["noise"], timesteps)
         faces = face_mask(batch["boxes"], self.side(latents), latents.shape[-1])

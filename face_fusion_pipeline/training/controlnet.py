@@ -127,7 +127,7 @@ class ControlNetTask(Task):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         noisy, target = self.loss.noised(batch)
-        with plain_attention_on_cpu():
+        with plain_attention_on_cpu(noisy):
             down, middle = self.controlnet(
                 noisy, batch["timesteps"], batch["text"], controlnet_cond=batch["depth"], return_dict=False
             )
