@@ -136,8 +136,8 @@ def encoded(pictures: list[Tensor], rows: list[Row], base: BaseModel) -> dict[st
 def detected(row: Row) -> Box:
     """The face box as a detector might have drawn it: a fifth larger or smaller, a twelfth of its height aside.
 
-    Users' faces are cut out by detectors, whose boxes differ by as much; weights that only ever saw exact boxes lose a
-    sixth of the likeness on YuNet's, a quarter on those of the Haar cascades.
+    Users' faces are cut out by detectors, whose boxes differ by as much, and weights that only ever saw exact boxes
+    lose likeness on them.
     """
     x0, y0, x1, y1 = row["box"]
     rng = random.Random(f"detected {row['source']}")
