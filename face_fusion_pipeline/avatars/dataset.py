@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
-from collections.abc import Iterator
-from itertools import accumulate
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -20,6 +20,7 @@ from .render import Rendered, render
 from .scene import Scene, sample_scene
 
 
+PER_IDENTITY = 5  # single portraits of each person in a row
 _CHUNK = 100  # pictures that one worker renders and writes at a time
 
 
@@ -45,6 +46,22 @@ def describe(scenes: list[Scene], rendered: Rendered) -> list[dict[str, Any]]:
     vectors = [torch.stack([p.identity.vector for p in scene.people]) for scene in scenes]
     numbers = (_rounded(found) for found in (vectors, rendered.boxes, rendered.landmarks5, rendered.landmarks68))
     return [_record(scene, *found) for scene, *found in zip(scenes, *numbers, strict=True)]
+
+
+class Drawn(NamedTuple):
+    """A batch of pictures with all that is known of them."""
+
+    pixels: torch.Tensor  # (B, 3, size, size) uint8
+    rendered: Rendered
+    records: list[dict[str, Any]]
+
+
+def draw(scenes: Iterable[Scene], size: int, device: torch.device | str = "cpu") -> Iterator[Drawn]:
+    """Any number of scenes, rendered in batches that suit the device."""
+    scenes, at_once = iter(scenes), 512 if torch.device(device).type == "cuda" else 32
+    while batch := list(islice(scenes, at_once)):
+        rendered = render(batch, size, device)
+        yield Drawn((rendered.images * 255).round().byte(), rendered, describe(batch, rendered))
 
 
 def _rounded(found: list[torch.Tensor]) -> list[Any]:
@@ -82,14 +99,11 @@ def _write_chunk(task: tuple[str, str, int, int, int, int, bool]) -> int:
     folder, split, first, last, size, per_identity, depth = task
     torch.set_num_threads(1)
     target = Path(folder) / "parts" / f"{first:07d}.jsonl"
-    scenes = [plan(split, index, per_identity) for index in range(first, last)]
-    rows = []
-    for start in range(0, len(scenes), 20):
-        batch = scenes[start : start + 20]
-        rendered = render(batch, size)
-        pixels = (rendered.images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        for k, record in enumerate(describe(batch, rendered)):
-            name = f"{first + start + k:07d}.png"
+    rows: list[str] = []
+    for drawn in draw((plan(split, index, per_identity) for index in range(first, last)), size):
+        pixels, rendered = drawn.pixels.permute(0, 2, 3, 1).numpy(), drawn.rendered
+        for k, record in enumerate(drawn.records):
+            name = f"{first + len(rows):07d}.png"
             Image.fromarray(pixels[k]).save(Path(folder) / "images" / name, compress_level=3)
             row: dict[str, Any] = {"file_name": f"images/{name}", **record}
             if depth:
@@ -111,7 +125,7 @@ def write(
     split: str,
     count: int,
     size: int = 128,
-    per_identity: int = 5,
+    per_identity: int = PER_IDENTITY,
     workers: int = 1,
     depth: bool = False,
     progress: bool = True,

@@ -177,8 +177,8 @@ def _training_captions(data: str | None) -> set[str]:
     """Captions of the training split; FaceFusionError if there is none."""
     if data is not None and data.startswith("avatars:"):
         from ..avatars.caption import caption
-        from ..avatars.dataset import plan
-        from ..finetuning.rendered import PER_IDENTITY, scene_count
+        from ..avatars.dataset import PER_IDENTITY, plan
+        from ..finetuning.rendered import scene_count
 
         return {caption(plan("train", index, PER_IDENTITY)) for index in range(scene_count(data))}
     from ..face_errors import FaceFusionError

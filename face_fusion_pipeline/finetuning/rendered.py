@@ -19,8 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..avatars.dataset import describe, plan
-from ..avatars.render import render
+from ..avatars.dataset import PER_IDENTITY, draw, plan
 from ..face_adapter import save_tensors
 from ..face_images import CROP_ENLARGE, crop_face
 from .base_model import BaseModel
@@ -30,7 +29,6 @@ from .sources import Box, DataError
 
 
 PREFIX = "avatars:"
-PER_IDENTITY = 5
 
 
 def scene_count(source: str) -> int:
@@ -57,15 +55,14 @@ def prepare_rendered(count: int, out: Path, base: BaseModel, progress: bool = Tr
     for name in ("latents", "conditions"):
         (partial / name).mkdir(parents=True)
     rows: list[Row] = []
-    with tqdm(total=count, desc="rendering", unit="scene", disable=not progress) as bar:
-        for examples in in_shards(paired(portraits(count, base.resolution, base.unet.device, bar))):
-            first = {"first": str(len(rows)), "base": Path(base.name).name}
-            number, found = len(rows) // SHARD, [row for row, _ in examples]
-            pictures = encoded([pixels for _, pixels in examples], found, base)
-            save_tensors(shard_path(partial / "latents", number), pictures, first)
-            captions = caption_shard(base, [row["text"] for row in found])
-            save_tensors(shard_path(partial / "conditions", number), captions, first)
-            rows += found
+    for examples in in_shards(paired(portraits(count, base.resolution, base.unet.device, progress))):
+        first = {"first": str(len(rows)), "base": Path(base.name).name}
+        number, found = len(rows) // SHARD, [row for row, _ in examples]
+        pictures = encoded([pixels for _, pixels in examples], found, base)
+        save_tensors(shard_path(partial / "latents", number), pictures, first)
+        captions = caption_shard(base, [row["text"] for row in found])
+        save_tensors(shard_path(partial / "conditions", number), captions, first)
+        rows += found
     report = describe_rendered(rows, count, base)
     write_lines(out / METADATA, rows)
     cache = cache_folders(out, base)
@@ -78,24 +75,15 @@ def prepare_rendered(count: int, out: Path, base: BaseModel, progress: bool = Tr
     return report
 
 
-def portraits(count: int, size: int, device: torch.device, bar: Any) -> Iterator[tuple[Row, Tensor]]:
+def portraits(count: int, size: int, device: torch.device, progress: bool) -> Iterator[tuple[Row, Tensor]]:
     """Row and pixels, uint8 (3, size, size), of each of `count` scenes that shows one person."""
-    at_once = 512 if device.type == "cuda" else 32
-    for start in range(0, count, at_once):
-        indices = range(start, min(start + at_once, count))
-        bar.update(len(indices))
-        scenes = [(index, plan("train", index, PER_IDENTITY)) for index in indices]
-        alone = [(index, scene) for index, scene in scenes if len(scene.people) == 1]
-        if not alone:
-            continue
-        rendered = render([scene for _, scene in alone], size, device)
-        pixels = (rendered.images * 255).round().byte()
-        records = describe([scene for _, scene in alone], rendered)
-        for (index, _), record, picture in zip(alone, records, pixels, strict=True):
-            yield row_of(record, index), picture
+    indices = tqdm(range(count), desc="rendering", unit="scene", disable=not progress)
+    planned = (plan("train", index, PER_IDENTITY) for index in indices)
+    for drawn in draw((scene for scene in planned if len(scene.people) == 1), size, device):
+        yield from zip(map(row_of, drawn.records), drawn.pixels, strict=True)
 
 
-def row_of(record: dict[str, Any], index: int) -> Row:
+def row_of(record: dict[str, Any]) -> Row:
     return {
         "text": record["text"],
         "identity": record["identities"][0],
@@ -103,7 +91,7 @@ def row_of(record: dict[str, Any], index: int) -> Row:
         "as_reference": record["as_reference"],
         "box": record["boxes"][0],
         "landmarks5": record["landmarks5"][0],
-        "source": f"{PREFIX}{index}",
+        "source": f"{PREFIX}{record['seed']}",  # a training scene's number is its seed
     }
 
 

@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..avatars import render
-from ..avatars.dataset import describe, plan
+from ..avatars.dataset import PER_IDENTITY, draw, plan
 from .loop import TrainingError, process_group
 
 
@@ -111,7 +110,7 @@ def render_avatars(
     count: int,
     device: torch.device | str,
     size: int = 128,
-    per_identity: int = 5,
+    per_identity: int = PER_IDENTITY,
     depth: bool = False,
 ) -> AvatarImages:
     """The first `count` images of a split, rendered on `device` and kept in memory instead of read from disk.
@@ -121,14 +120,15 @@ def render_avatars(
     pixels = torch.empty(count, 3, size, size, dtype=torch.uint8)
     depths = torch.empty(count, 1, size, size, dtype=torch.uint8) if depth else None
     records: list[dict[str, Any]] = []
-    at_once = 512 if torch.device(device).type == "cuda" else 32
-    for start in tqdm(range(0, count, at_once), desc=f"rendering {split}", unit="batch"):
-        scenes = [plan(split, index, per_identity) for index in range(start, min(start + at_once, count))]
-        rendered = render(scenes, size, device)
-        pixels[start : start + len(scenes)] = (rendered.images * 255).round().byte().cpu()
+    planned = (
+        plan(split, index, per_identity) for index in tqdm(range(count), desc=f"rendering {split}", unit="image")
+    )
+    for drawn in draw(planned, size, device):
+        rows = slice(len(records), len(records) + len(drawn.records))
+        pixels[rows] = drawn.pixels.cpu()
         if depths is not None:
-            depths[start : start + len(scenes)] = stretched(rendered.depth)[:, None].cpu()
-        records += describe(scenes, rendered)
+            depths[rows] = stretched(drawn.rendered.depth)[:, None].cpu()
+        records += drawn.records
     (folder / split).mkdir(parents=True, exist_ok=True)
     some = slice(None, None, max(1, count // 1000))  # another renderer makes other pictures of the same scenes
     key = hashlib.sha256(json.dumps([count, per_identity, records[some]]).encode() + pixels[some].numpy().tobytes())

@@ -202,6 +202,20 @@ def learning_rate(options: LoopOptions, step: int, progress: float) -> float:
     return options.lr * min(1.0, (step + 1) / max(options.warmup, 1)) * decay
 
 
+@contextmanager
+def training_kernels() -> Iterator[None]:
+    """cuDNN as training wants it, and afterwards as it was."""
+    searched, attends = torch.backends.cudnn.benchmark, torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cudnn.benchmark = True  # shapes do not change: the quickest convolutions are worth a search
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients of masked attention can be NaN (pytorch #196678)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = searched
+        torch.backends.cuda.enable_cudnn_sdp(attends)
+
+
+@training_kernels()
 def train(
     task: Task, options: LoopOptions, folder: Path, *, export_only: bool = False, source: Path | None = None
 ) -> dict[str, Any]:
@@ -220,8 +234,6 @@ def train(
     options = replace(options, precision=usable_precision(options.precision))
     accelerator = create_accelerator(options, folder / "logs" / task.name)
     task = task.to(accelerator.device)
-    torch.backends.cudnn.benchmark = True  # shapes do not change: the quickest convolutions are worth a search
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients of masked attention can be NaN (pytorch #196678)
     if options.channels_last:
         task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     named = {name: p for name, p in task.named_parameters() if p.requires_grad}
