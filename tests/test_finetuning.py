@@ -28,7 +28,7 @@ from face_fusion_pipeline.finetuning.base_model import base_of, load_base
 from face_fusion_pipeline.finetuning.latent_cache import Shards, cache_folders, encode, is_encoded, shard_path
 from face_fusion_pipeline.finetuning.pairs import Pairs, split_people
 from face_fusion_pipeline.finetuning.preparation import PrepareOptions, prepare, read_rows
-from face_fusion_pipeline.finetuning.rendered import detected, prepare_rendered
+from face_fusion_pipeline.finetuning.rendered import detected, paired, prepare_rendered
 from face_fusion_pipeline.finetuning.selection import SelectionOptions
 from face_fusion_pipeline.finetuning.sources import DataError, open_source
 from face_fusion_pipeline.finetuning.task import FaceFusionOptions, FaceFusionTask
@@ -209,6 +209,13 @@ def test_rendered_avatars_are_prepared_without_pictures(tmp_path: Path, capsys: 
     crop = np.asarray(crop_face(image, detected(rows[5]), resolution=128)).copy()
     face = torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 127.5 - 1
     torch.testing.assert_close(pairs.shards.references([(5, 0)]).float(), own.latents(face), rtol=0, atol=0.02)
+
+
+def test_of_a_person_with_a_single_photo_nothing_is_prepared() -> None:
+    people = [("ada", True), ("ada", False), ("bob", True), ("cy", True), ("cy", True)]
+    rows = [{"identity": name, "as_reference": photo, "own_reference": False} for name, photo in people]
+    found = paired((row, torch.tensor(number)) for number, row in enumerate(rows))
+    assert [int(pixels) for _, pixels in found] == [1, 3, 4]  # ada's photo would be its own reference
 
 
 @pytest.mark.parametrize(
