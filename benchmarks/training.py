@@ -58,8 +58,8 @@ class RandomPairs:
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
         count = len(rows)
         conditions = {key: state.expand(count, *state.shape[1:]).clone() for key, state in self.conditions.items()}
-        boxes, points = self.box.expand(count, 4), torch.zeros(count, 5, 2)
-        return {"latents": self.latents[rows], "boxes": boxes, "landmarks5": points, **conditions}
+        faces = {"boxes": self.box.expand(count, 4), "others": torch.empty(count, 0, 4)}
+        return {"latents": self.latents[rows], **faces, "landmarks5": torch.zeros(count, 5, 2), **conditions}
 
 
 @dataclass(frozen=True)

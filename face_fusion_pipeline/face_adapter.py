@@ -327,6 +327,7 @@ def face_fused_unet(
     weights: Tensor | None = None,
     scale: float = 1.0,
     token_count_bias: bool | None = None,
+    places: Mapping[int, Tensor] | None = None,
 ) -> Iterator[None]:
     """Within the block, `unet(...)` attends to the faces; gradients reach `adapter` (Eq. 2-6).
 
@@ -339,6 +340,7 @@ def face_fused_unet(
         weights: `(n_refs,)` or `(B, n_refs)`, default equal.
         scale: strength > 0.
         token_count_bias: default as the adapter's metadata.
+        places: which queries see the face of their sample, see `PersonKeys`.
     """
     if token_count_bias is None:
         token_count_bias = bool(getattr(adapter, "module", adapter).metadata.token_count_bias)
@@ -349,7 +351,7 @@ def face_fused_unet(
     log_weights = reference_log_weights(weights.float(), drop)
     log_weights = None if log_weights is None else log_weights.to(tokens.device)
     processors = {
-        name: FaceFusionAttnProcessor([Cast((PersonKeys(key, value, log_weights, scale, token_count_bias),))])
+        name: FaceFusionAttnProcessor([Cast((PersonKeys(key, value, log_weights, scale, token_count_bias, places),))])
         for name, (key, value) in adapter(identity_tokens).items()
     }
     with installed_processors(unet, processors):

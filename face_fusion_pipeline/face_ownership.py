@@ -26,17 +26,20 @@ _lock = threading.Lock()
 class OwnThread(threading.local):
     """`here` is True in the thread that [`own_thread`] was called in, and False in any other.
 
-    An attribute rather than a comparison of thread numbers: `torch.compile` can follow and guard it.
+    An attribute rather than a comparison of thread numbers: `torch.compile` can follow and guard it. Before it could
+    (torch 2.11) it took the value of the class for that of the thread, so that one is True: a compiled UNet then shows
+    its faces to all threads, rather than to none.
     """
 
-    here: bool = False
+    here: bool = True
+
+    def __init__(self, owner: int) -> None:
+        self.here = threading.get_ident() == owner  # called again in every thread that asks
 
 
 def own_thread() -> OwnThread:
     """A mark of the current thread."""
-    thread = OwnThread()
-    thread.here = True
-    return thread
+    return OwnThread(threading.get_ident())
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from tiny_models import one_face, tiny_unet
 
 from face_fusion_pipeline.face_attention import (
     FusionSwitch,
+    PersonKeys,
     attention_layers,
     constant_bias,
     identity_mask_bias,
@@ -69,12 +70,26 @@ def test_everything_at_once_equals_the_explicit_softmax(with_text_bias):
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_a_query_outside_of_the_place_of_a_face_sees_the_text_alone():
+    q, tk, tv, fk, fv = tensors(*[(2, 4, 2, 8)] * 5)
+    places = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)
+    flat = (x[:, None].flatten(-2) for x in (fk, fv))  # one reference each
+    bias = PersonKeys(*flat, scale=0.5, places={4: places, 9: places[:, :1]}).bias(text_tokens=4, queries=4)
+
+    def expected_bias(b, _, query, k):
+        return 0.0 if k < 4 else math.log(0.5) if places[b, query] else -math.inf
+
+    expected = explicit(q, torch.cat([tk, fk], 1), torch.cat([tv, fv], 1), expected_bias)
+    torch.testing.assert_close(joint_attention(q, tk, tv, fk, fv, bias), expected, rtol=1e-10, atol=1e-12)
+
+
 def test_scale_one_and_one_reference_is_plain_concatenation_without_a_mask(monkeypatch):
     q, tk, tv, fk, fv = tensors(*[(1, 4, 2, 8)] * 5)
     expected = explicit(q, torch.cat([tk, fk], 1), torch.cat([tv, fv], 1), lambda *_: 0.0)
     torch.testing.assert_close(joint_attention(q, tk, tv, fk, fv), expected, rtol=1e-10, atol=1e-12)
     processor = one_face(*tensors(*[(1, 1, 4, 16)] * 2), reference_log_weights(torch.ones(1)))
-    assert processor.casts[0].people[0].bias(text_tokens=4) is None  # fast kernels refuse any mask, even of zeros
+    bias = processor.casts[0].people[0].bias(text_tokens=4, queries=9)
+    assert bias is None  # fast kernels refuse any mask, even of zeros
 
 
 def test_query_inside_a_mask_puts_zero_weight_on_another_identity():

@@ -1,5 +1,6 @@
 """`face-fusion train`: pairs and losses; and neither processes nor a kill nor a full disk change what is learned."""
 
+import functools
 import importlib.util
 import json
 import shutil
@@ -22,7 +23,8 @@ from face_fusion_pipeline.avatars.dataset import plan
 from face_fusion_pipeline.avatars.render import render
 from face_fusion_pipeline.cli import build_parser, main
 from face_fusion_pipeline.face_images import crop_face
-from face_fusion_pipeline.finetuning import latent_cache, objective
+from face_fusion_pipeline.face_layout import box_masks, pool, visible_people
+from face_fusion_pipeline.finetuning import latent_cache, objective, rendered
 from face_fusion_pipeline.finetuning import task as task_module
 from face_fusion_pipeline.finetuning.base_model import base_of, load_base
 from face_fusion_pipeline.finetuning.latent_cache import Shards, cache_folders, encode, is_encoded, shard_path
@@ -149,7 +151,7 @@ def test_unknown_prediction_and_recogniser_are_refused() -> None:
     with pytest.raises(TrainingError, match="MODULE:FUNCTION"):
         objective.load_recogniser("nobody")
     found = objective.load_recogniser("avatars")(torch.rand(2, 3, 128, 128), torch.rand(2, 5, 2) * 128)
-    assert found.shape == (2, 96)
+    assert found.shape == (2, 128)
 
 
 # --- Data --------------------------------------------------------------------------------------------------------
@@ -183,6 +185,10 @@ def test_what_may_not_be_a_reference_is_a_target_only(tmp_path: Path, base: Any)
     )
 
 
+def overlap(a: list[float], b: list[float]) -> bool:
+    return max(a[0], b[0]) < min(a[2], b[2]) and max(a[1], b[1]) < min(a[3], b[3])
+
+
 def test_rendered_avatars_are_prepared_without_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(embedded_model())
     assert main(["prepare", "avatars:40", "--model", model, "--out", str(tmp_path / "data")]) == 0
@@ -193,6 +199,13 @@ def test_rendered_avatars_are_prepared_without_pictures(tmp_path: Path, capsys: 
     pairs = Pairs(tmp_path / "data", cache, split_people(rows, 0, seed=0)[0])
     assert len(rows) > 20 and all(own not in {index for index, _ in found} for own, found in pairs.references.items())
     assert all(rows[index]["as_reference"] for found in pairs.references.values() for index, _ in found)
+    together = [row for row in rows if row["others"]]
+    shown = {row["identity"] for row in rows if row["as_reference"]}
+    assert 8 <= len(together) <= 12 and all(row["identity"] in shown for row in together), "3 of 10 scenes"
+    assert {len(row["others"]) for row in together} == {1, 2} and not any(row["as_reference"] for row in together)
+    assert all(not overlap(row["box"], other) for row in together for other in row["others"])
+    assert len({row["box"][0] > other[0] for row in together for other in row["others"]}) == 2, "anybody of them"
+    assert not rows[5]["others"]
     index = int(rows[5]["source"].removeprefix("avatars:"))
     scene = plan("train", index, 5)
     drawn = render([scene], 128)
@@ -211,11 +224,34 @@ def test_rendered_avatars_are_prepared_without_pictures(tmp_path: Path, capsys: 
     torch.testing.assert_close(pairs.shards.references([(5, 0)]).float(), own.latents(face), rtol=0, atol=0.02)
 
 
+def test_workers_prepare_the_same_avatars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendered, "WINDOW", 20)
+    monkeypatch.setattr(latent_cache, "SHARD", 16)
+    monkeypatch.setattr(rendered, "SHARD", 16)
+    load = functools.partial(load_base, str(embedded_model()))
+    reports = [
+        prepare_rendered(50, tmp_path / name, load(), progress=False, workers=workers, load=load)
+        for name, workers in (("alone", 1), ("shared", 2))
+    ]
+    assert reports[0] == reports[1] and reports[0]["kept"] > 32
+    first, second = tmp_path / "alone", tmp_path / "shared"
+    files = sorted(path.relative_to(first) for path in first.rglob("*.*"))
+    assert [file.suffix for file in files].count(".safetensors") == 2 * 4
+    for file in files:
+        if file.suffix == ".safetensors":
+            assert metadata_of(first / file) == metadata_of(second / file)
+            for name, tensor in load_file(first / file).items():
+                torch.testing.assert_close(load_file(second / file)[name], tensor, rtol=0, atol=0.01)
+        else:
+            assert (first / file).read_bytes() == (second / file).read_bytes()
+
+
 def test_of_a_person_with_a_single_photo_nothing_is_prepared() -> None:
     people = [("ada", True), ("ada", False), ("bob", True), ("cy", True), ("cy", True)]
-    rows = [{"identity": name, "as_reference": photo, "own_reference": False} for name, photo in people]
-    found = paired((row, torch.tensor(number)) for number, row in enumerate(rows))
-    assert [int(pixels) for _, pixels in found] == [1, 3, 4]  # ada's photo would be its own reference
+    rows = [{"identity": name, "as_reference": photo, "own_reference": False, "others": []} for name, photo in people]
+    rows.insert(0, rows[0] | {"as_reference": False, "others": [[0, 0, 1, 1]]})
+    found = paired([(row, torch.tensor(number)) for number, row in enumerate(rows)])
+    assert [int(pixels) for _, pixels in found] == [2, 0, 4, 5]  # ada's photo would be its own reference
 
 
 @pytest.mark.parametrize(
@@ -417,18 +453,80 @@ def test_identity_loss_pulls_the_prediction_to_the_person(data: Path, base: Any)
 
     task = task_of(data, base, Colours(), identity_loss_weight=1.0, identity_loss_until=0.5)
     batch = part_of(task, [0, 1, 2, 3])
+    assert sorted(batch["recognised"].tolist()) == (batch["timesteps"] < 500).nonzero()[:, 0].tolist()
+    for step in range(20):
+        assert len(part_of(task, [0, 1, 2, 3], step=step)["recognised"]) == 2, "one number, or kernels are sought anew"
     batch["has_face"][:] = True
-    batch["timesteps"] = torch.tensor([10, 100, 600, 900])
+    batch["timesteps"], batch["recognised"] = torch.tensor([10, 100, 600, 900]), torch.tensor([0, 1, 2, 3])
     loss, extra = task(batch)
     assert 0 < extra["identity_loss"].item() < 1
     assert not task.eval()(batch)[1], "validation losses are those of the noise alone"
     task.train()
     extra["identity_loss"].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in task.adapter.parameters())
-    batch["timesteps"][:] = 900
-    assert task(batch)[1]["identity_loss"].item() == 0
+    batch["has_face"][:2] = False
+    assert task(batch)[1]["identity_loss"].item() == 0, "the others are too noisy"
+    batch["has_face"][:] = True
     batch["timesteps"][:] = 0  # nearly no noise: the prediction is the picture
     assert task(batch)[1]["identity_loss"].item() < extra["identity_loss"].item()
+
+
+def test_a_face_among_others_is_seen_in_its_place_as_in_a_call() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(40, 3, 2, generator=generator) * 40
+    boxes = torch.cat([corners, corners + 6 + 14 * torch.rand(40, 3, 2, generator=generator)], -1)
+    boxes[30:, 2] = torch.nan
+    boxes[35:, 1] = torch.nan
+    inside = 0
+    for size in (16, 8, 4):
+        places = objective.face_places(boxes[:, 0], boxes[:, 1:], 64, size)
+        for place, people in zip(places, boxes, strict=True):
+            there = [box.tolist() for box in people if not box.isnan().any()]
+            expected = visible_people(pool(box_masks(there, 64, 64), size, size))[0]
+            assert torch.equal(place, expected if len(there) > 1 else torch.ones(size * size, dtype=torch.bool))
+            inside += int(place.sum())
+    assert inside > 1000
+
+
+def test_a_picture_of_several_people_shows_the_face_to_its_place_only(
+    data: Path, base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(data, base)
+    batch = part_of(task, [0, 1, 2, 3])
+    assert batch["others"].shape == (4, 0, 4) and task.places(batch) is None
+    batch["has_face"][:] = True
+    alone = task(batch)[0]
+    batch["others"] = torch.full((4, 1, 4), torch.nan)
+    torch.testing.assert_close(task(batch)[0], alone)
+    batch["boxes"], batch["others"][:, 0] = torch.tensor([[1.0, 1, 5, 7]] * 4), torch.tensor([9.0, 1, 14, 7])
+    places = task.places(batch)
+    assert places is not None and 0 < places[(SIDE // 2) ** 2].sum() < places[(SIDE // 2) ** 2].numel()
+    assert not torch.allclose(task(batch)[0], alone)
+    monkeypatch.setattr(task_module, "face_places", lambda boxes, others, side, size: torch.zeros(4, size**2) > 0)
+    nowhere = task(batch)[0]
+    batch["has_face"][:] = False
+    torch.testing.assert_close(task(batch)[0], nowhere)
+
+
+def test_compiled_training_learns_the_same_from_whichever_face(data: Path, base: Any) -> None:
+    task = task_of(data, base)
+    batches = [part_of(task, [0, 1, 2, 3], step=step) for step in range(3)]
+    plain = [gradients(task, batch) for batch in batches]
+    torch.compiler.reset()
+    task.compile(backend="aot_eager", fullgraph=True)
+    assert task.unet._compiled_call_impl is not None
+    try:
+        found = [gradients(task, batches[0])]
+        torch._dynamo.config.error_on_recompile = True
+        found += [gradients(task, batch) for batch in batches[1:]]
+        assert task.sample(data / "nothing.png"), "other batch sizes run as they are"
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+        task.unet._compiled_call_impl = None
+    for (loss, expected), (compiled_loss, compiled) in zip(plain, found, strict=True):
+        assert compiled_loss == pytest.approx(loss, rel=1e-5)
+        for a, b in zip(expected, compiled, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_v_prediction_comes_from_the_scheduler() -> None:

@@ -1,6 +1,7 @@
 """Training: the loop resumes bit for bit, and every stage writes parts that diffusers and transformers load."""
 
 import argparse
+import copy
 import dataclasses
 import functools
 import json
@@ -17,6 +18,7 @@ from torch import nn
 
 from face_fusion_pipeline.avatars.dataset import write
 from face_fusion_pipeline.cli import main
+from face_fusion_pipeline.face_errors import ModelNotFoundError
 from face_fusion_pipeline.training import loop
 from face_fusion_pipeline.training.data import load_avatars, render_avatars
 from face_fusion_pipeline.training.loop import LoopOptions, Task, TrainingError, data_order, learning_rate, train
@@ -386,6 +388,40 @@ def test_text_encoder_and_score_tower_agree(model):
 def test_every_stage_is_recorded(model):
     records = json.loads((model / "training.json").read_text())
     assert records.keys() == {"vae", "clip", "unet", "controlnet"} and records["unet"]["samples"] == 8
+
+
+def test_the_recogniser_of_trainings_learns_who_is_who_and_is_not_the_judge(tmp_path):
+    from face_fusion_pipeline.evaluation.judges import load_judges
+    from face_fusion_pipeline.training.recogniser import RecogniserTask, TrainingRecogniser, load_recogniser
+
+    dataset = tmp_path / "data"
+    for split in ("train", "validation"):
+        write(dataset / split, split, 10, size=SIZE, progress=False)
+    words = ["--data", str(dataset), "--out", str(tmp_path), "--batch-size", "2", "--threads", "1", "--lr", "1e-3"]
+    assert main(["avatars-train", "recogniser", *words, "--steps", "20", "--warmup", "2", "--ema-decay", "0.5"]) == 0
+    first, last = (json.loads(line) for line in (tmp_path / "logs/recogniser/metrics.jsonl").read_text().splitlines())
+    assert first["loss"] > 0 and 0 <= last["validation_auc"] <= 1
+    trained, fresh, images = load_recogniser(tmp_path), TrainingRecogniser(), load_avatars(dataset, "train")
+    task = RecogniserTask(copy.deepcopy(trained), images, images)
+    batch = task.batch(torch.arange(task.size), torch.Generator().manual_seed(0), 0.0)
+    found = batch["images"].shape[0] // 2
+    assert found == task.size > 1 and batch["landmarks5"].shape == (2 * found, 5, 2)
+    assert task(batch)[0] < RecogniserTask(fresh, images, images)(batch)[0]
+    assert {task.pair([7, 8, 9], draw / 6) for draw in range(6)} == {
+        (a, b) for a in (7, 8, 9) for b in (7, 8, 9) if a != b
+    }
+    with pytest.raises(ModelNotFoundError, match="avatars-train recogniser"):
+        load_recogniser(tmp_path / "nowhere")
+    assert type(load_recogniser()) is not type(load_judges().recogniser), "what trains does not judge"
+
+
+def test_the_shipped_recogniser_of_trainings_tells_unseen_people_apart(tmp_path):
+    from face_fusion_pipeline.training.recogniser import RecogniserTask, load_recogniser
+
+    unseen = render_avatars(tmp_path, "test", 100, "cpu")
+    task = RecogniserTask(load_recogniser(), unseen, unseen)
+    with torch.no_grad():
+        assert task.eval().sample(tmp_path / "nothing.png")["validation_auc"] > 0.98
 
 
 def test_controlnet_is_exported_small_and_followed(model, dataset):

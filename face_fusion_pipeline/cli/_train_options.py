@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: bf16 where the device computes in it; default: as the launcher says, or no",
     )
     length.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    length.add_argument("--compile", action="store_true", help="torch.compile the UNet: worth it on a GPU")
     length.add_argument("--allow-tf32", action="store_true", help="quicker float32 products on recent GPUs")
     length.add_argument(
         "--keep-references", action="store_true", help="hold the reference pass of all faces in memory"

@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from ..training.loop import LoopOptions, Task
     from ..training.presets import Preset
 
-HELP = "train a part of the avatar model: vae, clip, unet or controlnet"
-STAGES = ("vae", "clip", "unet", "controlnet")
+HELP = "train a part of the avatar model: vae, clip, unet, controlnet or recogniser"
+STAGES = ("vae", "clip", "unet", "controlnet", "recogniser")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train one part and write it into a diffusers folder. Order: vae, clip, unet, controlnet. A run that was "
         "killed goes on from its last checkpoint when the same command is given again. Face Fusion weights for the "
-        "result are trained as for any other checkpoint: `face-fusion prepare` and `face-fusion train`."
+        "result are trained as for any other checkpoint: `face-fusion prepare` and `face-fusion train`. A recogniser "
+        "is no part of the model: it can be asked for in the training of Face Fusion weights (identity loss)."
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--data", type=Path, required=True, help="dataset with train/ and validation/")
@@ -177,6 +178,10 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
         given = {"face_weight": args.face_loss_weight, "timestep_power": args.timestep_power}
         given = {name: value for name, value in given.items() if value is not None}
         return UnetTask(unet, frozen, data, validation, **given)
+    if args.stage == "recogniser":
+        from ..training.recogniser import RecogniserTask, TrainingRecogniser, load_recogniser
+
+        return RecogniserTask(load_recogniser(source) if source else TrainingRecogniser(), data, validation)
     from ..training.controlnet import ControlNetTask, create_controlnet, load_controlnet_for
     from ..training.unet import load_frozen, load_unet
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from ..finetuning.sources import Piece
 
 HELP = "turn photos into training data: detect, filter, crop, pair, encode"
+DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
+MOST_RENDERING = 4  # processes share the GPU's memory
 DEFAULT_RESOLUTION = 512  # pixels, where no model says another
 
 
@@ -73,7 +76,7 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
     )
     chosen.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
     chosen.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
-    chosen.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
+    chosen.add_argument("--workers", type=int, default=DEFAULT_WORKERS, help="processes")
 
 
 def given_words(args: argparse.Namespace, add: Callable[[argparse.ArgumentParser], None]) -> list[str]:
@@ -120,9 +123,12 @@ def run_rendered(args: argparse.Namespace) -> int:
     count = scene_count(args.source)
     if args.model is None:
         raise DataError(f"{args.source} is rendered for one model, whose latents are all that is kept: give --model")
-    if words := given_words(args, add_source_arguments) + given_words(args, add_selection_arguments):
+    photos = argparse.Namespace(**{**vars(args), "workers": DEFAULT_WORKERS})
+    if words := given_words(photos, add_source_arguments) + given_words(photos, add_selection_arguments):
         raise DataError(f"{words[0]} chooses among photos: {args.source} is rendered as the model takes it")
-    report = prepare_rendered(count, args.out, load(args.model, args))
+    own = argparse.Namespace(revision=args.revision, variant=args.variant)  # goes to other processes
+    loading = partial(load, args.model, own)
+    report = prepare_rendered(count, args.out, loading(), workers=min(args.workers, MOST_RENDERING), load=loading)
     print(f"{report['kept']} of {report['read']} scenes: portraits of {report['people']} people")
     print(args.out)
     return 0

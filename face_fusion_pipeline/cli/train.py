@@ -233,6 +233,7 @@ def loop_options(args: argparse.Namespace, size: int, processes: int) -> LoopOpt
         ema_decay=args.ema_decay if args.use_ema else 0.0,
         seed=args.seed,
         precision=precision(args),
+        compile=args.compile,
         log_every=args.log_every,
         resume=resume(args.resume_from_checkpoint, args.out),
         accumulation=args.gradient_accumulation_steps,

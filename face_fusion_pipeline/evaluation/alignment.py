@@ -44,7 +44,7 @@ def align_faces(images: torch.Tensor, landmarks: torch.Tensor, size: int = 112, 
     turn = to_crop[..., :2]
     turn = turn.mT / torch.linalg.det(turn).clamp_min(1e-6)[..., None, None]  # the inverse; of coinciding points too
     matrix = torch.cat([turn, -turn @ to_crop[..., 2:]], -1)  # crop pixel -> image pixel
-    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    rows, columns = torch.meshgrid(*[torch.arange(size, device=images.device)] * 2, indexing="ij")
     pixels = torch.stack([columns, rows, torch.ones_like(rows)], -1).to(images)  # (size, size, 3)
     points = torch.einsum("bij,yxj->byxi", matrix.to(images), pixels)
     span = torch.tensor([width - 1, height - 1]).to(images)

@@ -43,6 +43,16 @@ class BaseModel:
         return self.pipeline.unet
 
     @property
+    def device(self) -> torch.device:
+        """Of the UNet, from one weight: diffusers looks at all of them, which takes milliseconds, often in a step."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the UNet."""
+        return self.unet.conv_in.weight.dtype
+
+    @property
     def vae(self) -> Any:
         return self.pipeline.vae
 
@@ -70,7 +80,7 @@ class BaseModel:
     @torch.no_grad()
     def conditions(self, prompts: list[str]) -> dict[str, Tensor]:
         """What the UNet is told of N prompts: `text` (N, tokens, width), for SDXL also `pooled` (N, width)."""
-        device = self.unet.device
+        device = self.device
         with quiet():  # long captions are cut: as many warnings as captions would help nobody
             if not self.is_xl:
                 return {TEXT: self.pipeline.encode_prompt(prompts, device, 1, False)[0]}
@@ -90,7 +100,7 @@ class BaseModel:
 
     def unet_arguments(self, conditions: Mapping[str, Tensor], side: int) -> dict[str, Any]:
         """Keyword arguments of the UNet for B rows of `conditions` and square images of `side` pixels, not cropped."""
-        text = conditions[TEXT].to(self.unet.dtype)
+        text = conditions[TEXT].to(self.dtype)
         if not self.is_xl:
             return {"encoder_hidden_states": text}
         sizes = torch.tensor([[side, side, 0, 0, side, side]], device=text.device, dtype=text.dtype)

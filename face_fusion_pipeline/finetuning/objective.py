@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..face_layout import BOX_ENLARGE
 from ..training.loop import TrainingError
 
 
@@ -98,6 +99,28 @@ def face_mask(boxes: Tensor, side: int, size: int) -> Tensor:
     return rows[:, None, :, None] & columns[:, None, None, :]
 
 
+def face_places(boxes: Tensor, others: Tensor, side: int, size: int) -> Tensor:
+    """Queries that see the face, bool (B, size²): all where nobody else is there, else those of the person's place.
+
+    That is the enlarged face box less what is nearer to somebody else, as `face_layout.visible_people` has it with
+    "nearest" and "none".
+
+    Args:
+        boxes: (B, 4) of the person. others: (B, n, 4) of everybody else, NaN for nobody.
+    """
+    everybody = torch.cat([boxes[:, None], others], 1)
+    centres, halves = (everybody[..., :2] + everybody[..., 2:]) / 2, (everybody[..., 2:] - everybody[..., :2]) / 2
+    enlarged = torch.cat([centres - BOX_ENLARGE * halves, centres + BOX_ENLARGE * halves], -1)
+    masks = face_mask(enlarged.flatten(0, 1), side, size)[:, 0].unflatten(0, everybody.shape[:2])  # none for NaN
+    cells = torch.stack(torch.meshgrid(*[torch.arange(size, device=boxes.device)] * 2, indexing="ij"), -1).float()
+    count = masks.sum((2, 3)).clamp_min(1)  # (B, 1 + n)
+    middles = (masks[..., None] * cells).sum((2, 3)) / count[..., None]
+    distances = (cells - middles[:, :, None, None]).norm(dim=-1) / count[..., None, None].sqrt()
+    nearest = distances.masked_fill(~masks, torch.inf).argmin(1) == 0
+    alone = others.isnan().all(-1).all(-1)[:, None, None]
+    return (alone | masks[:, 0] & nearest).flatten(1)
+
+
 def weighted_error(predicted: Tensor, target: Tensor, faces: Tensor, face_weight: float) -> Tensor:
     """Squared error (B,), where cells of a face count `face_weight` times; the mean weight of an image is one."""
     mask = 1 + (face_weight - 1) * faces.float()
@@ -118,7 +141,9 @@ def load_recogniser(name: str) -> Any:
     An nn.Module is frozen and moves with the training. Raises [`TrainingError`] if there is none.
     """
     if name == "avatars":
-        return AvatarRecogniser()
+        from ..training.recogniser import load_recogniser as load_avatar_recogniser
+
+        return load_avatar_recogniser()
     module, colon, function = name.partition(":")
     try:
         if not colon:
@@ -132,16 +157,3 @@ def load_recogniser(name: str) -> Any:
     if isinstance(recogniser, torch.nn.Module):
         recogniser.requires_grad_(False).eval()
     return recogniser
-
-
-class AvatarRecogniser(torch.nn.Module):
-    """The recogniser that was trained on renders, from the judges that come with the package."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from ..evaluation.judges import load_judges
-
-        self.judge = load_judges().recogniser.requires_grad_(False).eval()
-
-    def forward(self, images: Tensor, landmarks5: Tensor) -> Tensor:
-        return self.judge(self.judge.faces(images, landmarks5))

@@ -35,6 +35,7 @@ class Pairs:
         self.rows, self.people = read_rows(folder), people
         self.key = data_key(folder)
         self.shards = Shards(cache, len(self.rows))
+        self.company = max(len(row.get("others", ())) for row in self.rows)
         self.targets = sorted(index for members in people for index in members)
         self.references: dict[int, list[tuple[int, int]]] = {}
         partnered = has_partner(self.rows)
@@ -63,10 +64,18 @@ class Pairs:
         return self.shards.references(references).float()
 
     def batch(self, rows: Tensor) -> Batch:
-        """Of the targets `rows` (B,): `latents`, conditions, `boxes` (B, 4) and `landmarks5` (B, 5, 2) in pixels."""
+        """Of the targets `rows` (B,): `latents`, conditions, `boxes` (B, 4) and `landmarks5` (B, 5, 2) in pixels.
+
+        `others` (B, n, 4) are the boxes of up to n other people in the picture, NaN where there are fewer.
+        """
         indices = [self.targets[row] for row in rows.tolist()]
+        others = torch.full((len(indices), self.company, 4), torch.nan)
+        for row, index in enumerate(indices):
+            if boxes := self.rows[index].get("others"):
+                others[row, : len(boxes)] = torch.tensor(boxes)
         return {
             "latents": self.shards.latents(indices).float(),
+            "others": others,
             "boxes": torch.tensor([self.rows[index]["box"] for index in indices], dtype=torch.float32),
             "landmarks5": torch.tensor([self.rows[index]["landmarks5"] for index in indices], dtype=torch.float32),
             **{key: found.float() for key, found in self.shards.conditions(indices).items()},

@@ -7,19 +7,21 @@ thousand examples take a minute or two; from a dataset on disk they would take h
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import compress, groupby, islice
+from collections.abc import Callable, Iterator
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ..avatars.dataset import PER_IDENTITY, draw, plan
+from ..avatars.scene import Scene, sample_scene
 from ..face_adapter import save_tensors
 from ..face_images import CROP_ENLARGE, crop_face
 from .base_model import BaseModel
@@ -29,6 +31,7 @@ from .sources import Box, DataError
 
 
 PREFIX = "avatars:"
+WINDOW = 1000  # scenes; 700 of them are all the portraits of 140 people, who also stand together in the other 300
 
 
 def scene_count(source: str) -> int:
@@ -39,12 +42,24 @@ def scene_count(source: str) -> int:
     return int(count)
 
 
-def prepare_rendered(count: int, out: Path, base: BaseModel, progress: bool = True) -> dict[str, Any]:
-    """Render the first `count` training scenes of the avatars and encode those with one person; returns the report.
+def prepare_rendered(
+    count: int,
+    out: Path,
+    base: BaseModel,
+    progress: bool = True,
+    workers: int = 1,
+    load: Callable[[], BaseModel] | None = None,
+) -> dict[str, Any]:
+    """Render and encode `count` training scenes of the avatars, each as a target for one face; returns the report.
+
+    Of several people in a picture one is the target, who alone is seen there, in their place (see `Pairs.batch`): so
+    small faces are learned too, and that a face belongs to a place.
 
     Args:
         out: a new or empty folder.
         base: what is trained; its resolution is that of the pictures and of the face crops.
+        workers: processes that render and encode; what they make does not depend on their number.
+        load: makes `base` in each of them; can be pickled. Without it there are no workers.
 
     Raises:
         DataError: `out` holds something.
@@ -55,10 +70,12 @@ def prepare_rendered(count: int, out: Path, base: BaseModel, progress: bool = Tr
     for name in ("latents", "conditions"):
         (partial / name).mkdir(parents=True)
     rows: list[Row] = []
-    for examples in in_shards(paired(portraits(count, base.resolution, base.unet.device, progress))):
+    windows = [range(start, min(start + WINDOW, count)) for start in range(0, count, WINDOW)]
+    for found, latents, references in in_shards(encoded_windows(windows, base, workers, load, progress)):
         first = {"first": str(len(rows)), "base": Path(base.name).name}
-        number, found = len(rows) // SHARD, [row for row, _ in examples]
-        pictures = encoded([pixels for _, pixels in examples], found, base)
+        number = len(rows) // SHARD
+        one_each = torch.arange(len(found) + 1)
+        pictures = {"latents": latents, "references": references, "reference_start": one_each}
         save_tensors(shard_path(partial / "latents", number), pictures, first)
         captions = caption_shard(base, [row["text"] for row in found])
         save_tensors(shard_path(partial / "conditions", number), captions, first)
@@ -75,50 +92,106 @@ def prepare_rendered(count: int, out: Path, base: BaseModel, progress: bool = Tr
     return report
 
 
-def portraits(count: int, size: int, device: torch.device, progress: bool) -> Iterator[tuple[Row, Tensor]]:
-    """Row and pixels, uint8 (3, size, size), of each of `count` scenes that shows one person."""
-    indices = tqdm(range(count), desc="rendering", unit="scene", disable=not progress)
-    planned = (plan("train", index, PER_IDENTITY) for index in indices)
-    for drawn in draw((scene for scene in planned if len(scene.people) == 1), size, device):
-        yield from zip(map(row_of, drawn.records), drawn.pixels, strict=True)
+# Rows, float16 latents (n, c, h, w) of their pictures, and of the face crop of each.
+Encoded = tuple[list[Row], Tensor, Tensor]
+
+
+def encoded_windows(
+    windows: list[range], base: BaseModel, workers: int, load: Callable[[], BaseModel] | None, progress: bool
+) -> Iterator[Encoded]:
+    """The windows of scenes one after another, encoded here or in processes of their own."""
+    with tqdm(total=sum(map(len, windows)), desc="rendering", unit="scene", disable=not progress) as bar:
+        if workers <= 1 or len(windows) <= 1 or load is None:
+            for window in windows:
+                yield encoded_window(window, base)
+                bar.update(len(window))
+            return
+        context = multiprocessing.get_context("spawn")  # a forked child cannot use the GPU
+        with context.Pool(min(workers, len(windows)), _start_worker, (load,)) as pool:
+            for window, (rows, latents, faces) in zip(windows, pool.imap(_in_worker, windows), strict=True):
+                yield rows, torch.from_numpy(latents), torch.from_numpy(faces)
+                bar.update(len(window))
+
+
+_base: BaseModel | None = None  # of a worker
+
+
+def _start_worker(load: Callable[[], BaseModel]) -> None:
+    global _base
+    torch.set_num_threads(1)
+    _base = load()
+
+
+def _in_worker(window: range) -> tuple[list[Row], np.ndarray, np.ndarray]:
+    assert _base is not None
+    rows, latents, references = encoded_window(window, _base)
+    return rows, latents.numpy(), references.numpy()  # tensors would pass through a file each
+
+
+def encoded_window(window: range, base: BaseModel) -> Encoded:
+    """The targets of the training scenes `window`, those of people of whom there is a reference among them."""
+    examples = paired(targets(window, base.resolution, base.unet.device))
+    rows = [row for row, _ in examples]
+    pixels = torch.stack([pixels for _, pixels in examples]).permute(0, 2, 3, 1).contiguous().cpu()
+    images = [Image.fromarray(picture) for picture in pixels.numpy()]
+    faces = [
+        crop_face(image, detected(row), CROP_ENLARGE, image.width) for image, row in zip(images, rows, strict=True)
+    ]
+    return rows, encode_pictures(base, images), encode_pictures(base, faces)
+
+
+def scenes(window: range) -> Iterator[Scene]:
+    """Training scenes; those of several people with people of whom the same window has portraits."""
+    planned = [plan("train", index, PER_IDENTITY) for index in window]
+    known = sorted({scene.people[0].identity.seed for scene in planned if len(scene.people) == 1})
+    for scene in planned:
+        together = min(len(scene.people), len(known))
+        if together > 1:
+            yield sample_scene(scene.seed, random.Random(f"together {scene.seed}").sample(known, together))
+        elif len(scene.people) == 1:
+            yield scene
+
+
+def targets(window: range, size: int, device: torch.device) -> list[tuple[Row, Tensor]]:
+    """Row and pixels, uint8 (3, size, size), of each of the scenes, as a target for one of its people."""
+    drawings = draw(scenes(window), size, device)
+    return [example for drawn in drawings for example in zip(map(row_of, drawn.records), drawn.pixels, strict=True)]
 
 
 def row_of(record: dict[str, Any]) -> Row:
+    who = random.Random(f"target {record['seed']}").randrange(record["people"])
     return {
         "text": record["text"],
-        "identity": record["identities"][0],
+        "identity": record["identities"][who],
         "own_reference": False,
-        "as_reference": record["as_reference"],
-        "box": record["boxes"][0],
-        "landmarks5": record["landmarks5"][0],
+        "as_reference": record["as_reference"] and record["people"] == 1,
+        "box": record["boxes"][who],
+        "others": [box for index, box in enumerate(record["boxes"]) if index != who],
+        "landmarks5": record["landmarks5"][who],
         "source": f"{PREFIX}{record['seed']}",  # a training scene's number is its seed
     }
 
 
-def paired(examples: Iterator[tuple[Row, Tensor]]) -> Iterator[tuple[Row, Tensor]]:
+def paired(examples: list[tuple[Row, Tensor]]) -> list[tuple[Row, Tensor]]:
     """Those of people of whom there is another picture that may be the reference; a person's come in a row."""
-    for _, group in groupby(examples, lambda example: example[0]["identity"]):
-        found = list(group)
-        yield from compress(found, has_partner([row for row, _ in found]))
+    together = sorted(examples, key=lambda example: (example[0]["identity"], len(example[0]["others"])))
+    return list(compress(together, has_partner([row for row, _ in together])))
 
 
-def in_shards(examples: Iterator[tuple[Row, Tensor]]) -> Iterator[list[tuple[Row, Tensor]]]:
+def in_shards(windows: Iterator[Encoded]) -> Iterator[Encoded]:
     """As many examples as a shard holds, the last time what is left."""
-    while found := list(islice(examples, SHARD)):
-        yield found
-
-
-def encoded(pictures: list[Tensor], rows: list[Row], base: BaseModel) -> dict[str, Tensor]:
-    """The tensors of a shard of pictures, see `latent_cache`, each with one reference: its face crop."""
-    pixels = torch.stack(pictures).permute(0, 2, 3, 1).contiguous().cpu()
-    images = [Image.fromarray(picture) for picture in pixels.numpy()]
-    with ThreadPoolExecutor() as pool:
-        faces = pool.map(lambda image, row: crop_face(image, detected(row), CROP_ENLARGE, image.width), images, rows)
-        return {
-            "latents": encode_pictures(base, images),
-            "references": encode_pictures(base, list(faces)),
-            "reference_start": torch.arange(len(rows) + 1),
-        }
+    rows: list[Row] = []
+    latents, references = torch.empty(0), torch.empty(0)
+    for more, *tensors in windows:
+        rows = rows + more
+        latents, references = (
+            torch.cat([old, new]) if len(old) else new for old, new in zip((latents, references), tensors, strict=True)
+        )
+        while len(rows) >= SHARD:
+            yield rows[:SHARD], latents[:SHARD], references[:SHARD]
+            rows, latents, references = rows[SHARD:], latents[SHARD:], references[SHARD:]
+    if rows:
+        yield rows, latents, references
 
 
 def detected(row: Row) -> Box:
@@ -140,7 +213,7 @@ def describe_rendered(rows: list[Row], count: int, base: BaseModel) -> dict[str,
     return {
         "read": count,
         "kept": len(rows),
-        "skipped": {"several people or no other picture": count - len(rows)},
+        "skipped": {"no other picture of the person": count - len(rows)},
         "people": len({row["identity"] for row in rows}),
         "paired_with_another_photo": len(rows),
         "paired_with_itself": 0,

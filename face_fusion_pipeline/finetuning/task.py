@@ -7,6 +7,7 @@ of parts that a batch is computed in changes what is learned.
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from ..face_adapter import ADAPTER_WEIGHTS_NAME, FaceFusionAdapter, face_fused_unet, save_adapter
 from ..face_identity import capture_hidden_states, noise_latents
+from ..face_layout import layer_sizes
 from ..training.loop import Batch, Part, Task, seeded
 from ..training.unet import plain_attention_on_cpu
 from .base_model import BaseModel
-from .objective import Recogniser, face_mask, spread_timesteps, unlikeness, weighted_error
+from .objective import Recogniser, face_mask, face_places, spread_timesteps, unlikeness, weighted_error
 from .pairs import Pairs
 from .recomputation import enable_recomputation
 from .samples import Samples
@@ -96,6 +98,10 @@ class FaceFusionTask(Task):
         if self.options.gradient_checkpointing:
             enable_recomputation(self.unet)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """The UNet alone is compiled: that is where the time goes, and faces are put into it from outside."""
+        self.unet.compile(*args, **kwargs)
+
     def train(self, mode: bool = True) -> FaceFusionTask:
         """Only the adapter is in training; the frozen parts stay as they are used later."""
         super().train(mode)
@@ -111,7 +117,7 @@ class FaceFusionTask(Task):
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self.base.device
 
     # --- Batches -------------------------------------------------------------------------------------------------
 
@@ -131,6 +137,10 @@ class FaceFusionTask(Task):
         text, both, face = self.options.text_dropout, self.options.both_dropout, self.options.face_dropout
         no_text = draws[1] < text + both
         batch["has_face"] = ~((draws[1] >= text) & (draws[1] < text + both + face))
+        if self.options.identity_loss_weight:
+            # Always as many: cuDNN looks for its best kernels anew for every other size.
+            most = math.ceil(part.batch_size * self.options.identity_loss_until ** (1 / power))
+            batch["recognised"] = timesteps.argsort()[:most]
         for key, empty in self.empty.items():
             batch[key] = torch.where(no_text.view(-1, *[1] * (empty.ndim - 1)), empty, batch[key])
         return {key: self.on_device(value) for key, value in batch.items()}
@@ -172,7 +182,7 @@ class FaceFusionTask(Task):
     def reference_states(self, latents: Tensor) -> dict[str, Tensor]:
         """h_f of Eq. 2: layer name -> (B, N_f, C) for reference latents (B, c, r, r)."""
         timestep = self.adapter.metadata.reference_timestep
-        latents = noise_latents(latents, self.base.schedule.alphas, timestep).to(self.unet.dtype)
+        latents = noise_latents(latents, self.base.schedule.alphas, timestep).to(self.base.dtype)
         count = len(latents)
         empty = {key: self.on_device(state).expand(count, *state.shape[1:]) for key, state in self.empty.items()}
         arguments = self.base.unet_arguments(empty, self.side(latents))
@@ -190,7 +200,7 @@ class FaceFusionTask(Task):
         noisy = schedule.noised(latents, batch["noise"], timesteps)
         arguments = self.base.unet_arguments({key: batch[key] for key in self.empty}, self.side(latents))
         with self.fused(batch), plain_attention_on_cpu(noisy):
-            predicted = self.unet(noisy.to(self.unet.dtype), timesteps, **arguments).sample.float()
+            predicted = self.unet(noisy.to(self.base.dtype), timesteps, **arguments).sample.float()
         target = schedule.target(latents, batch["noise"], timesteps)
         faces = face_mask(batch["boxes"], self.side(latents), latents.shape[-1])
         error = weighted_error(predicted, target, faces, self.options.face_loss_weight)
@@ -201,8 +211,17 @@ class FaceFusionTask(Task):
         return loss + self.options.identity_loss_weight * likeness, {"identity_loss": likeness}
 
     def fused(self, batch: Batch) -> AbstractContextManager[None]:
-        """Within it the UNet sees the faces of the batch."""
-        return face_fused_unet(self.unet, self.adapter, self.identity_tokens(batch), batch["has_face"])
+        """Within it the UNet sees the faces of the batch, each in its place."""
+        tokens, places = self.identity_tokens(batch), self.places(batch)
+        return face_fused_unet(self.unet, self.adapter, tokens, batch["has_face"], places=places)
+
+    def places(self, batch: Batch) -> dict[int, Tensor] | None:
+        """Number of queries -> bool (B, queries), which of them see the face; None where everybody is alone."""
+        boxes, others, latents = batch["boxes"], batch["others"], batch["latents"]
+        if not others.shape[1]:
+            return None
+        side, sizes = self.side(latents), layer_sizes(*latents.shape[-2:])
+        return {height * width: face_places(boxes, others, side, height) for height, width in sizes}
 
     def identity_tokens(self, batch: Batch) -> dict[str, Tensor]:
         """The reference states of a batch, kept or computed now: layer name -> (B, 1, N_f, C)."""
@@ -213,18 +232,20 @@ class FaceFusionTask(Task):
     def identity_loss(self, batch: Batch, noisy: Tensor, predicted: Tensor) -> Tensor:
         """Mean over the batch of the unlikeness of the predicted pictures, 0 for those that are too noisy yet."""
         assert self.recogniser is not None
-        until = self.options.identity_loss_until * len(self.base.schedule)
-        rows = ((batch["timesteps"] < until) & batch["has_face"]).nonzero()[:, 0]
+        rows = batch["recognised"]
         if not len(rows):
             return predicted.sum() * 0
+        until = self.options.identity_loss_until * len(self.base.schedule)
+        counts = (batch["timesteps"][rows] < until) & batch["has_face"][rows]
         latents = self.base.schedule.one_step(noisy[rows], predicted[rows], batch["timesteps"][rows])
         with torch.no_grad():
             truth = self.base.decode(batch["latents"][rows])
         found = unlikeness(self.recogniser, self.base.decode(latents), truth, batch["landmarks5"][rows])
-        return found.sum() / len(noisy)
+        return (found * counts).sum() / len(noisy)
 
     # --- Validation and result -----------------------------------------------------------------------------------
 
+    @torch.compiler.set_stance("force_eager")  # now and then, with batches of other sizes: not worth compiling for
     def sample(self, path: Path) -> dict[str, float]:
         """Loss of held-out people with the right face, somebody else's and none; pictures, if there are to be some.
 

@@ -218,7 +218,7 @@ def _look(
         if not seen:
             continue
         people = [cast.people[index] for index in seen]
-        face_key, face_value, bias = join_people(people, key.shape[1])
+        face_key, face_value, bias = join_people(people, key.shape[1], query.shape[1])
         face_key, _ = split_heads(attn, face_key, face_value, query.dtype)
         counts = [person.key.shape[1] for person in people]
         portion = max(1, MAX_WEIGHTS // (batch * heads * (key.shape[1] + sum(counts))))

@@ -330,7 +330,7 @@ class UnetTask(Task):
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self.unet.conv_in.weight.device  # of diffusers' property, which looks at all weights, a step has many
 
     def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
         batch = self.data.rows(indices, self.device)
