@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from PIL import Image
 from tiny_models import tiny_components, tiny_controlnet, tiny_unet
 
-from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, face_images
 from face_fusion_pipeline.avatars import BACKGROUNDS, CLOTHINGS, EXPRESSIONS, STYLES, render
+from face_fusion_pipeline.avatars.caption import caption
 from face_fusion_pipeline.avatars.dataset import write
 from face_fusion_pipeline.cli import avatars_evaluate
 from face_fusion_pipeline.evaluation import depth_table, people_table
@@ -35,11 +37,20 @@ from face_fusion_pipeline.evaluation.model_quality import measure_model, quality
 from face_fusion_pipeline.evaluation.morph_table import compare_morphs
 from face_fusion_pipeline.evaluation.recognisers import OnnxRecogniser, load_recognisers
 from face_fusion_pipeline.evaluation.recognition import measure_recognition
-from face_fusion_pipeline.evaluation.renders import depth_cells, from_pil, read_image, write_image
+from face_fusion_pipeline.evaluation.renders import depth_cells, from_pil, read_image, to_pil, write_image
 from face_fusion_pipeline.evaluation.savings_table import EVERYTHING, SAVINGS, compare_savings, inner_scales
 from face_fusion_pipeline.evaluation.scoring import Panel
-from face_fusion_pipeline.evaluation.trials import FIRST_TEST_IDENTITY, plan_trials, portraits, true_renders
-from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
+from face_fusion_pipeline.evaluation.trials import (
+    FIRST_TEST_IDENTITY,
+    detected_face,
+    plan_trials,
+    portraits,
+    reference_face,
+    true_renders,
+)
+from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError, NoFaceError
+from face_fusion_pipeline.face_images import Face
+from face_fusion_pipeline.finetuning.rendered import scenes
 from face_fusion_pipeline.training.errors import TrainingError
 
 
@@ -329,6 +340,36 @@ def test_table_end_to_end_resumes(
         compare(pipe, trials, ["none"], panel, Settings(model="tiny", steps=2), tmp_path)
 
 
+def test_references_are_cut_out_by_a_detector_as_of_photos(
+    pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe.set_face_fusion_adapter(_adapter(pipe))
+    trials = plan_trials(2, 1, style="photo")
+    first, second = (trial.person for trial in trials)
+    find = face_images.find_face
+
+    def found(image: Image.Image, *args: Any) -> Face:
+        if (np.asarray(image) == np.asarray(to_pil(portraits(second).reference))).all():
+            raise NoFaceError("no face")
+        return find(image, *args)
+
+    monkeypatch.setattr(face_images, "find_face", found)
+    detected_face.cache_clear()
+    crop = reference_face(first, cut_out="yunet")
+    assert crop.size == (128, 128) and np.abs(np.asarray(crop, float) - np.asarray(portraits(first).face)).mean() > 1
+    assert reference_face(second, cut_out="yunet") == reference_face(second) == portraits(second).face
+    results = {}
+    for cut_out in ("true", "yunet"):
+        out = tmp_path / cut_out
+        settings = Settings(model="tiny", steps=1, cut_out=cut_out)  # type: ignore[arg-type]
+        results[cut_out] = compare(pipe, trials, ["adapter"], Panel(untrained), settings, out)
+        results[cut_out]["image"] = image_path(out, trials[0], "adapter").read_bytes()
+    assert results["true"]["image"] != results["yunet"]["image"]
+    text = (tmp_path / "yunet" / "table.md").read_text()
+    assert "cut out by yunet, 1 faces" in text and "cut out" not in (tmp_path / "true" / "table.md").read_text()
+    detected_face.cache_clear()
+
+
 def test_people_table_end_to_end(
     pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -539,7 +580,8 @@ def test_table_command(
         _run(*words, "--training-data", str(tmp_path))
     write(tmp_path / "data" / "train", "train", 12, size=32, progress=False)
     seen = avatars_evaluate._training_captions(str(tmp_path / "data"))
-    assert seen == avatars_evaluate._training_captions("avatars:12") and len(seen) > 8
+    together = {caption(scene) for scene in scenes(range(12))}
+    assert seen | together == avatars_evaluate._training_captions("avatars:12") and len(seen) > 8
 
 
 def test_recognition_command(test_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     table.add_argument("--prompts", type=_positive, default=4, help="prompts for each of them (default: 4)")
     table.add_argument("--training-free-scale", type=float, default=1.0, help="scale without adapter (default: 1)")
 
+    table.add_argument(
+        "--cut-out",
+        choices=("true", "yunet", "haar"),
+        default="true",
+        help="whose face box the reference is cut out by: the true one (default), or a detector's, as of a photo",
+    )
+
     model = actions.add_parser("model", help="VAE reconstruction and prompt obedience of the avatar model")
     _add_generation(model)
     model.add_argument("--prompts", type=_positive, default=200, help="unseen prompts (default: 200)")
@@ -178,9 +185,12 @@ def _training_captions(data: str | None) -> set[str]:
     if data is not None and data.startswith("avatars:"):
         from ..avatars.caption import caption
         from ..avatars.dataset import PER_IDENTITY, plan
-        from ..finetuning.rendered import scene_count
+        from ..finetuning.rendered import scene_count, scenes, windows
 
-        return {caption(plan("train", index, PER_IDENTITY)) for index in range(scene_count(data))}
+        count = scene_count(data)
+        drawn = {caption(plan("train", index, PER_IDENTITY)) for index in range(count)}
+        prepared = {caption(scene) for window in windows(count) for scene in scenes(window)}  # with others together
+        return drawn | prepared
     from ..face_errors import FaceFusionError
 
     if data is None:
@@ -209,7 +219,8 @@ def _table(args: argparse.Namespace) -> tuple[dict, str]:
     methods = args.methods or [method for method in METHODS if method != "adapter" or adapter]
     if "adapter" in methods and adapter is None:
         raise FaceFusionError("--methods adapter: no adapter beside the model, name one with --adapter")
-    settings = _settings(args, adapter=adapter, face_scale=args.scale, training_free_scale=args.training_free_scale)
+    scales = {"face_scale": args.scale, "training_free_scale": args.training_free_scale}
+    settings = _settings(args, adapter=adapter, cut_out=args.cut_out, **scales)
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
     panel = _panel(args)

@@ -21,7 +21,7 @@ from .metrics import bootstrap_mean, closed_share
 from .renders import read_image, to_pil, write_image
 from .reports import circumstances, contact_sheet, markdown_table, write_report
 from .scoring import Panel
-from .trials import Trial, portraits, true_renders
+from .trials import Trial, detected_face, portraits, reference_face, true_renders
 
 
 ASKED = ("expression", "clothing", "background", "people")
@@ -36,9 +36,14 @@ def compare(
     generate(pipe, trials, methods, settings, out)
     rows = _score(trials, methods, panel, settings, out)
     (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    people = {trial.person for trial in trials}
+    missed = 0
+    if settings.cut_out != "true":
+        missed = sum(detected_face(person, settings.cut_out, seed=settings.seed) is None for person in people)
     result = {
         "settings": asdict(settings),
-        "identities": len({trial.person for trial in trials}),
+        "identities": len(people),
+        "faces_not_detected": missed,
         "images_per_method": len(trials),
         **circumstances(),
         "methods": summarise(rows, [*methods, CEILING, FLOOR], panel.names, seed=settings.seed),
@@ -88,13 +93,19 @@ def as_markdown(result: dict[str, Any], recognisers: list[str]) -> str:
         row += [f"{100 * figures['accuracy'][trait]:.1f} %" for trait in (*ASKED, "mean")]
         rows.append([*row, None if figures["no_face"] is None else f"{100 * figures['no_face']:.1f} %"])
     s = result["settings"]
+    cut_out = ""
+    if s["cut_out"] != "true":
+        cut_out = (
+            f"References: cut out by {s['cut_out']}, {result['faces_not_detected']} faces that it did not find by the "
+            "true box. "
+        )
     return (
         markdown_table(header, rows)
         + f"\n{result['images_per_method']} portraits a method, {result['identities']} people that no training saw, "
         f"{s['steps']} steps, guidance {s['guidance_scale']}, face scale {s['face_scale']} "
         f"(training-free {s['training_free_scale']}), seed {s['seed']}; {result['machine']}, {result['date']}.\n"
-        "Similarity: cosine to another render of the person, with a 95 % bootstrap interval over people; closed: "
-        f"share of the way from “{FLOOR}” to “{CEILING}”. Accuracy: judges trained on renders.\n"
+        f"{cut_out}Similarity: cosine to another render of the person, with a 95 % bootstrap interval over people; "
+        f"closed: share of the way from “{FLOOR}” to “{CEILING}”. Accuracy: judges trained on renders.\n"
     )
 
 
@@ -117,6 +128,7 @@ def _sheet(trials: list[Trial], methods: list[str], settings: Settings, out: Pat
         trial = mine[i % len(mine)]
         person = portraits(number, seed=settings.seed)
         pictures = [to_pil(read_image(image_path(out, trial, method))) for method in methods]
-        rows.append((trial.text, [person.face, to_pil(person.other), *pictures]))
+        face = reference_face(number, seed=settings.seed, cut_out=settings.cut_out)
+        rows.append((trial.text, [face, to_pil(person.other), *pictures]))
     titles = {"none": "without a face", "training-free": "training-free", "adapter": "Face Fusion"}
     return contact_sheet(["reference", "same person", *(titles[m] for m in methods)], rows)

@@ -20,12 +20,17 @@ from ..generation.loading import load_pipeline
 from ..generation.provenance import DISCLOSURE, SOURCE_TYPE
 from .pictures import Picture
 from .renders import to_pil
-from .trials import Trial, portraits
+from .trials import TRUE_BOX, CutOut, Trial, reference_face
 
 
 BLACKED_OUT = "blacked_out"  # in the text of a PNG file
 METHODS = ("none", "training-free", "adapter")
-_LATER = {"weights_hash": None, "controlnet": None, "dtype": "float32"}  # settings that older folders do not name
+_LATER = {
+    "weights_hash": None,
+    "controlnet": None,
+    "dtype": "float32",
+    "cut_out": TRUE_BOX,
+}  # settings that older folders do not name
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Settings:
     batch: int = 4
     controlnet: str | None = None
     dtype: str = "float32"
+    cut_out: CutOut = TRUE_BOX  # or the detector whose box the reference of an avatar is cut out by
     weights_hash: str | None = None  # of local files, which may be trained on under the same name
 
     @classmethod
@@ -101,7 +107,11 @@ def generate(pipe: Any, trials: list[Trial], methods: list[str], settings: Setti
         for person, group in groupby(trials, key=lambda trial: trial.person)
         for method, trial in product(methods, list(group))
     ]
-    make_pictures(pipe, pictures, lambda name: portraits(int(name), seed=settings.seed).face, settings)
+
+    def face_of(name: str) -> Image.Image:
+        return reference_face(int(name), seed=settings.seed, cut_out=settings.cut_out)
+
+    make_pictures(pipe, pictures, face_of, settings)
 
 
 def make_pictures(

@@ -1,7 +1,7 @@
 """Judges of avatar images: where the face is, what the scene shows, who it is. Small networks, trained on renders.
 
-They measure: nothing of them is used to generate, and nothing is trained with them. The identity loss of a training has
-a recogniser of its own, of another architecture (`training/recogniser.py`).
+They measure: nothing of them is used to generate, and nothing is trained with them. The identity loss of a training
+has a recogniser of its own, of another architecture (`training/recogniser.py`).
 """
 
 from __future__ import annotations

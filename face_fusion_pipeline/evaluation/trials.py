@@ -10,13 +10,15 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 
 from ..avatars import SPLITS, Scene, caption, render, sample_identity, sample_scene
-from ..face_images import crop_face
+from ..face_detectors import DetectorName
+from ..face_errors import FaceTooSmallError, NoFaceError
+from ..face_images import crop_face, prepare_face
 from .judges import decidable
 from .renders import to_pil
 
@@ -101,6 +103,26 @@ def portraits(person: int, *, seed: int = 0) -> Portraits:
     return Portraits(
         person, crop_face(to_pil(images[0]), (x0, y0, x1, y1), resolution=images.shape[-1]), images[0], images[1]
     )
+
+
+CutOut = Literal["true", "yunet", "haar"]
+TRUE_BOX: CutOut = "true"
+
+
+@lru_cache(maxsize=512)
+def detected_face(person: int, detector: DetectorName, *, seed: int = 0) -> Image.Image | None:
+    """The crop of the person's reference by the face that a detector finds, as of a photo; None if it finds none."""
+    reference = portraits(person, seed=seed).reference
+    try:
+        return prepare_face(to_pil(reference), detector, face_index=0, resolution=reference.shape[-1])
+    except (NoFaceError, FaceTooSmallError):
+        return None
+
+
+def reference_face(person: int, *, seed: int = 0, cut_out: CutOut = TRUE_BOX) -> Image.Image:
+    """What the model is given: cut out by the true box, or by a detector, if it finds the face."""
+    found = None if cut_out == "true" else detected_face(person, cut_out, seed=seed)
+    return portraits(person, seed=seed).face if found is None else found
 
 
 def true_renders(trials: list[Trial], *, person_shift: int = 0, batch: int = 16) -> torch.Tensor:

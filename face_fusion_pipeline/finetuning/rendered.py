@@ -70,8 +70,7 @@ def prepare_rendered(
     for name in ("latents", "conditions"):
         (partial / name).mkdir(parents=True)
     rows: list[Row] = []
-    windows = [range(start, min(start + WINDOW, count)) for start in range(0, count, WINDOW)]
-    for found, latents, references in in_shards(encoded_windows(windows, base, workers, load, progress)):
+    for found, latents, references in in_shards(encoded_windows(windows(count), base, workers, load, progress)):
         first = {"first": str(len(rows)), "base": Path(base.name).name}
         number = len(rows) // SHARD
         one_each = torch.arange(len(found) + 1)
@@ -92,23 +91,28 @@ def prepare_rendered(
     return report
 
 
+def windows(count: int) -> list[range]:
+    """The first `count` training scenes by window."""
+    return [range(start, min(start + WINDOW, count)) for start in range(0, count, WINDOW)]
+
+
 # Rows, float16 latents (n, c, h, w) of their pictures, and of the face crop of each.
 Encoded = tuple[list[Row], Tensor, Tensor]
 
 
 def encoded_windows(
-    windows: list[range], base: BaseModel, workers: int, load: Callable[[], BaseModel] | None, progress: bool
+    ranges: list[range], base: BaseModel, workers: int, load: Callable[[], BaseModel] | None, progress: bool
 ) -> Iterator[Encoded]:
     """The windows of scenes one after another, encoded here or in processes of their own."""
-    with tqdm(total=sum(map(len, windows)), desc="rendering", unit="scene", disable=not progress) as bar:
-        if workers <= 1 or len(windows) <= 1 or load is None:
-            for window in windows:
+    with tqdm(total=sum(map(len, ranges)), desc="rendering", unit="scene", disable=not progress) as bar:
+        if workers <= 1 or len(ranges) <= 1 or load is None:
+            for window in ranges:
                 yield encoded_window(window, base)
                 bar.update(len(window))
             return
         context = multiprocessing.get_context("spawn")  # a forked child cannot use the GPU
-        with context.Pool(min(workers, len(windows)), _start_worker, (load,)) as pool:
-            for window, (rows, latents, faces) in zip(windows, pool.imap(_in_worker, windows), strict=True):
+        with context.Pool(min(workers, len(ranges)), _start_worker, (load,)) as pool:
+            for window, (rows, latents, faces) in zip(ranges, pool.imap(_in_worker, ranges), strict=True):
                 yield rows, torch.from_numpy(latents), torch.from_numpy(faces)
                 bar.update(len(window))
 

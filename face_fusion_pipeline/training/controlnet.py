@@ -112,7 +112,7 @@ class ControlNetTask(Task):
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self.unet.conv_in.weight.device  # see `UnetTask.device`
 
     def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
         batch = self.examples(self.data, self.depth, indices)
