@@ -22,6 +22,7 @@ from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapt
 from face_fusion_pipeline.avatars.dataset import plan
 from face_fusion_pipeline.avatars.render import render
 from face_fusion_pipeline.cli import build_parser, main
+from face_fusion_pipeline.face_adapter import save_adapter
 from face_fusion_pipeline.face_images import crop_face
 from face_fusion_pipeline.face_layout import box_masks, pool, visible_people
 from face_fusion_pipeline.finetuning import latent_cache, objective, rendered
@@ -40,6 +41,7 @@ from face_fusion_pipeline.training.unet import plain_attention, plain_attention_
 
 
 SIDE = 16
+CLOSE = {"rtol": 1e-3, "atol": 1e-6}  # of float16
 SELECTION = SelectionOptions(resolution=SIDE, reference_resolution=SIDE, min_side=SIDE, min_face=4, min_sharpness=0)
 
 
@@ -527,6 +529,46 @@ def test_compiled_training_learns_the_same_from_whichever_face(data: Path, base:
         assert compiled_loss == pytest.approx(loss, rel=1e-5)
         for a, b in zip(expected, compiled, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_an_average_lies_between_two_trainings_and_says_so(base: Any, tmp_path: Path) -> None:
+    first, second = (create_adapter(base.unet, init, metadata={"resolution": SIDE}) for init in ("attn1", "xavier"))
+    for name, adapter, steps in (("a", first.half(), 7), ("b", second.half(), 9)):
+        save_adapter(adapter, tmp_path / name / "face_fusion_adapter.safetensors")
+        record = {"face-fusion": {"task": "face-fusion", "steps": steps, "date": "2026-01-01"}}
+        (tmp_path / name / "training.json").write_text(json.dumps(record))
+    a, b = (load_file(tmp_path / name / "face_fusion_adapter.safetensors") for name in "ab")
+    for share in (0.0, 0.25, 1.0):
+        out = tmp_path / f"{share}"
+        assert (
+            main(["average", str(tmp_path / "a"), str(tmp_path / "b"), "--share", str(share), "--out", str(out)]) == 0
+        )
+        for key, mean in load_file(out / "face_fusion_adapter.safetensors").items():
+            assert mean.dtype == torch.float16
+            torch.testing.assert_close(mean.double(), (1 - share) * a[key].double() + share * b[key].double(), **CLOSE)
+    assert metadata_of(tmp_path / "0.25" / "face_fusion_adapter.safetensors")["resolution"] == str(SIDE)
+    record = json.loads((tmp_path / "0.25" / "training.json").read_text())["face-fusion"]
+    assert record["steps"] == 9 and record["averaged"]["share"] == 0.25 and record["averaged"]["with"]["steps"] == 7
+
+
+def test_what_cannot_be_averaged_is_refused_and_nothing_is_lost(
+    base: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, side in (("a", SIDE), ("b", 2 * SIDE)):
+        adapter = create_adapter(base.unet, metadata={"resolution": side})
+        save_adapter(adapter, tmp_path / name / "face_fusion_adapter.safetensors")
+    before = (tmp_path / "a" / "face_fusion_adapter.safetensors").read_bytes()
+    for words, message in (
+        (["a", "b", "--out", "c"], "different bases or kinds of reference"),
+        (["a", "a", "--share", "1.5", "--out", "c"], "from 0 to 1, got 1.5"),
+        (["b", "a", "--out", "a"], "take another folder"),
+        (["a", "nowhere", "--out", "c"], "nowhere"),
+    ):
+        places = [word if word.startswith("--") or word == "1.5" else str(tmp_path / word) for word in words]
+        assert main(["average", *places]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+    assert (tmp_path / "a" / "face_fusion_adapter.safetensors").read_bytes() == before
 
 
 def test_v_prediction_comes_from_the_scheduler() -> None:

@@ -1,0 +1,28 @@
+"""`face-fusion average`: weights between those of two trainings."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+HELP = "weights between those of two trainings, of which the second went on from the first"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "What a second training gained and what it gave up lie along one line. Weights on the way often keep most of "
+        "both: measure them as you would measure the two."
+    )
+    parser.add_argument("first", type=Path, help="adapter file, or folder that `face-fusion train` wrote")
+    parser.add_argument("second", type=Path, help="of a training that went on from the first (--init-adapter)")
+    parser.add_argument("--share", type=float, default=0.5, help="of the second, from 0 to 1")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..finetuning.averaging import average_adapters
+
+    average_adapters(args.first, args.second, args.share, args.out)
+    print(args.out)
+    return 0
