@@ -248,6 +248,19 @@ def test_workers_prepare_the_same_avatars(tmp_path: Path, monkeypatch: pytest.Mo
             assert (first / file).read_bytes() == (second / file).read_bytes()
 
 
+def test_scenes_of_nobody_with_another_portrait_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(embedded_model())
+    with pytest.raises(DataError, match="render more scenes"):
+        prepare_rendered(1, tmp_path / "one", base, progress=False)
+    monkeypatch.setattr(rendered, "WINDOW", 5)
+    report = prepare_rendered(6, tmp_path / "six", base, progress=False)  # the last one alone in its window
+    assert report["kept"] < 6 == report["read"]
+    cache = cache_folders(tmp_path / "six", base)
+    latents = Shards(cache, report["kept"]).latents(range(report["kept"]))
+    assert latents.dtype == torch.float16 and latents.isfinite().all()
+    assert prepare_rendered(6, tmp_path / "one", base, progress=False) == report, "what was refused is not in the way"
+
+
 def test_of_a_person_with_a_single_photo_nothing_is_prepared() -> None:
     people = [("ada", True), ("ada", False), ("bob", True), ("cy", True), ("cy", True)]
     rows = [{"identity": name, "as_reference": photo, "own_reference": False, "others": []} for name, photo in people]

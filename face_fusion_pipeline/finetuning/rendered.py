@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from itertools import compress
 from pathlib import Path
@@ -62,7 +63,7 @@ def prepare_rendered(
         load: makes `base` in each of them; can be pickled. Without it there are no workers.
 
     Raises:
-        DataError: `out` holds something.
+        DataError: `out` holds something, or `count` scenes show nobody twice.
     """
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} is not empty: rendered data are made in one go, name a new folder")
@@ -79,6 +80,9 @@ def prepare_rendered(
         captions = caption_shard(base, [row["text"] for row in found])
         save_tensors(shard_path(partial / "conditions", number), captions, first)
         rows += found
+    if not rows:
+        shutil.rmtree(partial)
+        raise DataError(f"{PREFIX}{count} shows nobody twice, so nobody has a reference: render more scenes")
     report = describe_rendered(rows, count, base)
     write_lines(out / METADATA, rows)
     cache = cache_folders(out, base)
@@ -135,6 +139,8 @@ def _in_worker(window: range) -> tuple[list[Row], np.ndarray, np.ndarray]:
 def encoded_window(window: range, base: BaseModel) -> Encoded:
     """The targets of the training scenes `window`, those of people of whom there is a reference among them."""
     examples = paired(targets(window, base.resolution, base.unet.device))
+    if not examples:  # of the last few scenes, say
+        return [], torch.empty(0), torch.empty(0)
     rows = [row for row, _ in examples]
     pixels = torch.stack([pixels for _, pixels in examples]).permute(0, 2, 3, 1).contiguous().cpu()
     images = [Image.fromarray(picture) for picture in pixels.numpy()]
@@ -182,11 +188,13 @@ def paired(examples: list[tuple[Row, Tensor]]) -> list[tuple[Row, Tensor]]:
     return list(compress(together, has_partner([row for row, _ in together])))
 
 
-def in_shards(windows: Iterator[Encoded]) -> Iterator[Encoded]:
+def in_shards(parts: Iterator[Encoded]) -> Iterator[Encoded]:
     """As many examples as a shard holds, the last time what is left."""
     rows: list[Row] = []
     latents, references = torch.empty(0), torch.empty(0)
-    for more, *tensors in windows:
+    for more, *tensors in parts:
+        if not more:
+            continue
         rows = rows + more
         latents, references = (
             torch.cat([old, new]) if len(old) else new for old, new in zip((latents, references), tensors, strict=True)
