@@ -115,8 +115,7 @@ class Handlers:
             return {**cleared, w.run_id: "", **self.show_error(error)}
         run = session.new_run()
         empty = {w.results: None, w.sheet: None, w.metadata: None, w.downloads: gr.Column(visible=False)}
-        status = {w.status: "<p role='status'>Waiting …</p>", w.run_id: run.id}
-        return {**cleared, **empty, **self._buttons(running=True), **status}
+        return {**cleared, **empty, **self._waiting(), w.run_id: run.id}
 
     def run(self, values: Updates, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Iterator[Updates]:  # noqa: B008  Gradio finds it by its default
         """Generate the pictures of the run that `start` began; none if another took its place meanwhile."""
@@ -124,7 +123,8 @@ class Handlers:
         session, run = self.sessions.get(request.session_hash), self._run_of(values, request)
         if session is None or run is None or not run.begin():
             return
-        words, problem = "Done.", {}
+        yield self._waiting()  # over what `failed` may have said of the run before
+        words, problem = "Done.", {self.widgets.messages["result"]: message("")}
         try:
             yield from self._pictures(values, session, run, progress)
         except CancelledError:
@@ -157,12 +157,12 @@ class Handlers:
     def failed(self, values: Updates, request: gr.Request) -> Updates:
         """Gradio refused a value before `run` saw it: the form can be used again.
 
-        Gradio calls this after Cancel, too, and then perhaps when the next run has begun already.
+        Gradio calls this after Cancel, too, and then perhaps when the next run waits for its turn already. So that
+        run is not stopped: if it comes, it shows that it is there.
         """
         run = self._run_of(values, request)
         if run is None or run.cancelled.is_set() or run.begun:
             return gr.skip()
-        run.cancelled.set()
         w = self.widgets
         return {**self._buttons(running=False), w.status: "", w.messages["result"]: message(REFUSED)}
 
@@ -218,6 +218,11 @@ class Handlers:
     def _buttons(self, running: bool) -> Updates:
         w = self.widgets
         return {w.generate: gr.Button(interactive=not running), w.cancel: gr.Button(visible=running)}
+
+    def _waiting(self) -> Updates:
+        w = self.widgets
+        said = {w.status: "<p role='status'>Waiting …</p>", w.messages["result"]: message("")}
+        return {**self._buttons(running=True), **said}
 
     # --- Places ----------------------------------------------------------------------------------------------------
 
