@@ -76,7 +76,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--identity-loss-weight", type=float, default=0.0, help="weight of the predicted face's likeness"
     )
     what.add_argument("--identity-recogniser", metavar="NAME", help="'avatars', or MODULE:FUNCTION that returns one")
-    what.add_argument("--identity-loss-until", type=float, default=0.25, help="share of the timesteps that have it")
+    what.add_argument(
+        "--identity-loss-from", type=float, default=0.0, help="share of the timesteps that are too clear to have it"
+    )
+    what.add_argument(
+        "--identity-loss-until", type=float, default=0.25, help="share of the timesteps above all that do"
+    )
+    what.add_argument(
+        "--identity-loss-jitter", type=float, default=0.0, help="0 to 1: look at faces a little differently each time"
+    )
+
+    what.add_argument(
+        "--identity-loss-on",
+        choices=("noised", "own"),
+        default="noised",
+        help="noised: a step from noised photos; own: from the states of pictures that the model itself makes",
+    )
+    what.add_argument("--own-steps", type=int, default=8, help="denoising steps of an own picture")
+    what.add_argument("--own-guidance", type=float, default=5.0, help="guidance scale of own pictures")
 
     look = parser.add_argument_group("checkpoints, validation, publishing")
     look.add_argument("--checkpointing-steps", type=int, default=500)
@@ -110,16 +127,17 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
     check_selection(args)
     speed = ("train_batch_size", "gradient_accumulation_steps", "log_every")
-    whole = (*speed, "checkpointing_steps", "validation_steps", "validation_inference_steps")
+    whole = (*speed, "own_steps", "checkpointing_steps", "validation_steps", "validation_inference_steps")
     optional = ("max_train_steps", "num_train_epochs", "max_train_minutes", "checkpoints_total_limit", "snr_gamma")
     for name in (*whole, *optional):
         value = getattr(args, name)
         if value is not None and not (value >= 1 if name in whole or isinstance(value, int) else value > 0):
             raise FaceFusionError(f"--{name.replace('_', '-')} must be positive, got {value}")
-    for name in ("learning_rate", "face_loss_weight", "timestep_power", "max_grad_norm"):
+    for name in ("learning_rate", "face_loss_weight", "timestep_power", "max_grad_norm", "own_guidance"):
         if not getattr(args, name) > 0:
             raise FaceFusionError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in ("text_dropout", "face_dropout", "both_dropout", "identity_loss_until"):
+    losses = ("identity_loss_from", "identity_loss_until", "identity_loss_jitter")
+    for name in ("text_dropout", "face_dropout", "both_dropout", *losses):
         if not 0 <= getattr(args, name) <= 1:
             raise FaceFusionError(f"--{name.replace('_', '-')} must be from 0 to 1, got {getattr(args, name)}")
     for name in ("ema_decay", "adam_beta2"):
@@ -133,6 +151,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise FaceFusionError(f"--seed must not be negative, got {args.seed}")
     if (args.identity_loss_weight > 0) != (args.identity_recogniser is not None):
         raise FaceFusionError("--identity-loss-weight and --identity-recogniser go together")
+    if args.identity_loss_from >= args.identity_loss_until and args.identity_loss_weight:
+        raise FaceFusionError(
+            f"--identity-loss-from {args.identity_loss_from} leaves nothing below --identity-loss-until "
+            f"{args.identity_loss_until}"
+        )
     if args.validation_image and not args.validation_prompt:
         raise FaceFusionError("--validation-image needs a --validation-prompt")
     resume(args.resume_from_checkpoint, args.out)
