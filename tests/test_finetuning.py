@@ -673,6 +673,12 @@ def test_an_average_lies_between_two_trainings_and_says_so(base: Any, tmp_path: 
     assert metadata_of(tmp_path / "0.25" / "face_fusion_adapter.safetensors")["resolution"] == str(SIDE)
     record = json.loads((tmp_path / "0.25" / "training.json").read_text())["face-fusion"]
     assert record["steps"] == 9 and record["averaged"]["share"] == 0.25 and record["averaged"]["with"]["steps"] == 7
+    again = [str(tmp_path / name) for name in ("1.0", "0.25")]
+    assert main(["average", *again, "--share", "0.5", "--out", str(tmp_path / "again")]) == 0
+    twice = json.loads((tmp_path / "again" / "training.json").read_text())["face-fusion"]["averaged"]
+    assert (
+        twice["share"] == 0.5 and twice["before"] == record["averaged"] and twice["with"]["averaged"]["share"] == 1.0
+    )
 
 
 def test_what_cannot_be_averaged_is_refused_and_nothing_is_lost(

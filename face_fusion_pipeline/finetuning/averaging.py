@@ -47,11 +47,14 @@ def average_adapters(first: Path, second: Path, share: float, out: Path) -> None
     if record.is_file():
         records = json.loads(record.read_text())
         for training in records.values():
-            training["averaged"] = {"share": share, "with": _described(files[0].with_name(RECORD))}
+            averaged = {"share": share, "with": _described(files[0].with_name(RECORD))}
+            before = {"before": training["averaged"]} if "averaged" in training else {}
+            training["averaged"] = averaged | before
         (out / RECORD).write_text(json.dumps(records, indent=2) + "\n")
 
 
 def _described(record: Path) -> dict[str, object]:
-    """Which training it was, if it is known."""
+    """Which training it was, if it is known, and what its weights were averaged with."""
     records = json.loads(record.read_text()) if record.is_file() else {}
-    return {key: training.get(key) for training in records.values() for key in ("task", "steps", "date")}
+    names = ("task", "steps", "date", "averaged")
+    return {name: training[name] for training in records.values() for name in names if name in training}
