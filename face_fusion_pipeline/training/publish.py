@@ -26,9 +26,9 @@ _STAGES = {
 _SUMMARY = """\
 New pictures of the person in one picture, as a prompt describes them: {megabytes:.1f} MB of float16 weights that draw
 128 × 128 pixels, an ordinary diffusers `StableDiffusionPipeline` (`AutoencoderTiny`, `CLIPTextModel`,
-`UNet2DConditionModel`, `EulerAncestralDiscreteScheduler` with v-prediction) and the two matrices for each
-cross-attention layer that Face Fusion adds. It was trained from nothing and is its own base; `image_encoder/` and
-`clip_score/` are the two towers of its CLIP, for scores."""
+`UNet2DConditionModel`, `DDIMScheduler` with v-prediction) and the two matrices for each cross-attention layer that
+Face Fusion adds. It was trained from nothing and is its own base; `image_encoder/` and `clip_score/` are the two
+towers of its CLIP, for scores."""
 _CONTROLNET = """ `controlnet/` holds a
 depth ControlNet for it, an ordinary diffusers `ControlNetModel`."""
 _LIMITS = """\
