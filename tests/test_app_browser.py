@@ -4,7 +4,6 @@ $FACE_FUSION_CHROMIUM names another browser. With $FACE_FUSION_SCREENSHOTS=FOLDE
 """
 
 import argparse
-import contextlib
 import io
 import json
 import os
@@ -441,11 +440,7 @@ def test_cancel_keeps_what_there_is(open_page: Any, pipe: SpiedPipeline) -> None
     expect(page.locator("#generate")).to_be_enabled()
     assert len(pipe.calls) == 1
     set_steps(page, 2)
-    for _ in range(5):  # Gradio's page now and then loses a click that comes with the end of a cancelled event
-        page.locator("#generate").click()
-        with contextlib.suppress(AssertionError):
-            expect(page.locator("#status")).not_to_contain_text("Cancelled", timeout=5000)
-            break
+    page.locator("#generate").click()
     assert len(finished(page, 2)) == 2  # the pipeline is free again
     assert len(pipe.calls) == 3 and pipe.steps < 150  # it stopped in the middle of the first picture
 

@@ -115,7 +115,8 @@ class Handlers:
             return {**cleared, w.run_id: "", **self.show_error(error)}
         run = session.new_run()
         empty = {w.results: None, w.sheet: None, w.metadata: None, w.downloads: gr.Column(visible=False)}
-        return {**cleared, **empty, **self._waiting(), w.run_id: run.id}
+        status = {w.status: "<p role='status'>Waiting …</p>", w.run_id: run.id}
+        return {**cleared, **empty, **self._buttons(running=True), **status}
 
     def run(self, values: Updates, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Iterator[Updates]:  # noqa: B008  Gradio finds it by its default
         """Generate the pictures of the run that `start` began; none if another took its place meanwhile."""
@@ -123,8 +124,7 @@ class Handlers:
         session, run = self.sessions.get(request.session_hash), self._run_of(values, request)
         if session is None or run is None or not run.begin():
             return
-        yield self._waiting()  # over what `failed` may have said of the run before
-        words, problem = "Done.", {self.widgets.messages["result"]: message("")}
+        words, problem = "Done.", {}
         try:
             yield from self._pictures(values, session, run, progress)
         except CancelledError:
@@ -157,22 +157,21 @@ class Handlers:
     def failed(self, values: Updates, request: gr.Request) -> Updates:
         """Gradio refused a value before `run` saw it: the form can be used again.
 
-        Gradio calls this after Cancel, too, and then perhaps when the next run waits for its turn already. So that
-        run is not stopped: if it comes, it shows that it is there.
+        Gradio calls this after Cancel, too, and then perhaps in the name of the next run.
         """
-        run = self._run_of(values, request)
-        if run is None or run.cancelled.is_set() or run.begun:
+        session, w = self.sessions.get(request.session_hash), self.widgets
+        run = session.failed_run(values[w.run_id]) if session is not None else None
+        if run is None or run.begun:
             return gr.skip()
-        w = self.widgets
+        run.cancelled.set()
         return {**self._buttons(running=False), w.status: "", w.messages["result"]: message(REFUSED)}
 
     def cancel(self, request: gr.Request) -> Updates:
         """Stop at the next step; the pictures so far stay."""
         session = self.sessions.get(request.session_hash)
-        if session is None or session.run is None:
+        run = session.cancel() if session is not None else None
+        if run is None:
             return self._buttons(running=False)
-        run = session.run
-        run.cancelled.set()
         try:
             shown = self.finish(run, f"Cancelled; {len(run.results)} finished.")
         except CancelledError:  # the next run has begun
@@ -218,11 +217,6 @@ class Handlers:
     def _buttons(self, running: bool) -> Updates:
         w = self.widgets
         return {w.generate: gr.Button(interactive=not running), w.cancel: gr.Button(visible=running)}
-
-    def _waiting(self) -> Updates:
-        w = self.widgets
-        said = {w.status: "<p role='status'>Waiting …</p>", w.messages["result"]: message("")}
-        return {**self._buttons(running=True), **said}
 
     # --- Places ----------------------------------------------------------------------------------------------------
 

@@ -86,12 +86,14 @@ class Session:
         identities: person's number -> identity loaded from a file.
         layout: picture behind the boxes, RGB, or None.
         run: the last one, or None.
+        failure_due: Gradio is still to say that a run failed which was cancelled.
     """
 
     folder: Folder
     identities: dict[int, Any] = field(default_factory=dict)
     layout: Any = None
     run: Run | None = None
+    failure_due: bool = False
 
     def new_run(self) -> Run:
         """Stop the run before, and begin one with an empty folder; files of the one before that stay until then."""
@@ -99,6 +101,21 @@ class Session:
             self.run.discard()
         self.run = Run(Folder(self.folder.path, "run_"))
         return self.run
+
+    def cancel(self) -> Run | None:
+        """Stop the run that there is, at its next step; what it has made stays."""
+        if self.run is not None:
+            self.run.cancelled.set()
+            self.failure_due = True
+        return self.run
+
+    def failed_run(self, name: str) -> Run | None:
+        """The run that Gradio says failed as `name`; None if it means one that was cancelled.
+
+        Of that one it says so once, by the id that the page has at that time, which may be that of the next.
+        """
+        due, self.failure_due = self.failure_due, False
+        return None if due or self.run is None or self.run.id != name else self.run
 
     def close(self) -> None:
         """Stop what is running, and remove all files."""
