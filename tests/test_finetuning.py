@@ -1,6 +1,5 @@
 """`face-fusion train`: pairs and losses; and neither processes nor a kill nor a full disk change what is learned."""
 
-import dataclasses
 import functools
 import importlib.util
 import json
@@ -24,14 +23,12 @@ from face_fusion_pipeline.avatars.dataset import plan
 from face_fusion_pipeline.avatars.render import render
 from face_fusion_pipeline.cli import build_parser, main
 from face_fusion_pipeline.face_adapter import save_adapter
-from face_fusion_pipeline.face_detectors import Face
 from face_fusion_pipeline.face_images import crop_face
 from face_fusion_pipeline.face_layout import box_masks, pool, visible_people
 from face_fusion_pipeline.finetuning import latent_cache, objective, rendered
 from face_fusion_pipeline.finetuning import task as task_module
 from face_fusion_pipeline.finetuning.base_model import base_of, load_base
 from face_fusion_pipeline.finetuning.latent_cache import Shards, cache_folders, encode, is_encoded, shard_path
-from face_fusion_pipeline.finetuning.own_pictures import face_landmarks, own_states, own_timesteps
 from face_fusion_pipeline.finetuning.pairs import Pairs, split_people
 from face_fusion_pipeline.finetuning.preparation import PrepareOptions, prepare, read_rows
 from face_fusion_pipeline.finetuning.rendered import detected, paired, prepare_rendered
@@ -508,93 +505,14 @@ def test_identity_loss_pulls_the_prediction_to_the_person(data: Path, base: Any)
     batch["has_face"][2] = False
     assert loss.item() > 0 == clearer(batch)[1]["identity_loss"].item(), "who is shown is settled in the first two"
     batch["has_face"][:] = True
+    places: list[torch.Tensor] = []
+    colours = task.recogniser
+    turning = task_of(data, base, lambda images, points: places.append(points) or colours(images, points))  # type: ignore[misc]
+    turning.options = FaceFusionOptions(identity_loss_weight=1.0, identity_loss_until=0.5, identity_loss_jitter=1.0)
+    turning.identity_loss(batch, batch["latents"], batch["latents"])
+    assert torch.equal(*places) and not torch.allclose(places[0], batch["landmarks5"], atol=0.1), "both look alike"
     batch["timesteps"][:] = 0  # nearly no noise: the prediction is the picture
     assert task(batch)[1]["identity_loss"].item() < extra["identity_loss"].item()
-
-
-def test_own_pictures_are_those_of_a_plain_ddim_loop(data: Path, base: Any) -> None:
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler.from_config(
-        base.pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
-    )
-    scheduler.set_timesteps(4)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, *part_of(task_of(data, base), [0])["latents"].shape[1:], generator=generator)
-    states = {key: torch.randn(2, 7, base.unet.config.cross_attention_dim, generator=generator) for key in "cu"}
-
-    def predict(noisy: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(base.unet(noisy, timesteps, encoder_hidden_states=states[key]).sample for key in "cu")  # type: ignore[return-value]
-
-    found, end = own_states(predict, noise, scheduler.timesteps, base.schedule, 3.0)
-    expected = noise
-    for number, timestep in enumerate(scheduler.timesteps):
-        torch.testing.assert_close(found[number].noisy, expected, rtol=1e-3, atol=1e-4)
-        with torch.no_grad():
-            conditional, unconditional = predict(expected, timestep.expand(2))
-        torch.testing.assert_close(found[number].unconditional, unconditional, rtol=1e-3, atol=1e-4)
-        step = scheduler.step(unconditional + 3.0 * (conditional - unconditional), timestep, expected)
-        expected = step.prev_sample
-    torch.testing.assert_close(end, step.pred_original_sample, rtol=1e-3, atol=1e-4)
-    times = [own_timesteps(1000, 8, 0.3, torch.Generator().manual_seed(seed)) for seed in range(50)]
-    assert all(len(t) == 6 and t[0] == 999 and (t.diff() < 0).all() and t[-1] >= 300 for t in times)
-    assert len({int(t[1]) for t in times}) > 20
-
-
-class FakeDetector:
-    """Finds every face that it is given, in the pixels of the view."""
-
-    name, sizes = "fake", (320,)
-
-    def __init__(self, *faces: Face) -> None:
-        self.faces = list(faces)
-
-    def detect(self, image: Image.Image) -> list[Face]:
-        return [face.moved(image.width / SIDE) for face in self.faces]
-
-
-def face_at(x: float, y: float, size: float = 6.0) -> Face:
-    points = np.array([[-2, -2], [2, -2], [0, 0], [-1, 2], [1, 2]]) + [x, y]
-    return Face((x - size / 2, y - size / 2, x + size / 2, y + size / 2), 0.9, points.astype(np.float64))
-
-
-def test_the_face_in_an_own_picture_is_the_one_at_the_place() -> None:
-    pictures, nobody = torch.rand(3, 3, SIDE, SIDE), [[torch.nan] * 4]
-    boxes = torch.tensor([[1.0, 5.0, 7.0, 11.0]]).repeat(3, 1)
-    others = torch.tensor([nobody, [[9.0, 5.0, 15.0, 11.0]], nobody])
-    landmarks, found = face_landmarks(pictures, boxes, others, FakeDetector(face_at(12, 8), face_at(5, 8)))
-    assert found.all() and torch.allclose(landmarks[1], torch.from_numpy(face_at(5, 8).landmarks5).float())
-    landmarks, found = face_landmarks(pictures, boxes, others, FakeDetector(face_at(12, 8)))
-    assert found.tolist() == [True, False, True], "alone it is whoever is there, among others it is somebody else"
-    assert not face_landmarks(pictures, boxes, others, FakeDetector())[1].any()
-
-
-def test_identity_loss_of_own_pictures(data: Path, base: Any) -> None:
-    class Colours(torch.nn.Module):
-        def forward(self, images: torch.Tensor, landmarks5: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1) - 0.5
-
-    task = task_of(data, base, Colours(), identity_loss_weight=1.0, identity_loss_on="own", identity_loss_until=0.95)
-    task.options = dataclasses.replace(task.options, own_steps=4, own_guidance=2.0)
-    batch = part_of(task, [0, 1, 2, 3])
-    batch["has_face"][:] = True
-    task.detector = FakeDetector()
-    assert task(batch)[1]["identity_loss"].item() == 0, "no face, no loss"
-    task.detector = FakeDetector(face_at(8, 8))
-    loss, extra = task(batch)
-    assert 0 < extra["identity_loss"].item() < 2 and loss > extra["identity_loss"]
-    extra["identity_loss"].backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in task.adapter.parameters())
-    parts = [part_of(task, rows) for rows in ([0, 2], [1, 3])]
-    for part in parts:
-        part["has_face"][:] = True
-    halves = [task(part)[1]["identity_loss"].item() for part in parts]
-    assert sum(halves) / 2 == pytest.approx(extra["identity_loss"].item(), rel=1e-4)
-    rate, parameters = 0.05, list(task.adapter.parameters())
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter -= rate * parameter.grad
-    assert task(batch)[1]["identity_loss"].item() < extra["identity_loss"].item(), "the gradient leads to the person"
 
 
 def test_a_face_among_others_is_seen_in_its_place_as_in_a_call() -> None:

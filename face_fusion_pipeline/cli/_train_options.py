@@ -80,20 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--identity-loss-from", type=float, default=0.0, help="share of the timesteps that are too clear to have it"
     )
     what.add_argument(
-        "--identity-loss-until", type=float, default=0.25, help="share of the timesteps above all that do"
+        "--identity-loss-until", type=float, default=0.25, help="share of the timesteps up to which they have it"
     )
     what.add_argument(
         "--identity-loss-jitter", type=float, default=0.0, help="0 to 1: look at faces a little differently each time"
     )
-
-    what.add_argument(
-        "--identity-loss-on",
-        choices=("noised", "own"),
-        default="noised",
-        help="noised: a step from noised photos; own: from the states of pictures that the model itself makes",
-    )
-    what.add_argument("--own-steps", type=int, default=8, help="denoising steps of an own picture")
-    what.add_argument("--own-guidance", type=float, default=5.0, help="guidance scale of own pictures")
 
     look = parser.add_argument_group("checkpoints, validation, publishing")
     look.add_argument("--checkpointing-steps", type=int, default=500)
@@ -127,13 +118,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
     check_selection(args)
     speed = ("train_batch_size", "gradient_accumulation_steps", "log_every")
-    whole = (*speed, "own_steps", "checkpointing_steps", "validation_steps", "validation_inference_steps")
+    whole = (*speed, "checkpointing_steps", "validation_steps", "validation_inference_steps")
     optional = ("max_train_steps", "num_train_epochs", "max_train_minutes", "checkpoints_total_limit", "snr_gamma")
     for name in (*whole, *optional):
         value = getattr(args, name)
         if value is not None and not (value >= 1 if name in whole or isinstance(value, int) else value > 0):
             raise FaceFusionError(f"--{name.replace('_', '-')} must be positive, got {value}")
-    for name in ("learning_rate", "face_loss_weight", "timestep_power", "max_grad_norm", "own_guidance"):
+    for name in ("learning_rate", "face_loss_weight", "timestep_power", "max_grad_norm"):
         if not getattr(args, name) > 0:
             raise FaceFusionError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     losses = ("identity_loss_from", "identity_loss_until", "identity_loss_jitter")

@@ -142,9 +142,6 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
         identity_loss_from=args.identity_loss_from,
         identity_loss_until=args.identity_loss_until,
         identity_loss_jitter=args.identity_loss_jitter,
-        identity_loss_on=args.identity_loss_on,
-        own_steps=args.own_steps,
-        own_guidance=args.own_guidance,
         keep_references=args.keep_references,
         gradient_checkpointing=args.gradient_checkpointing,
     )

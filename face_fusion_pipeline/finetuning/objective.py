@@ -63,11 +63,6 @@ class NoiseSchedule:
             return signal * noisy - strength * predicted
         return (noisy - strength * predicted) / signal if self.prediction == "epsilon" else predicted
 
-    def noise(self, noisy: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise ε in z at `timesteps` (B,) if the latents are x; wherever there is noise."""
-        signal, strength = self._levels(timesteps)
-        return (noisy - signal * latents) / strength
-
     def weight(self, timesteps: Tensor, snr_gamma: float | None, keep_noisy: bool = False) -> Tensor:
         """min-SNR weights (B,) of the squared error of each prediction; ones without `snr_gamma`.
 
@@ -134,9 +129,11 @@ def weighted_error(predicted: Tensor, target: Tensor, faces: Tensor, face_weight
     return (mask * (predicted.float() - target.float()).square()).mean(dim=(1, 2, 3))
 
 
-def unlikeness(recogniser: Recogniser, pictures: Tensor, landmarks5: Tensor, embeddings: Tensor) -> Tensor:
-    """1 − cosine (B,) between the embeddings of `pictures` (B, 3, H, W), about [0, 1], and `embeddings` (B, D)."""
-    return 1 - F.cosine_similarity(recogniser(pictures, landmarks5).float(), embeddings.float(), dim=-1)
+def unlikeness(recogniser: Recogniser, pictures: Tensor, truth: Tensor, landmarks5: Tensor) -> Tensor:
+    """1 − cosine (B,) between the embeddings of `pictures` and of `truth`, both (B, 3, H, W) about [0, 1]."""
+    with torch.no_grad():
+        goal = recogniser(truth.clamp(0, 1), landmarks5)
+    return 1 - F.cosine_similarity(recogniser(pictures, landmarks5).float(), goal.float(), dim=-1)
 
 
 def jittered(landmarks5: Tensor, draws: Tensor, strength: float) -> Tensor:

@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 
 from ..face_adapter import ADAPTER_WEIGHTS_NAME, FaceFusionAdapter, face_fused_unet, save_adapter
-from ..face_detectors import FaceDetector, load_detector
 from ..face_identity import capture_hidden_states, noise_latents
 from ..face_layout import layer_sizes
 from ..training.loop import Batch, Part, Task, seeded
 from ..training.unet import plain_attention_on_cpu
 from .base_model import BaseModel
 from .objective import Recogniser, face_mask, face_places, jittered, spread_timesteps, unlikeness, weighted_error
-from .own_pictures import face_landmarks, guided, own_states, own_timesteps
 from .pairs import Pairs
 from .recomputation import enable_recomputation
 from .samples import Samples
@@ -47,8 +45,6 @@ class FaceFusionOptions:
         identity_loss_from, identity_loss_until: it is taken between these shares of all timesteps; below who is shown
             is settled, above one step does not show a face.
         identity_loss_jitter: see `jittered`.
-        identity_loss_on: the pictures that it is taken of: "noised" ones of the data, or the model's "own".
-        own_steps, own_guidance: how the model makes its own, see `own_pictures`.
         keep_references: compute the reference pass once for all references and keep it in memory as float16.
         gradient_checkpointing: less memory, more time.
     """
@@ -64,9 +60,6 @@ class FaceFusionOptions:
     identity_loss_from: float = 0.0
     identity_loss_until: float = 0.25
     identity_loss_jitter: float = 0.0
-    identity_loss_on: str = "noised"
-    own_steps: int = 8
-    own_guidance: float = 5.0
     keep_references: bool = False
     gradient_checkpointing: bool = False
 
@@ -76,7 +69,7 @@ class FaceFusionTask(Task):
 
     Args:
         train, validation: targets with their references; `validation` may be None.
-        recogniser: for the identity loss. detector: for that of own pictures; YuNet, if none is given.
+        recogniser: for the identity loss.
         samples: pictures to generate now and then.
     """
 
@@ -92,7 +85,6 @@ class FaceFusionTask(Task):
         options: FaceFusionOptions | None = None,
         recogniser: Recogniser | None = None,
         samples: Samples | None = None,
-        detector: FaceDetector | None = None,
     ) -> None:
         super().__init__()
         self.options = options or FaceFusionOptions()
@@ -105,9 +97,6 @@ class FaceFusionTask(Task):
         self.vae = base.vae if needs_decoder else None  # what is a part of the task moves to its device
         self.text_encoders = torch.nn.ModuleList(base.text_encoders if samples is not None else [])
         self.recogniser = recogniser
-        self.detector = detector
-        if self.options.identity_loss_on == "own" and self.options.identity_loss_weight and detector is None:
-            self.detector = load_detector("yunet")
         self.kept: dict[str, Tensor] = {}
         self.kept_rows: dict[tuple[int, int], int] = {}
         if self.options.gradient_checkpointing:
@@ -157,9 +146,6 @@ class FaceFusionTask(Task):
             most = math.ceil(part.batch_size * self.options.identity_loss_until ** (1 / power))
             batch["recognised"] = timesteps.argsort()[:most]
             batch["looks"] = torch.rand(part.batch_size, 4, generator=whole)[part.rows]
-            if self.options.identity_loss_on == "own":
-                least = self.options.identity_loss_from
-                batch["own_timesteps"] = own_timesteps(len(self.base.schedule), self.options.own_steps, least, whole)
         for key, empty in self.empty.items():
             batch[key] = torch.where(no_text.view(-1, *[1] * (empty.ndim - 1)), empty, batch[key])
         return {key: self.on_device(value) for key, value in batch.items()}
@@ -226,8 +212,7 @@ class FaceFusionTask(Task):
         loss = (schedule.weight(timesteps, self.options.snr_gamma, self.options.keep_noisy) * error).mean()
         if self.recogniser is None or not self.options.identity_loss_weight or not self.training:
             return loss, {}
-        own = self.options.identity_loss_on == "own"
-        likeness = self.own_identity_loss(batch) if own else self.identity_loss(batch, noisy, predicted)
+        likeness = self.identity_loss(batch, noisy, predicted)
         return loss + self.options.identity_loss_weight * likeness, {"identity_loss": likeness}
 
     def fused(self, batch: Batch) -> AbstractContextManager[None]:
@@ -259,56 +244,11 @@ class FaceFusionTask(Task):
         counts = (shares >= self.options.identity_loss_from) & (shares < self.options.identity_loss_until)
         counts &= batch["has_face"][rows]
         latents = self.base.schedule.one_step(noisy[rows], predicted[rows], batch["timesteps"][rows])
-        landmarks5 = self.jittered(batch["landmarks5"], batch)[rows]
-        true = self.embeddings({key: batch[key][rows] for key in ("latents", "landmarks5", "looks")})
-        found = unlikeness(self.recogniser, self.base.decode(latents), landmarks5, true)
-        return (found * counts).sum() / len(noisy)
-
-    def own_identity_loss(self, batch: Batch) -> Tensor:
-        """Mean unlikeness of the model's own pictures, seen from each state on the way to them that has the loss.
-
-        0 for those in which no face is found.
-        """
-        assert self.recogniser is not None and self.detector is not None
-        schedule, noise, guidance = self.base.schedule, batch["noise"], self.options.own_guidance
-        arguments = self.base.unet_arguments({key: batch[key] for key in self.empty}, self.side(noise))
-        nothing = {
-            key: self.on_device(state).expand(len(noise), *state.shape[1:]) for key, state in self.empty.items()
-        }
-        without = self.base.unet_arguments(nothing, self.side(noise))
-
-        def conditional(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            with self.fused(batch), plain_attention_on_cpu(noisy):
-                return self.unet(noisy.to(self.base.dtype), timesteps, **arguments).sample.float()
-
-        def both(noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-            with plain_attention_on_cpu(noisy):
-                plain = self.unet(noisy.to(self.base.dtype), timesteps, **without).sample.float()
-            return conditional(noisy, timesteps), plain
-
-        states, end = own_states(both, noise, batch["own_timesteps"], schedule, guidance)
         with torch.no_grad():
-            pictures, true = self.base.decode(end), self.embeddings(batch)
-        landmarks5, found = face_landmarks(pictures, batch["boxes"], batch["others"], self.detector)
-        landmarks5, counts = self.jittered(landmarks5, batch), found & batch["has_face"]
-        until = self.options.identity_loss_until * len(schedule)
-        total, taken = noise.new_zeros(()), [state for state in states if state.timesteps[0] < until]
-        for noisy, unconditional, timesteps in taken:
-            predicted = guided(conditional(noisy, timesteps), unconditional, guidance)
-            latents = schedule.one_step(noisy, predicted, timesteps)
-            away = unlikeness(self.recogniser, self.base.decode(latents), landmarks5, true)
-            total = total + torch.where(counts, away, 0).sum()
-        return total / (len(noise) * max(len(taken), 1))
-
-    @torch.no_grad()
-    def embeddings(self, batch: Batch) -> Tensor:
-        """What the recogniser makes of the true pictures of a batch."""
-        assert self.recogniser is not None
-        truth = self.base.decode(batch["latents"]).clamp(0, 1)
-        return self.recogniser(truth, self.jittered(batch["landmarks5"], batch))
-
-    def jittered(self, landmarks5: Tensor, batch: Batch) -> Tensor:
-        return jittered(landmarks5, batch["looks"], self.options.identity_loss_jitter)
+            truth = self.base.decode(batch["latents"][rows])
+        landmarks5 = jittered(batch["landmarks5"][rows], batch["looks"][rows], self.options.identity_loss_jitter)
+        found = unlikeness(self.recogniser, self.base.decode(latents), truth, landmarks5)
+        return (found * counts).sum() / len(noisy)
 
     # --- Validation and result -----------------------------------------------------------------------------------
 
