@@ -328,6 +328,17 @@ def test_encoders_of_tokens_are_trained_by_the_same_loop(name: str, base: Any, d
     assert conditioning is not None and record["steps"] == 1
 
 
+def test_an_identity_loss_is_part_of_the_budget(base: Any, data: Path, tmp_path: Path) -> None:
+    weights = {}
+    for weight in (0.0, 1.0):
+        budget = Budget(steps=2, batch_size=4, identity_loss_weight=weight)
+        folder = tmp_path / str(weight)
+        found, _ = Trainer(base, data, folder, budget).trained(VARIANTS[METHOD], 0)
+        assert found is not None
+        weights[weight] = torch.cat([value.flatten() for value in found.adapter.parameters()])
+    assert not torch.equal(weights[0.0], weights[1.0])
+
+
 # --- Judges and people -------------------------------------------------------------------------------------------
 
 
@@ -488,6 +499,8 @@ def test_a_question_is_answered_once(
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} and len(before) == 10
     assert main([*words, "--prompts", "2"]) == 2
     assert "holds runs with another sampling" in capsys.readouterr().err
+    assert main([*words, "--rate", f"{METHOD}=1e-2"]) == 2
+    assert "learning rate 0.0015, not 0.01" in capsys.readouterr().err
 
 
 def test_several_people_are_placed(model: Path, data: Path, tmp_path: Path) -> None:
@@ -510,6 +523,9 @@ def test_bad_input_of_the_command(model: Path, data: Path, tmp_path: Path, capsy
         "--seeds must be different": command(model, data, tmp_path, "pairs", "--seeds", "1", "1"),
         "--rate 'colour=1': write": command(model, data, tmp_path, "pairs", "--rate", "colour=1"),
         "--rate 'ip-adapter=x': write": command(model, data, tmp_path, "pairs", "--rate", "ip-adapter=x"),
+        "--identity-loss-weight must be 0 or more": command(
+            model, data, tmp_path, "pairs", "--identity-loss-weight", "-1"
+        ),
         "--scales must be above 0": command(model, data, tmp_path, "scale", "--scales", "0"),
         "cannot judge pictures": command(model, data, tmp_path, "encoders"),
     }

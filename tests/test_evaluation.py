@@ -404,11 +404,11 @@ def test_depth_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrain
     pipe.set_face_fusion_adapter(_adapter(pipe))
     pipe.register_modules(controlnet=tiny_controlnet(pipe.unet))
     trials = plan_trials(3, 1, style="photo")
-    settings = Settings(model="tiny", controlnet="tiny", steps=1)
+    settings = Settings(model="tiny", controlnet="tiny", steps=2)  # of which half is one
     result = compare_depth(pipe, trials, untrained, settings, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 3 * 8 and "| face, depth |" in (tmp_path / "depth.md").read_text()
-    assert len({path.read_bytes() for path in (tmp_path / "images").glob(f"{trials[0].key}_*")}) == 6
+    assert len(rows) == 3 * 10 and "| face, depth |" in (tmp_path / "depth.md").read_text()
+    assert len({path.read_bytes() for path in (tmp_path / "images").glob(f"{trials[0].key}_*")}) == 8
     # The landmark error is a mean of distances over that of the eyes, in the scene with the next person in it.
     truth = render([depth_table.posing_scene(trials[0])])
     found = untrained.locate(truth.images)[0]
@@ -416,6 +416,11 @@ def test_depth_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrain
     by_hand /= np.linalg.norm(truth.landmarks5[0][0][0] - truth.landmarks5[0][0][1])
     posed = next(row for row in rows if row["method"] == POSED and row["trial"] == trials[0].key)
     assert posed["landmark_error"] == pytest.approx(by_hand, rel=1e-4)
+    own_map = depth_cells(from_pil(control_depth(trials[0].scene))[None, :1])
+    own = next(method for method in depth_table.METHODS if method.poser == depth_table.ONESELF)
+    seen = untrained.nearness(read_image(image_path(tmp_path, trials[0], depth_table.slug(own)), 128)[None])
+    row = next(row for row in rows if row["method"] == own.name and row["trial"] == trials[0].key)
+    assert row["depth_error"] == pytest.approx(float((seen - own_map).abs().mean()), rel=1e-4)
     assert result["methods"][STRANGER]["similarity"]["count"] == 3
 
 

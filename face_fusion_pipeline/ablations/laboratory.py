@@ -113,7 +113,10 @@ class Laboratory:
                 pictures = make_pictures(self.trainer.base, conditioning, trials, condition, self.sampling, folder)
                 if not path.is_file():
                     write_run(path, Run(name, seed, condition, scorer.files(trials, pictures), training))
-        yield from (read_run(path) for path in paths)
+        for run in map(read_run, paths):
+            if run.training:
+                self.trainer.check_rate(VARIANTS[name], seed, run.training)
+            yield run
 
     def _bounds(self, question: Question, scorer: Scorer) -> Iterator[Run]:
         for condition in {Condition(people=c.people): None for c in question.conditions}:

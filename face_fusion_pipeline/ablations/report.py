@@ -101,8 +101,10 @@ def axis_value(question: Question, cell: Cell) -> str:
 def foot(settings: dict[str, Any], judge: str, seeds: tuple[int, ...]) -> str:
     """The circumstances, for the line under a table."""
     budget, sampling, now = settings["budget"], settings["sampling"], circumstances()
+    weight = budget["identity_loss_weight"]
+    identity_loss = f" with an identity loss of weight {weight:g}" if weight else ""
     return (
-        f"{budget['steps']} steps of {budget['batch_size']} pairs for every trained variant, seeds "
+        f"{budget['steps']} steps of {budget['batch_size']} pairs for every trained variant{identity_loss}, seeds "
         f"{', '.join(map(str, seeds))}; {sampling['identities']} people that no training saw, "
         f"{sampling['prompts']} prompts each, {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}; "
         f"likeness by {judge}; model {settings['model']}; {now['machine']}, {now['date']}. Brackets: 95 % bootstrap "

@@ -18,6 +18,7 @@ from ..face_adapter import save_tensors
 from ..face_errors import FaceFusionError
 from ..finetuning.base_model import BaseModel
 from ..finetuning.latent_cache import Cache, encode
+from ..finetuning.objective import Recogniser, load_recogniser
 from ..finetuning.pairs import Pairs, split_people
 from ..finetuning.preparation import read_rows
 from ..finetuning.task import FaceFusionOptions, FaceFusionTask
@@ -28,17 +29,26 @@ from .variants import Variant
 
 WEIGHTS_NAME = "weights.safetensors"
 # As the embedded weights were trained.
-LOSS = FaceFusionOptions(timestep_power=0.7, snr_gamma=5.0, keep_noisy=True, face_loss_weight=4.0)
+LOSS = FaceFusionOptions(
+    timestep_power=0.7, snr_gamma=5.0, keep_noisy=True, face_loss_weight=4.0, identity_loss_until=0.95
+)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every variant gets; `rates` are the learning rates of those variants that need another."""
+    """What every variant gets; `rates` are the learning rates of those variants that need another.
+
+    Args:
+        identity_loss_weight: above 0 the recogniser of trainings (not one that measures) says at all but the
+            noisiest steps whether it is the person, as in the training of the embedded weights. Likeness then shows
+            after a hundred steps already.
+    """
 
     steps: int
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     precision: str = "no"
+    identity_loss_weight: float = 0.0
     rates: Mapping[str, float] = field(default_factory=dict)
 
     def rate(self, variant: Variant) -> float:
@@ -69,8 +79,9 @@ class VariantTask(FaceFusionTask):
         train: Pairs,
         validation: Pairs | None = None,
         options: FaceFusionOptions | None = None,
+        recogniser: Recogniser | None = None,
     ) -> None:
-        super().__init__(base, conditioning.adapter, train, validation, options)  # type: ignore[arg-type]
+        super().__init__(base, conditioning.adapter, train, validation, options, recogniser)  # type: ignore[arg-type]
         self.conditioning = conditioning
 
     def reference_inputs(self, pairs: Pairs, references: list[tuple[int, int]]) -> Tensor:
@@ -124,18 +135,26 @@ class Trainer:
         if not (folder / "training.json").is_file():  # written last
             self._train(conditioning, variant, seed, folder)
         record = json.loads((folder / "training.json").read_text())[VariantTask.name]
-        if record["options"]["lr"] != self.budget.rate(variant):
-            raise FaceFusionError(
-                f"{folder} was trained with learning rate {record['options']['lr']:g}, not "
-                f"{self.budget.rate(variant):g}: move it away, or choose another --out"
-            )
+        self.check_rate(variant, seed, record)
         conditioning.adapter.load_state_dict(load_file(folder / WEIGHTS_NAME))
         conditioning.adapter.to(self.base.unet.device).eval().requires_grad_(False)
         return conditioning, record
+
+    def check_rate(self, variant: Variant, seed: int, record: Mapping[str, Any]) -> None:
+        """Raises [`FaceFusionError`] for the record of a training with another learning rate."""
+        rate, asked = record["options"]["lr"], self.budget.rate(variant)
+        if rate != asked:
+            raise FaceFusionError(
+                f"{self.out / variant.name / f'seed-{seed}'} was trained with learning rate {rate:g}, not {asked:g}: "
+                "move it away, or choose another --out"
+            )
 
     def _train(self, conditioning: Conditioning, variant: Variant, seed: int, folder: Path) -> None:
         people, aside = split_people(read_rows(self.data), None, seed=0)
         pairs = Pairs(self.data, self.cache, people, same_photo=variant.same_photo)
         held_out = Pairs(self.data, self.cache, aside) if aside else None
-        options = replace(LOSS, keep_references=self.keep_references)
-        train(VariantTask(self.base, conditioning, pairs, held_out, options), self.budget.loop(variant, seed), folder)
+        weight = self.budget.identity_loss_weight
+        options = replace(LOSS, keep_references=self.keep_references, identity_loss_weight=weight)
+        recogniser = load_recogniser("avatars") if weight else None
+        task = VariantTask(self.base, conditioning, pairs, held_out, options, recogniser)
+        train(task, self.budget.loop(variant, seed), folder)

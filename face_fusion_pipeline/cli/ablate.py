@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument(
         "--rate", action="append", default=[], metavar="VARIANT=RATE", help="another learning rate for one variant"
     )
+    budget.add_argument(
+        "--identity-loss-weight",
+        type=float,
+        default=0.0,
+        help="of the likeness that the recogniser of trainings sees, which is not one that measures (default: 0)",
+    )
     budget.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
     budget.add_argument(
         "--keep-references", action="store_true", help="hold what the encoder makes of all references in memory"
@@ -79,7 +85,14 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     base = load_base(args.model or embedded_model())
     base.pipeline.to(process_group().device)  # where the trainings will be
-    budget = Budget(args.steps, args.batch_size, args.learning_rate, args.mixed_precision, rates(args.rate))
+    budget = Budget(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        precision=args.mixed_precision,
+        identity_loss_weight=args.identity_loss_weight,
+        rates=rates(args.rate),
+    )
     sampling = Sampling(args.identities, args.prompts, args.inference_steps, args.guidance_scale, args.batch)
     trainer = Trainer(base, args.data, args.out, budget, args.condition_recogniser, args.keep_references)
     laboratory = Laboratory(trainer, sampling, tuple(args.seeds), args.judge_recogniser)
@@ -141,6 +154,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise FaceFusionError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if not args.learning_rate > 0:
         raise FaceFusionError(f"--learning-rate must be positive, got {args.learning_rate}")
+    if not args.identity_loss_weight >= 0:
+        raise FaceFusionError(f"--identity-loss-weight must be 0 or more, got {args.identity_loss_weight}")
     rates(args.rate)
     if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0:
         raise FaceFusionError(f"--seeds must be different numbers from 0 on, got {args.seeds}")

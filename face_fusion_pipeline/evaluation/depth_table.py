@@ -1,7 +1,8 @@
 """Faces under a depth ControlNet: does the picture follow the depth map, and is it still the person?
 
 The depth map is that of the prompt's scene with *somebody else* in it, as when a user takes the pose from another
-picture: so it asks for another head, and what it costs in likeness shows.
+picture: so it asks for another head, and what it costs in likeness shows. One row has the person in the map instead,
+which tells the ControlNet's part of that cost from the part of the other head.
 """
 
 from __future__ import annotations
@@ -29,16 +30,25 @@ from .trials import Trial, portraits, true_renders, with_others
 
 POSED, STRANGER = "render that the depth is of", "render of another scene"
 POSER = 1  # the depth map shows the next person
+ONESELF = 0
 SHEET_ROWS = 6
 
 
 @dataclass(frozen=True)
 class Method:
-    """With the face or without, and how strong the ControlNet is inside the face box; None is no ControlNet."""
+    """With the face or without, and what the ControlNet does.
+
+    Args:
+        inside: how strong it is inside the face box; None is no ControlNet.
+        until: share of the steps after which it is off.
+        poser: who is in the depth map.
+    """
 
     name: str
     face: bool
     inside: float | None
+    until: float = 1.0
+    poser: int = POSER
 
 
 METHODS = (
@@ -47,7 +57,9 @@ METHODS = (
     Method("face", True, None),
     Method("face, depth", True, 1.0),
     Method("face, depth, half inside", True, 0.5),
+    Method("face, depth, half inside, half the steps", True, 0.5, until=0.5),
     Method("face, depth, none inside", True, 0.0),
+    Method("face, depth of the person", True, 1.0, poser=ONESELF),
 )
 
 
@@ -83,9 +95,9 @@ def slug(method: Method) -> str:
     return method.name.replace(", ", "-").replace(" ", "-")
 
 
-def posing_scene(trial: Trial) -> Scene:
-    """The trial's scene with somebody else in it."""
-    return with_others(trial.scene, POSER)
+def posing_scene(trial: Trial, poser: int = POSER) -> Scene:
+    """The trial's scene with somebody else in it, or with the person."""
+    return with_others(trial.scene, poser)
 
 
 def control_depth(scene: Scene) -> Image.Image:
@@ -110,11 +122,12 @@ def as_markdown(result: dict[str, Any]) -> str:
         markdown_table(["", "depth error ↓", "landmark error ↓", "own person ↑"], rows)
         + f"\n{result['images_per_method']} pictures a method, people that no training saw, {s['steps']} steps, "
         f"guidance {s['guidance_scale']}, face scale {s['face_scale']}, seed {s['seed']}; {result['machine']}, "
-        f"{result['date']}.\nInside: `control_face_scale`, the ControlNet's strength in the face box. The depth map "
-        "is that of the scene with somebody else in it. Depth error: mean absolute difference between it and the "
-        "depth that a judge sees in the picture, both from 0 to 1. Landmark error: mean distance of five landmarks "
-        "from those of the scene, over the distance of its eyes. Own person: avatar recogniser, cosine to another "
-        "portrait. 95 % bootstrap intervals over people.\n"
+        f"{result['date']}.\nInside: `control_face_scale`, the ControlNet's strength in the face box; half the steps: "
+        "`control_guidance_end=0.5`. The depth map is that of the scene with somebody else in it, in one row with the "
+        "person. Depth error: mean absolute difference between it and the depth that a judge sees in the picture, "
+        "both from 0 to 1. Landmark error: mean distance of five landmarks from those of the scene, over the distance "
+        "of its eyes. Own person: avatar recogniser, cosine to another portrait. 95 % bootstrap intervals over "
+        "people.\n"
     )
 
 
@@ -123,9 +136,13 @@ def _image(pipe: Any, trial: Trial, method: Method, face: Any, settings: Setting
     if method.face:
         arguments = {"face_image": face, "face_scale": settings.face_scale}
     if method.inside is not None:
-        arguments |= {"control_image": control_depth(posing_scene(trial)), "control_kind": "depth"}
-    if method.face and method.inside is not None:  # a box for all of these, so that they differ in `inside` alone
-        box = render([posing_scene(trial)]).boxes[0][0].tolist()
+        arguments |= {
+            "control_image": control_depth(posing_scene(trial, method.poser)),
+            "control_kind": "depth",
+            "control_guidance_end": method.until,
+        }
+    if method.face and method.inside is not None:  # a box for all of these, so that they differ in nothing else
+        box = render([posing_scene(trial, method.poser)]).boxes[0][0].tolist()
         arguments |= {"control_face_scale": method.inside, "face_boxes": [box]}
     return trial_image(pipe, trial, settings, **arguments)
 
@@ -138,19 +155,19 @@ def _score(
     for i, trial in enumerate(tqdm(trials, desc="scores", unit="trial")):
         other = portraits(trial.person, seed=settings.seed).other[None]
         known = judges.embed(other, judges.locate(other))
-        rendered = render([posing_scene(trial)])
-        depth, landmarks = (
-            depth_cells(from_pil(control_depth(posing_scene(trial)))[None, :1]),
-            rendered.landmarks5[0][0],
-        )
-        eyes = float((landmarks[1] - landmarks[0]).norm())
+        names = [*(method.name for method in methods), POSED, STRANGER]
+        posers = [*(method.poser for method in methods), POSER, POSER]
+        asked = {poser: render([posing_scene(trial, poser)]) for poser in set(posers)}
+        maps = {poser: depth_cells(from_pil(depth_image(seen.depth[0]))[None, :1]) for poser, seen in asked.items()}
+        depth = torch.cat([maps[poser] for poser in posers])
+        landmarks = torch.stack([asked[poser].landmarks5[0][0] for poser in posers])
+        eyes = (landmarks[:, 1] - landmarks[:, 0]).norm(dim=-1)
         generated = [read_image(image_path(out, trial, slug(method)), IMAGE_SIZE) for method in methods]
         images = torch.stack([*generated, posed[i], strange[i]])
         found = judges.locate(images)
         depth_errors = (judges.nearness(images) - depth).abs().mean(dim=(1, 2)).tolist()
         landmark_errors = ((found - landmarks).norm(dim=-1).mean(dim=1) / eyes).tolist()
         similarity = cosine_similarity(judges.embed(images, found), np.repeat(known, len(images), 0)).tolist()
-        names = [*(method.name for method in methods), POSED, STRANGER]
         for name, near, place, own in zip(names, depth_errors, landmark_errors, similarity, strict=True):
             row = {"trial": trial.key, "person": trial.person, "method": name}
             rows.append({**row, "depth_error": near, "landmark_error": place, "similarity": own})

@@ -126,9 +126,10 @@ def card(records: dict[str, dict[str, Any]], tables: list[str], size: int, note:
 
 def _row(part: str, record: dict[str, Any]) -> str:
     options = record["options"]
-    threads = f", {record['threads']} threads" if "cores" in record["machine"] else ""
+    threads = record["threads"] * record.get("processes", 1)
+    used = f", {threads} thread{'s' * (threads > 1)}" if "cores" in record["machine"] else ""
     return (
         f"| {part} | {record['trained_parameters']:,} | {record['steps']:,} × {options['batch_size']} "
-        f"| {record['seconds'] / 60:.1f} min{threads} | {record['machine']} "
+        f"| {record['seconds'] / 60:.1f} min{used} | {record['machine']} "
         f"| {options['seed']} | {record['date'][:10]} |"
     )

@@ -1,10 +1,13 @@
 """A face recogniser for the identity loss of a training, in nothing like the one that judges (`evaluation/judges.py`).
 
-Residual blocks with group norm on a crop of the whole head, pooled by attention; the judge is a plain tower with batch
-norm on a smaller crop. What was trained to please one network is so measured by another.
+Two towers look at each picture. One sees the whole head, and has learned from blurred pictures: hair, skin and shape,
+which are there in a noisy step already. The other sees the features twice as large, and has learned from nearly clear
+ones, so it asks for what the first does not miss. Both are residual blocks with group norm, pooled by attention; the
+judge is a plain tower with batch norm on a smaller crop. What was trained to please one network is so measured by
+another.
 
-Loss: each picture must find the other picture of its person among those of everybody in the batch, both ways
-(InfoNCE with the temperature 0.1 of cosines).
+Loss of each tower: a picture must find the other picture of its person among those of everybody in the batch, both
+ways (InfoNCE with the temperature 0.1 of cosines).
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from .loop import Batch, Task, TrainingError
 
 SHIPPED = Path(__file__).parent / "recogniser"
 WEIGHTS_NAME = "recogniser.safetensors"
-CROP, ZOOM = 96, 0.55  # pixels; below 1 hair, ears and chin are in the crop
+CROP = 96  # pixels
+ZOOMS = {"head": 0.55, "features": 1.1}  # of the aligned face: below 1 hair, ears and chin are in the crop
+BLURS = {"head": (2, 4, 8), "features": (2,)}  # pixels, each of them with the probability 0.3
 WIDTHS = (32, 64, 96, 160)
 EMBEDDING = 128
 TEMPERATURE = 0.1
@@ -55,8 +60,8 @@ class _Residual(nn.Module):
         return self.skip(F.avg_pool2d(x, 2)) + self.body(x)
 
 
-class TrainingRecogniser(nn.Module):
-    """Embeddings of avatars: a `finetuning.objective.Recogniser`."""
+class _Tower(nn.Module):
+    """Embedding (B, 128) of aligned crops (B, 3, 96, 96) in [0, 1]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,13 +71,31 @@ class TrainingRecogniser(nn.Module):
         self.attention = nn.Conv2d(WIDTHS[-1], 8, 1)  # eight places that are looked at
         self.head = nn.Linear(8 * WIDTHS[-1], EMBEDDING)
 
-    def forward(self, images: Tensor, landmarks5: Tensor) -> Tensor:
-        """(B, 128) of images (B, 3, H, W) in [0, 1] and landmarks (B, 5, 2) in their pixels."""
-        with torch.autocast(images.device.type, enabled=False):  # in bf16 a place would be half a pixel off
-            faces = align_faces(images.float(), landmarks5.float(), CROP, zoom=ZOOM)
+    def forward(self, faces: Tensor) -> Tensor:
         x = F.silu(self.norm(self.blocks(self.stem(faces - 0.5)))).flatten(2)
         weights = self.attention(x.unflatten(2, (CROP // 16, -1))).flatten(2).softmax(-1)  # (B, 8, cells)
         return self.head((weights @ x.mT).flatten(1))
+
+
+class TrainingRecogniser(nn.Module):
+    """Embeddings of avatars: a `finetuning.objective.Recogniser`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = nn.ModuleDict({name: _Tower() for name in ZOOMS})
+
+    def look(self, name: str, images: Tensor, landmarks5: Tensor) -> Tensor:
+        """What the tower `name` finds, (B, 128) of length 1."""
+        with torch.autocast(images.device.type, enabled=False):  # in bf16 a place would be half a pixel off
+            faces = align_faces(images.float(), landmarks5.float(), CROP, zoom=ZOOMS[name])
+        return F.normalize(self.towers[name](faces).float(), dim=-1)
+
+    def forward(self, images: Tensor, landmarks5: Tensor) -> Tensor:
+        """(B, 256) of images (B, 3, H, W) in [0, 1] and landmarks (B, 5, 2) in their pixels.
+
+        A cosine of two is the mean of those of the towers.
+        """
+        return torch.cat([self.look(name, images, landmarks5) for name in self.towers], -1)
 
 
 def load_recogniser(folder: Path = SHIPPED) -> TrainingRecogniser:
@@ -104,7 +127,7 @@ class RecogniserTask(Task):
         return {"data": self.data.key, "people": self.size}
 
     def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
-        device = self.recogniser.head.weight.device
+        device = next(self.recogniser.parameters()).device
         draws = torch.rand(len(indices), generator=generator, device=generator.device).tolist()
         pairs = [self.pair(self.people[person], draw) for person, draw in zip(indices.tolist(), draws, strict=True)]
         rows = torch.tensor(pairs).T.flatten()  # the first pictures of all, then the second ones
@@ -112,7 +135,7 @@ class RecogniserTask(Task):
         points = self.landmarks[rows].to(device)
         shifts = torch.randn(2, *points.shape, generator=generator, device=generator.device).to(device)
         return {
-            "images": as_generated(images, generator),
+            **{name: as_generated(images, generator, sizes) for name, sizes in BLURS.items()},
             "landmarks5": points + LANDMARK_JITTER * 0.7 * (shifts[0] + shifts[1, :, :1]),
         }
 
@@ -123,25 +146,28 @@ class RecogniserTask(Task):
         return rows[first], rows[(first + 1 + apart) % len(rows)]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        found = self.recogniser(batch["images"], batch["landmarks5"])
-        first, second = F.normalize(found.float()).chunk(2)
-        logits = first @ second.T / TEMPERATURE
-        truth = torch.arange(len(logits), device=logits.device)
-        loss = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
-        return loss, {"found": (logits.argmax(1) == truth).float().mean()}
+        losses, measured = [], {}
+        for name in ZOOMS:
+            first, second = self.recogniser.look(name, batch[name], batch["landmarks5"]).chunk(2)
+            logits = first @ second.T / TEMPERATURE
+            truth = torch.arange(len(logits), device=logits.device)
+            losses.append((F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2)
+            measured[f"found_{name}"] = (logits.argmax(1) == truth).float().mean()
+        return torch.stack(losses).sum(), measured
 
     def sample(self, path: Path) -> dict[str, float]:
         """How well it tells people apart that it has not seen."""
         people = portraits(self.validation)
         rows = torch.tensor([row for members in people.values() for row in members])
         names = np.array([name for name, members in people.items() for _ in members])
-        device = self.recogniser.head.weight.device
+        device = next(self.recogniser.parameters()).device
         points = landmarks5(self.validation)
         found = [
-            F.normalize(self.recogniser((self.validation.images(part, device) + 1) / 2, points[part].to(device)))
+            self.recogniser((self.validation.images(part, device) + 1) / 2, points[part].to(device))
             for part in rows.split(64)
         ]
-        return {"validation_auc": verification_auc(torch.cat(found).float().cpu().numpy(), names)}
+        towers = dict(zip(ZOOMS, torch.cat(found).float().cpu().chunk(len(ZOOMS), 1), strict=True))
+        return {f"validation_auc_{name}": verification_auc(rows.numpy(), names) for name, rows in towers.items()}
 
     def export(self, folder: Path) -> None:
         state = copy.deepcopy(self.recogniser).half().state_dict()
@@ -162,7 +188,7 @@ def landmarks5(images: AvatarImages) -> Tensor:
     return torch.tensor([record["landmarks5"][0] for record in images.records], dtype=torch.float32)
 
 
-def as_generated(images: Tensor, generator: torch.Generator) -> Tensor:
+def as_generated(images: Tensor, generator: torch.Generator, blurs: tuple[int, ...] = BLURS["head"]) -> Tensor:
     """What one step of a diffusion model makes of pictures (B, 3, H, W) in [0, 1]: blur, noise, other brightness.
 
     The two pictures of a person are blurred apart: a sharp one must be found by a blurred one.
@@ -172,7 +198,7 @@ def as_generated(images: Tensor, generator: torch.Generator) -> Tensor:
         return kind(len(images), 1, 1, 1, generator=generator, device=generator.device).to(images)
 
     blurred = images
-    for size in (2, 4, 8):
+    for size in blurs:
         coarse = F.interpolate(F.avg_pool2d(images, size), scale_factor=size, mode="bilinear", align_corners=False)
         blurred = torch.where(draw() < 0.3, coarse, blurred)
     images = images + draw() * (blurred - images)
