@@ -36,7 +36,7 @@ from face_fusion_pipeline.evaluation.metrics import (
 from face_fusion_pipeline.evaluation.model_quality import measure_model, quality_trials, reconstruction_psnr
 from face_fusion_pipeline.evaluation.morph_table import compare_morphs
 from face_fusion_pipeline.evaluation.recognisers import OnnxRecogniser, load_recognisers
-from face_fusion_pipeline.evaluation.recognition import measure_recognition
+from face_fusion_pipeline.evaluation.recognition import coarse, kept, measure_recognition
 from face_fusion_pipeline.evaluation.renders import depth_cells, from_pil, read_image, to_pil, write_image
 from face_fusion_pipeline.evaluation.savings_table import EVERYTHING, SAVINGS, compare_savings, inner_scales
 from face_fusion_pipeline.evaluation.scoring import Panel
@@ -279,6 +279,21 @@ def test_recognisers_of_photographs_tell_avatars_apart(test_data: Path) -> None:
     result = measure_recognition(recognisers[1:], None, identities=12, portraits=3)
     assert result["images"] == 36
     assert min(result["auc"].values()) > 0.85
+    assert 0 < max(result["coarse"].values()) < 0.7, "they go by what is fine"
+
+
+def test_what_is_left_of_likeness_without_what_is_fine() -> None:
+    generator = np.random.default_rng(0)
+    people, who = np.repeat(np.arange(20), 3), generator.normal(size=(20, 64))
+    sharp = np.repeat(who, 3, 0) + 0.3 * generator.normal(size=(60, 64))
+    assert kept(sharp, 5 * sharp, people) == pytest.approx(1), "lengths do not count"
+    strangers = np.repeat(generator.normal(size=(20, 64)), 3, 0)
+    assert abs(kept(sharp, strangers, people)) < 0.1
+    assert 0.5 < kept(sharp, np.repeat(who, 3, 0) + strangers, people) < 0.9
+    images = torch.rand(2, 3, 16, 16)
+    assert coarse(images).shape == images.shape
+    torch.testing.assert_close(coarse(images).mean(), images.mean(), atol=0.02, rtol=0)
+    assert coarse(images).std() < 0.6 * images.std()
 
 
 def test_bad_recogniser_arguments(tmp_path: Path) -> None:

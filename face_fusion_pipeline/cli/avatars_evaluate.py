@@ -305,16 +305,21 @@ def _savings(args: argparse.Namespace) -> tuple[dict, str]:
 
 
 def _recognition(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..evaluation.judges import load_judges
     from ..evaluation.recognisers import load_recognisers
     from ..evaluation.recognition import measure_recognition
     from ..evaluation.reports import markdown_table
 
-    recognisers = load_recognisers(args.recogniser, args.recognisers)
+    recognisers = [*load_recognisers(args.recogniser, args.recognisers), load_judges()]
     result = measure_recognition(
         recognisers, _detector(args), identities=args.identities, portraits=args.portraits, seed=args.seed
     )
     detected = result.get("auc_detected", {})
     rows = [[f"{name}: AUC", auc, detected.get(name)] for name, auc in result["auc"].items()]
+    rows += [
+        [f"{name}: likeness left at a quarter of the resolution", round(k, 3), None]
+        for name, k in result["coarse"].items()
+    ]
     for figure in ("found", "iou_above_half", "mean_iou") if "detector" in result else ():
         rows.append([f"{result['detector']['name']}: {figure.replace('_', ' ')}", None, result["detector"][figure]])
     return result, markdown_table(["figure", "true landmarks", "detected landmarks"], rows)

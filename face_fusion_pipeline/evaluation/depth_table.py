@@ -57,7 +57,7 @@ METHODS = (
     Method("face", True, None),
     Method("face, depth", True, 1.0),
     Method("face, depth, half inside", True, 0.5),
-    Method("face, depth, half inside, half the steps", True, 0.5, until=0.5),
+    Method("face, depth, half of both", True, 0.5, until=0.5),
     Method("face, depth, none inside", True, 0.0),
     Method("face, depth of the person", True, 1.0, poser=ONESELF),
 )
@@ -122,12 +122,12 @@ def as_markdown(result: dict[str, Any]) -> str:
         markdown_table(["", "depth error ↓", "landmark error ↓", "own person ↑"], rows)
         + f"\n{result['images_per_method']} pictures a method, people that no training saw, {s['steps']} steps, "
         f"guidance {s['guidance_scale']}, face scale {s['face_scale']}, seed {s['seed']}; {result['machine']}, "
-        f"{result['date']}.\nInside: `control_face_scale`, the ControlNet's strength in the face box; half the steps: "
-        "`control_guidance_end=0.5`. The depth map is that of the scene with somebody else in it, in one row with the "
-        "person. Depth error: mean absolute difference between it and the depth that a judge sees in the picture, "
-        "both from 0 to 1. Landmark error: mean distance of five landmarks from those of the scene, over the distance "
-        "of its eyes. Own person: avatar recogniser, cosine to another portrait. 95 % bootstrap intervals over "
-        "people.\n"
+        f"{result['date']}.\nInside: `control_face_scale`, the ControlNet's strength in the face box; half of both: "
+        "that and `control_guidance_end=0.5`. The depth map is that of the scene with somebody else in it, in one row "
+        "with the person. Depth error: mean absolute difference between it and the depth that a judge sees in the "
+        "picture, both from 0 to 1. Landmark error: mean distance of five landmarks from those of the scene, over the "
+        "distance of its eyes. Own person: avatar recogniser, cosine to another portrait. 95 % bootstrap intervals "
+        "over people.\n"
     )
 
 

@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from ..avatars import render, sample_scene
 from ..face_detectors import FaceDetector
 from ..face_images import detect_faces
-from .metrics import box_iou, verification_auc
+from .metrics import box_iou, closed_share, verification_auc
 from .recognisers import Recogniser
 from .renders import to_pil
 from .trials import FIRST_TEST_IDENTITY, NEAR_FRONTAL
+
+
+COARSE = 4  # pixels that become one
 
 
 def measure_recognition(
@@ -28,7 +32,9 @@ def measure_recognition(
     """AUC of same against different people, over near-frontal photographs with any expression, light and clothes.
 
     Faces are aligned by the true landmarks ("auc") and by the detector's ("auc_detected", the true ones where it
-    finds none). For the detector: share of faces found, share of those with IoU >= 0.5 against the true box, mean IoU.
+    finds none). "coarse": what is left of likeness when one of two pictures has a quarter of the resolution, as share
+    of the way from different people to the same one; it says how fine the differences are that a recogniser goes by.
+    For the detector: share of faces found, share of those with IoU >= 0.5 against the true box, mean IoU.
     """
     rng = np.random.default_rng(seed)
     people = np.repeat(np.arange(FIRST_TEST_IDENTITY, FIRST_TEST_IDENTITY + identities), portraits)
@@ -41,7 +47,10 @@ def measure_recognition(
     landmarks = torch.stack([points[0].cpu() for part in parts for points in part.landmarks5])
     boxes = np.stack([box[0].cpu().numpy() for part in parts for box in part.boxes])
     result: dict[str, Any] = {"identities": identities, "images": len(images), "seed": seed}
-    result["auc"] = {r.name: verification_auc(r.embed(images, landmarks), people) for r in recognisers}
+    found = {r.name: r.embed(images, landmarks) for r in recognisers}
+    result["auc"] = {name: verification_auc(rows, people) for name, rows in found.items()}
+    blurred = coarse(images)
+    result["coarse"] = {r.name: kept(found[r.name], r.embed(blurred, landmarks), people) for r in recognisers}
     if detector is not None:
         detected, ious = landmarks.clone(), []
         for i, image in enumerate(images):
@@ -60,3 +69,26 @@ def measure_recognition(
         }
         result["auc_detected"] = {r.name: verification_auc(r.embed(images, detected), people) for r in recognisers}
     return result
+
+
+def coarse(images: torch.Tensor) -> torch.Tensor:
+    """Pictures (N, 3, H, W) at a quarter of their resolution, enlarged again."""
+    return F.interpolate(F.avg_pool2d(images, COARSE), scale_factor=COARSE, mode="bilinear", align_corners=False)
+
+
+def kept(sharp: np.ndarray, blurred: np.ndarray, people: np.ndarray) -> float:
+    """How far `blurred` embeddings come from strangers to other sharp pictures of the person; `sharp` ones come to 1.
+
+    Both (N, D), of the same pictures of `people` (N,).
+    """
+    same = people[:, None] == people[None]
+    others, strangers = same & ~np.eye(len(people), dtype=bool), ~same
+
+    def cosines(rows: np.ndarray) -> np.ndarray:
+        return unit(rows) @ unit(sharp).T
+
+    def unit(rows: np.ndarray) -> np.ndarray:
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    clear = cosines(sharp)
+    return closed_share(cosines(blurred)[others].mean(), clear[strangers].mean(), clear[others].mean())
