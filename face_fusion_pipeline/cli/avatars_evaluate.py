@@ -12,6 +12,7 @@ from ..avatar_model import embedded_model
 
 if TYPE_CHECKING:
     from ..evaluation.generation import Settings
+    from ..evaluation.recognisers import Recogniser
     from ..evaluation.scoring import Panel
     from ..face_detectors import FaceDetector
 
@@ -310,7 +311,7 @@ def _recognition(args: argparse.Namespace) -> tuple[dict, str]:
     from ..evaluation.recognition import measure_recognition
     from ..evaluation.reports import markdown_table
 
-    recognisers = [*load_recognisers(args.recogniser, args.recognisers), load_judges()]
+    recognisers: list[Recogniser] = [*load_recognisers(args.recogniser, args.recognisers), load_judges()]
     result = measure_recognition(
         recognisers, _detector(args), identities=args.identities, portraits=args.portraits, seed=args.seed
     )
