@@ -166,7 +166,7 @@ def test_unknown_prediction_and_recogniser_are_refused() -> None:
     with pytest.raises(TrainingError, match="MODULE:FUNCTION"):
         objective.load_recogniser("nobody")
     found = objective.load_recogniser("avatars")(torch.rand(2, 3, 128, 128), torch.rand(2, 5, 2) * 128)
-    assert found.shape == (2, 128)
+    assert found.shape == (2, 256)
 
 
 # --- Data --------------------------------------------------------------------------------------------------------

@@ -40,8 +40,7 @@ class Budget:
 
     Args:
         identity_loss_weight: above 0 the recogniser of trainings (not one that measures) says at all but the
-            noisiest steps whether it is the person, as in the training of the embedded weights. Likeness then shows
-            after a hundred steps already.
+            noisiest steps whether it is the person, as in the training of the embedded weights.
     """
 
     steps: int
