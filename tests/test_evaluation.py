@@ -36,8 +36,8 @@ from face_fusion_pipeline.evaluation.metrics import (
 from face_fusion_pipeline.evaluation.model_quality import measure_model, quality_trials, reconstruction_psnr
 from face_fusion_pipeline.evaluation.morph_table import compare_morphs
 from face_fusion_pipeline.evaluation.recognisers import OnnxRecogniser, load_recognisers
-from face_fusion_pipeline.evaluation.recognition import coarse, kept, measure_recognition
-from face_fusion_pipeline.evaluation.renders import depth_cells, from_pil, read_image, to_pil, write_image
+from face_fusion_pipeline.evaluation.recognition import kept, measure_recognition
+from face_fusion_pipeline.evaluation.renders import coarse, depth_cells, from_pil, read_image, to_pil, write_image
 from face_fusion_pipeline.evaluation.savings_table import EVERYTHING, SAVINGS, compare_savings, inner_scales
 from face_fusion_pipeline.evaluation.scoring import Panel
 from face_fusion_pipeline.evaluation.trials import (
@@ -291,9 +291,9 @@ def test_what_is_left_of_likeness_without_what_is_fine() -> None:
     assert abs(kept(sharp, strangers, people)) < 0.1
     assert 0.5 < kept(sharp, np.repeat(who, 3, 0) + strangers, people) < 0.9
     images = torch.rand(2, 3, 16, 16)
-    assert coarse(images).shape == images.shape
-    torch.testing.assert_close(coarse(images).mean(), images.mean(), atol=0.02, rtol=0)
-    assert coarse(images).std() < 0.6 * images.std()
+    assert coarse(images, 4).shape == images.shape
+    torch.testing.assert_close(coarse(images, 4).mean(), images.mean(), atol=0.02, rtol=0)
+    assert coarse(images, 4).std() < 0.6 * images.std()
 
 
 def test_bad_recogniser_arguments(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..face_errors import FaceFusionError
 from .judges import IMAGE_SIZE, JUDGE_NAMES, SCENE_TRAITS, TRAITS, Judges, decidable, heatmap_cells, load_judges
 from .metrics import verification_auc
-from .renders import Renders, load_renders
+from .renders import Renders, coarse, load_renders
 from .reports import circumstances
 
 
@@ -157,9 +157,8 @@ def _people(renders: Renders, rng: np.random.Generator) -> Iterator[torch.Tensor
 def _augment(images: torch.Tensor) -> torch.Tensor:
     """What a small generator does to a render: blur in half of the batch, noise, other brightness and contrast."""
     batch = len(images)
-    coarse = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear", align_corners=False)
     blur = (torch.rand(batch, 1, 1, 1) * 2 - 1).clamp_min(0)
-    images = images + blur * (coarse - images)
+    images = images + blur * (coarse(images, 2) - images)
     images = images + torch.randn_like(images[:, :1]) * torch.rand(batch, 1, 1, 1) * 0.05
     contrast, brightness = 1 + 0.1 * torch.randn(batch, 1, 1, 1), 0.05 * torch.randn(batch, 1, 1, 1)
     return ((images - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from ..avatars import render, sample_scene
 from ..face_detectors import FaceDetector
 from ..face_images import detect_faces
 from .metrics import box_iou, closed_share, verification_auc
 from .recognisers import Recogniser
-from .renders import to_pil
+from .renders import coarse, to_pil
 from .trials import FIRST_TEST_IDENTITY, NEAR_FRONTAL
 
 
@@ -49,7 +48,7 @@ def measure_recognition(
     result: dict[str, Any] = {"identities": identities, "images": len(images), "seed": seed}
     found = {r.name: r.embed(images, landmarks) for r in recognisers}
     result["auc"] = {name: verification_auc(rows, people) for name, rows in found.items()}
-    blurred = coarse(images)
+    blurred = coarse(images, COARSE)
     result["coarse"] = {r.name: kept(found[r.name], r.embed(blurred, landmarks), people) for r in recognisers}
     if detector is not None:
         detected, ious = landmarks.clone(), []
@@ -69,11 +68,6 @@ def measure_recognition(
         }
         result["auc_detected"] = {r.name: verification_auc(r.embed(images, detected), people) for r in recognisers}
     return result
-
-
-def coarse(images: torch.Tensor) -> torch.Tensor:
-    """Pictures (N, 3, H, W) at a quarter of their resolution, enlarged again."""
-    return F.interpolate(F.avg_pool2d(images, COARSE), scale_factor=COARSE, mode="bilinear", align_corners=False)
 
 
 def kept(sharp: np.ndarray, blurred: np.ndarray, people: np.ndarray) -> float:

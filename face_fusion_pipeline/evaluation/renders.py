@@ -71,6 +71,11 @@ def depth_cells(depth: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool2d(depth, 32)[:, 0]
 
 
+def coarse(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Pictures (N, C, H, W) in which `size` x `size` pixels became one, at the size they had."""
+    return F.interpolate(F.avg_pool2d(images, size), scale_factor=size, mode="bilinear", align_corners=False)
+
+
 def read_image(path: str | Path, size: int | None = None) -> torch.Tensor:
     """An image file as floats (3, H, W) in [0, 1]; with `size` it is resized to a square where it differs."""
     image = load_image(path)

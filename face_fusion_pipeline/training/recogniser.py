@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ..evaluation.alignment import align_faces
 from ..evaluation.metrics import verification_auc
+from ..evaluation.renders import coarse
 from ..face_adapter import save_tensors
 from ..face_errors import ModelNotFoundError
 from .data import AvatarImages
@@ -199,8 +200,7 @@ def as_generated(images: Tensor, generator: torch.Generator, blurs: tuple[int, .
 
     blurred = images
     for size in blurs:
-        coarse = F.interpolate(F.avg_pool2d(images, size), scale_factor=size, mode="bilinear", align_corners=False)
-        blurred = torch.where(draw() < 0.3, coarse, blurred)
+        blurred = torch.where(draw() < 0.3, coarse(images, size), blurred)
     images = images + draw() * (blurred - images)
     noise = torch.randn(images.shape, generator=generator, device=generator.device).to(images)
     contrast, brightness = 1 + 0.1 * draw(torch.randn), 0.05 * draw(torch.randn)
