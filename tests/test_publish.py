@@ -53,6 +53,13 @@ def test_copies_parts_and_writes_the_card(trained, tmp_path):
     assert card.startswith("---\nlicense: apache-2.0\n")
 
 
+def test_the_card_counts_the_threads_of_all_processes():
+    record = RECORD | {"machine": "a CPU, 2 cores", "threads": 1}
+    assert "1.5 min, 1 thread |" in publish._row("UNet", record)
+    assert "1.5 min, 2 threads |" in publish._row("UNet", record | {"processes": 2})
+    assert "1.5 min |" in publish._row("UNet", record | {"machine": "a GPU"})
+
+
 def test_the_adapter_may_come_from_another_folder(trained, tmp_path):
     weights, out = tmp_path / "weights", tmp_path / "out"
     weights.mkdir()
