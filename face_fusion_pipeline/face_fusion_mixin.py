@@ -71,6 +71,13 @@ class FaceFusionMixin(FaceLoaderMixin):
     do_classifier_free_guidance: bool
     _guidance_scale: float
     _execution_device: torch.device
+    _interrupt: bool
+    _outer: Any = None  # the pipeline that the user called, see `as_pipeline`
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the remaining steps are passed over: `_interrupt` was set here or in the pipeline called."""
+        return any(getattr(pipe, "_interrupt", False) for pipe in (self, self._outer))
 
     # --- Identity ------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Loading, saving and scaling of Face Fusion weights in a diffusers pipeline."""
 
+import inspect
 import logging
 import os
 from collections.abc import Mapping
@@ -65,6 +66,10 @@ class FaceLoaderMixin:
     """`load_`, `save_`, `unload_` and `set_` methods named and ordered as diffusers' own for IP-Adapters."""
 
     unet: Any
+    components: dict[str, Any]
+    config: Any
+    maybe_free_model_hooks: Any
+    set_progress_bar_config: Any
 
     _face_adapter: FaceFusionAdapter | None = None
     _face_layer_scales: float | dict[str, float] = 1.0
@@ -79,6 +84,21 @@ class FaceLoaderMixin:
             new._face_adapter, new._face_layer_scales = pipeline._face_adapter, pipeline._face_layer_scales
         elif pipeline._face_adapter is not None:
             logger.warning("the new pipeline has another UNet and so no adapter: load one that was trained for it")
+        return new
+
+    def as_pipeline(self, pipeline_class: Any) -> Any:
+        """Another Face Fusion pipeline that does a part of this one's work: same components, adapter and layer scales.
+
+        Unlike `from_pipe` it takes any VAE, leaves offloading to this pipeline, and stops where this one is told to
+        (`_interrupt`).
+        """
+        wanted = inspect.signature(pipeline_class.__init__).parameters
+        parts = {name: part for name, part in self.components.items() if name in wanted}
+        new = pipeline_class(**parts | {"requires_safety_checker": self.config.requires_safety_checker})
+        new._face_adapter, new._face_layer_scales = self._face_adapter, self._face_layer_scales
+        new.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        new.maybe_free_model_hooks = self.maybe_free_model_hooks
+        new._outer = self
         return new
 
     def load_face_fusion_adapter(

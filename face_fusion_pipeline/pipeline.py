@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, StableDif
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from PIL import Image
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from .face_adapter import FaceFusionAdapter, create_adapter, face_fused_unet
@@ -26,9 +27,10 @@ from .face_ownership import sole_use
 from .face_pictures import upright_rgb
 
 
-if TYPE_CHECKING:  # only needed where a layout is searched for faces, but the loader has to find their names here
+if TYPE_CHECKING:  # not always needed, but the loader has to find their names here
     from .face_detectors import load_detector  # noqa: F401
     from .face_images import detect_faces  # noqa: F401
+    from .pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline  # noqa: F401
 
 
 __all__ = [
@@ -123,3 +125,52 @@ class StableDiffusionFaceFusionPipeline(FaceFusionMixin, StableDiffusionPipeline
         from .pipeline_controlnet import call_with_control  # here: diffusers' ControlNet pipeline is slow to import
 
         return call_with_control(self, prompt, control_image, control_kind, depth_estimator, **kwargs)
+
+    def refine_faces(
+        self,
+        image: Any,
+        prompt: str | Sequence[str],
+        *,
+        face_image: Any,
+        face_boxes: Any = None,
+        face_detector: Any = "auto",
+        strength: float = 0.5,
+        **kwargs: Any,
+    ) -> list[Image.Image]:
+        """Draw the small faces of finished pictures again, larger, and put them back; the rest stays as it is.
+
+        Where a face is small the model has few latent cells for it and its likeness suffers. Faces that would hardly
+        be enlarged are left as they are.
+
+        Args:
+            image: a picture or a list of pictures, such as `images` of a result.
+            prompt: of one person, "a smiling person in a suit", for all people or one for each: only this person is
+                to be seen in what is drawn again.
+            face_image: the people, as in the call: one person, or `[ada, bob]`; one level deeper, for each picture
+                its own.
+            face_boxes: XYXY of each person's face in pixels of the picture, or such a list for each picture, such as
+                `face_boxes` of a result. Default: the faces that are found, people from left to right.
+            face_detector: see `face_detectors.load_detector`.
+            strength: share of the steps that is done again: how far a face may depart from the first drawing.
+            kwargs: of `StableDiffusionImg2ImgPipeline` and [`FaceFusionMixin.__call__`], such as
+                `num_inference_steps` and `guidance_scale`; `generator`, `negative_prompt` and `face_scale` may be
+                lists with one for each person.
+
+        Returns:
+            The pictures, in their size.
+
+        Raises:
+            FaceFusionError: a subclass for each kind of bad input.
+        """
+        from .face_refinement import refine_faces  # here: it brings another pipeline of diffusers
+
+        return refine_faces(
+            self,
+            image,
+            prompt,
+            face_image=face_image,
+            face_boxes=face_boxes,
+            face_detector=face_detector,
+            strength=strength,
+            **kwargs,
+        )

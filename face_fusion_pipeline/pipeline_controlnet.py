@@ -33,13 +33,6 @@ class StableDiffusionControlNetFaceFusionPipeline(FaceFusionMixin, StableDiffusi
     """
 
     control_image_processor: Any
-    _interrupt: bool
-    _outer: Any = None  # the pipeline that the user called, see `call_with_control`
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the remaining steps are passed over: `_interrupt` was set here or in the pipeline called."""
-        return self._interrupt or getattr(self._outer, "_interrupt", False)
 
     def __call__(self, prompt: Any = None, *args: Any, control_face_scale: float = 1.0, **kwargs: Any) -> Any:
         self._control_face_scale = check_scale(control_face_scale, "control_face_scale")
@@ -124,14 +117,8 @@ def call_with_control(
         if any(len(cast) > 1 for cast in casts) or (casts and kwargs.get("control_face_scale", 1.0) != 1.0):
             kwargs["face_layout"] = layout
 
-    inner = StableDiffusionControlNetFaceFusionPipeline(
-        **{name: part for name, part in pipe.components.items() if name != "requires_safety_checker"},
-        requires_safety_checker=pipe.config.requires_safety_checker,
-    )
-    inner._face_adapter, inner._face_layer_scales = pipe._face_adapter, pipe._face_layer_scales
-    inner.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
-    inner.maybe_free_model_hooks = pipe.maybe_free_model_hooks  # offloading belongs to the outer pipeline
-    inner._outer, pipe._interrupt = pipe, False
+    inner = pipe.as_pipeline(StableDiffusionControlNetFaceFusionPipeline)
+    pipe._interrupt = False
     return inner(prompt, image=image, **kwargs)
 
 

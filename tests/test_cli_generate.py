@@ -83,6 +83,23 @@ def test_face_changes_the_picture_and_scale_zero_does_not(generate: Any, tmp_pat
     assert not np.array_equal(sheets[1][28:, plain], sheets[1][28:, fused])
 
 
+def test_small_faces_are_drawn_again(generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [[(20, 8, 26, 15)], []]  # of 64x64; the model draws 16x16
+    monkeypatch.setattr(StableDiffusionFaceFusionPipeline, "_detect_boxes", lambda *args: found.pop(0))
+    options = {"height": 64, "width": 64}
+    assert generate("--no-detect", "--no-sheet", **options)[0] == 0
+    status, _, err = generate("--no-detect", "--no-sheet", "--refine-faces", **options)
+    assert status == 0 and not found
+    assert "no face is found in the picture of seed 8" in err and "seed 7" not in err
+    once, again = (
+        [pixels(tmp_path / "out" / f"image_{i:03d}.png").astype(int) for i in pair] for pair in ((0, 1), (2, 3))
+    )
+    difference = (once[0] != again[0]).any(-1)
+    assert difference[8:15, 20:26].any() and not difference[30:].any()
+    assert np.array_equal(once[1], again[1])
+    assert Image.open(tmp_path / "out" / "image_002.png").text["refine_faces"] == "True"  # type: ignore[attr-defined]
+
+
 def test_pictures_of_an_earlier_run_stay(generate: Any, tmp_path: Path) -> None:
     for seed in (0, 5):
         assert generate("--no-detect", num_images=2, seed=seed)[0] == 0

@@ -24,6 +24,7 @@ EXAMPLES = {
     "morph": (["ada.png", "bob.png", ONE], "morph.png", None),
     "two_people": (["ada.png", "bob.png", TWO], "two_people.png", None),
     "two_people_depth": (["ada.png", "bob.png", "layout.png", TWO, "depth.png"], "two_people_depth.png", None),
+    "small_faces": (["ada.png", "bob.png", TWO, "a person in a suit", "a person in a crown"], "small_faces.png", None),
     "identity_file": (["ada.png", ONE], "identity_file.png", (128, 128)),
     "custom_pipeline": (["ada.png", ONE, str(ROOT / "face_fusion_pipeline")], "custom_pipeline.png", (128, 128)),
 }

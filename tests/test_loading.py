@@ -66,6 +66,11 @@ pipe.register_modules(controlnet=ControlNetModel.from_pretrained(work + "/contro
 options = {"num_inference_steps": 1, "output_type": "latent", "generator": generator.manual_seed(0)}
 controlled = pipe("a cat", face_image=identity, control_image=Image.new("L", (16, 16)), **options).images
 assert controlled.shape == latents.shape, controlled.shape
+
+options = {"num_inference_steps": 2, "strength": 0.5}
+picture = Image.new("RGB", (48, 32))
+refined = pipe.refine_faces(picture, "a cat", face_image=identity, face_boxes=[(8, 8, 14, 15)], **options)
+assert refined[0].size == picture.size and refined[0].getextrema() != picture.getextrema()
 """
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..avatars import render
+from ..avatars.caption import caption
 from .faces import portrait_crops
 from .generation import Settings, image_path, keep_settings, trial_image
 from .judges import IMAGE_SIZE, Judges
 from .metrics import Estimate, bootstrap_mean, cosine_similarity
-from .renders import read_image, to_pil, write_image
+from .renders import from_pil, read_image, to_pil, write_image
 from .reports import circumstances, contact_sheet, markdown_table, write_report
 from .trials import Trial, portraits, true_renders
 
@@ -34,12 +35,16 @@ SHEET_ROWS = 6
 
 @dataclass(frozen=True)
 class Method:
-    """How people are placed; without `overlap` there are no masks, without `faces` no faces either."""
+    """How people are placed; without `overlap` there are no masks, without `faces` no faces either.
+
+    `refines` names the method whose picture gets a second pass over its faces.
+    """
 
     name: str
     faces: bool = True
     overlap: str | None = None
     background: str | None = None
+    refines: str | None = None
 
 
 METHODS = (
@@ -50,6 +55,7 @@ METHODS = (
         for overlap in ("nearest", "shared", "literal")
         for background in ("none", "all")
     ),
+    Method("faces drawn again", refines="nearest, none"),
 )
 
 
@@ -62,10 +68,13 @@ def compare_people(
     for trial, places in zip(tqdm(trials, desc="images", unit="trial"), boxes, strict=True):
         missing = [method for method in methods if not image_path(out, trial, slug(method.name)).is_file()]
         people = [pipe.encode_face(portraits(p, seed=settings.seed).face) for p in members(trial)] if missing else []
-        for method in missing:
-            write_image(
-                image_path(out, trial, slug(method.name)), _image(pipe, trial, method, people, places, settings)
-            )
+        for method in missing:  # a second pass comes after the first
+            path = image_path(out, trial, slug(method.name))
+            if method.refines is None:
+                write_image(path, _image(pipe, trial, method, people, places, settings))
+            else:
+                first = to_pil(read_image(image_path(out, trial, slug(method.refines))))
+                write_image(path, _drawn_again(pipe, trial, first, people, places, settings))
     rows = _score(trials, boxes, judges, settings, out, methods)
     (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = [*(method.name for method in methods), CEILING, FLOOR]
@@ -158,7 +167,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"{result['machine']}, {result['date']}.\nSimilarity: avatar recogniser, cosine to another portrait, with a "
         "95 % bootstrap interval over people; of somebody else: mean over everybody whom a face is not. Leakage: "
         "share of the way from the floor to the own similarity that the neighbour's has come. All present, doubled: "
-        f"pictures in which the judge counts as many people as asked for, and more; it counts to {result['most']}.\n"
+        f"pictures in which the judge counts as many people as asked for, and more; it counts to {result['most']}. "
+        "Faces drawn again: the pictures of nearest, none after `refine_faces`.\n"
     )
 
 
@@ -173,6 +183,24 @@ def _image(
         else:
             face |= {"face_boxes": boxes, "face_overlap": method.overlap, "face_background": method.background}
     return trial_image(pipe, trial, settings, **face)
+
+
+def _drawn_again(
+    pipe: Any, trial: Trial, first: Image.Image, people: list[Any], boxes: list[list[float]], settings: Settings
+) -> torch.Tensor:
+    """A picture after `refine_faces`; of each person the prompt says what that of the picture says."""
+    alone = [caption(replace(trial.scene, people=(person,)), plain=True) for person in trial.scene.people]
+    (image,) = pipe.refine_faces(
+        first,
+        alone,
+        face_image=people,
+        face_boxes=boxes,
+        face_scale=settings.face_scale,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        generator=[torch.Generator().manual_seed(trial.seed + i) for i in range(len(people))],
+    )
+    return from_pil(image)
 
 
 def _score(

@@ -1,0 +1,233 @@
+"""A second pass for small faces: only they change, each as its own person, and nothing else of the picture."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import face, tiny_controlnet, tiny_pipeline
+
+from face_fusion_pipeline.face_adapter import create_adapter
+from face_fusion_pipeline.face_detectors import Face
+from face_fusion_pipeline.face_errors import FaceAxesError, InvalidLayoutError, InvalidPromptError, InvalidScaleError
+from face_fusion_pipeline.face_layout import box_masks
+from face_fusion_pipeline.face_refinement import longer_side, put_back, square_around
+from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
+
+
+A, B, C = face(0), face(1), face(2)
+LEFT, RIGHT, LARGE = (8, 10, 13, 17), (40, 12, 46, 18), (2, 2, 30, 40)  # of 64x48; the model draws 16x16
+STEPS = {"num_inference_steps": 4, "strength": 0.5}
+
+
+@pytest.fixture(params=[False, True], ids=["kl", "tiny-vae"])
+def pipe(request):
+    pipe = tiny_pipeline(tiny_vae=request.param)
+    torch.manual_seed(1)
+    pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata={"resolution": 16}))
+    return pipe
+
+
+@pytest.fixture
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+
+
+def generators(count=2):
+    return [torch.Generator().manual_seed(i) for i in range(count)]
+
+
+def changed(before, after):
+    """Bool (H, W)."""
+    return (np.asarray(before) != np.asarray(after)).any(-1)
+
+
+def near(box, margin=3):
+    """Bool (48, 64): the place of a face, and the soft edge around it."""
+    x0, y0, x1, y1 = box
+    return box_masks([(x0 - margin, y0 - margin, x1 + margin, y1 + margin)], 48, 64)[0].numpy()
+
+
+def test_small_faces_change_and_nothing_else(pipe, picture):
+    (refined,) = pipe.refine_faces(
+        picture, "a", face_image=[[A], [B]], face_boxes=[LEFT, RIGHT], generator=generators(), **STEPS
+    )
+    assert refined.size == picture.size and refined is not picture
+    difference = changed(picture, refined)
+    assert not difference[~(near(LEFT) | near(RIGHT))].any()
+    for x0, y0, x1, y1 in (LEFT, RIGHT):
+        assert difference[y0:y1, x0:x1].mean() > 0.9
+
+
+def test_it_is_image_to_image_of_the_enlarged_crop(pipe, picture):
+    (refined,) = pipe.refine_faces(picture, "a", face_image=A, face_boxes=[LEFT], generator=generators(1), **STEPS)
+    square = square_around(LEFT)
+    assert square == (4, 8, 16, 20)  # 1.75 times 7, about the middle of the box
+    other = StableDiffusionImg2ImgFaceFusionPipeline.from_pipe(pipe, vae=pipe.vae)
+    crop = picture.crop(square).resize((16, 16), Image.Resampling.LANCZOS)
+    drawn = other("a", image=crop, face_image=A, generator=generators(1), **STEPS).images[0]
+    x0, y0, x1, y1 = LEFT  # the heart of it is what was drawn, in the size of the picture
+    expected = np.asarray(drawn.resize((12, 12), Image.Resampling.LANCZOS))[y0 - 8 : y1 - 8, x0 - 4 : x1 - 4]
+    np.testing.assert_allclose(np.asarray(refined, int)[y0:y1, x0:x1], expected, atol=1)
+
+
+def test_each_face_is_that_of_its_own_person(pipe, picture):
+    def refine(left, right):
+        return pipe.refine_faces(
+            picture, "a", face_image=[[left], [right]], face_boxes=[LEFT, RIGHT], generator=generators(), **STEPS
+        )[0]
+
+    difference = changed(refine(A, B), refine(A, C))
+    assert difference[near(RIGHT)].any() and not difference[near(LEFT)].any()
+
+
+def test_together_as_one_after_the_other(pipe, picture):
+    first, second = generators()
+    together = pipe.refine_faces(
+        picture, ["a", "b"], face_image=[[A], [B]], face_boxes=[LEFT, RIGHT], generator=generators(), **STEPS
+    )
+    once = pipe.refine_faces(picture, "a", face_image=A, face_boxes=[LEFT], generator=[first], **STEPS)
+    twice = pipe.refine_faces(once, "b", face_image=B, face_boxes=[RIGHT], generator=[second], **STEPS)
+    np.testing.assert_allclose(np.asarray(together[0], int), np.asarray(twice[0], int), atol=1)
+
+
+def test_a_strength_and_a_negative_prompt_for_each_person(pipe, picture):
+    def refine(**options):
+        return pipe.refine_faces(
+            picture, "a", face_image=[[A], [B]], face_boxes=[LEFT, RIGHT], generator=generators(), **STEPS, **options
+        )[0]
+
+    usual = refine(face_scale=1.0, negative_prompt="c")
+    for other in (refine(face_scale=[1.0, 5.0], negative_prompt="c"), refine(negative_prompt=["c", "d"])):
+        assert changed(usual, other)[near(RIGHT)].any() and not changed(usual, other)[near(LEFT)].any()
+
+
+def test_large_faces_stay_as_they_are(pipe, picture):
+    assert 1.75 * 1.25 * longer_side(LARGE) > 16
+    (refined,) = pipe.refine_faces(picture, "a", face_image=A, face_boxes=[LARGE], **STEPS)
+    assert not changed(picture, refined).any()
+    (refined,) = pipe.refine_faces(
+        picture, ["a", "b"], face_image=[[A], [B]], face_boxes=[LARGE, RIGHT], generator=generators(), **STEPS
+    )
+    difference = changed(picture, refined)
+    assert difference[near(RIGHT)].any() and not difference[~near(RIGHT)].any()
+
+
+def test_a_face_at_the_border(pipe, picture):
+    corner = (-2, -1, 4, 5)
+    (refined,) = pipe.refine_faces(picture, "a", face_image=A, face_boxes=[corner], generator=generators(1), **STEPS)
+    difference = changed(picture, refined)
+    assert difference[:5, :4].any() and not difference[~near(corner)].any()
+
+
+def test_what_two_places_share_belongs_to_the_nearer_face(pipe, picture):
+    close = (12, 10, 17, 17)  # its place reaches into LEFT's
+    for left in (A, C):
+        (refined,) = pipe.refine_faces(
+            picture, "a", face_image=[[left], [B]], face_boxes=[LEFT, close], generator=generators(), **STEPS
+        )
+        if left is A:
+            first = refined
+    assert not changed(first, refined)[10:17, 15:17].any()
+
+
+def test_several_pictures_with_the_boxes_of_a_result(pipe, picture):
+    result = pipe("a", face_image=[[A], [B]], face_boxes=[LEFT, RIGHT], width=64, height=48, num_inference_steps=1,
+                  num_images_per_prompt=2)  # fmt: skip
+    options = {"face_image": [[A], [B]], "generator": generators(), **STEPS}
+    refined = pipe.refine_faces(result.images, "a", face_boxes=result.face_boxes, **options)
+    assert len(refined) == 2
+    for before, after in zip(result.images, refined, strict=True):
+        assert changed(before, after).any() and not changed(before, after)[~(near(LEFT) | near(RIGHT))].any()
+    for_all = pipe.refine_faces(result.images, "a", face_boxes=[LEFT, RIGHT], **options | {"generator": generators()})
+    assert not changed(refined[0], for_all[0]).any()
+
+
+def test_each_picture_may_have_its_own_people(pipe, picture):
+    options = {"face_boxes": [LEFT], **STEPS}
+    one, other = pipe.refine_faces(
+        [picture, picture], "a", face_image=[[[A]], [[B]]], generator=generators(1), **options
+    )
+    assert changed(one, other)[near(LEFT)].any()
+
+
+def test_faces_are_found_where_no_boxes_are_given(pipe, picture):
+    class Detector:
+        name, sizes = "fake", (64,)
+
+        def detect(self, image):
+            return [Face(box, 0.99) for box in (RIGHT, LEFT)]
+
+    options = {"face_image": [[A], [B]], "generator": generators(), **STEPS}
+    found = pipe.refine_faces(picture, "a", face_detector=Detector(), **options)
+    given = pipe.refine_faces(
+        picture, "a", face_boxes=[LEFT, RIGHT], **options | {"generator": generators()}
+    )  # from left to right
+    assert not changed(found[0], given[0]).any()
+    with pytest.raises(InvalidLayoutError, match="2 faces found for 3 people"):
+        pipe.refine_faces(picture, "a", face_detector=Detector(), face_image=[[A], [B], [C]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"face_boxes": [LEFT]}, FaceAxesError, "1 of face_boxes for 2 people"),
+        ({"face_boxes": [[LEFT, RIGHT], [LEFT, RIGHT]]}, FaceAxesError, "face_boxes for 2 pictures, but there are 1"),
+        ({"face_boxes": [LEFT, (90, 2, 95, 9)]}, InvalidLayoutError, "outside the 64x48 image"),
+        ({"prompt": ["a"]}, InvalidPromptError, "one prompt for all 2 people or one for each"),
+        ({"prompt": None}, InvalidPromptError, "got None"),
+        ({"strength": 2}, InvalidScaleError, "strength must be above 0 and at most 1, got 2"),
+        ({"strength": 0.4}, InvalidScaleError, "strength 0.4 of 2 steps is not one step"),
+        ({"face_scale": -1}, InvalidScaleError, "face_scale"),
+        ({"face_scale": [1.0]}, FaceAxesError, "1 values of face_scale for 2 people"),
+        ({"stength": 1}, TypeError, "unknown argument 'stength'"),
+    ],
+)
+def test_bad_input_is_named(pipe, picture, arguments, error, message):
+    usual = {"prompt": "a", "face_image": [[A], [B]], "face_boxes": [LEFT, RIGHT]} | {
+        "num_inference_steps": 2,
+        "strength": 0.5,
+    }
+    with pytest.raises(error, match=message):
+        pipe.refine_faces(picture, **usual | arguments)
+
+
+def test_a_face_that_the_safety_checker_refuses_stays(pipe, picture, monkeypatch, caplog):
+    plain = StableDiffusionImg2ImgFaceFusionPipeline.run_safety_checker
+
+    calls = []
+
+    def refuse_second(self, image, device, dtype):
+        calls.append(1)
+        return plain(self, image, device, dtype)[0], [len(calls) == 2]
+
+    monkeypatch.setattr(StableDiffusionImg2ImgFaceFusionPipeline, "run_safety_checker", refuse_second)
+    with caplog.at_level(logging.WARNING):
+        (refined,) = pipe.refine_faces(
+            picture, "a", face_image=[[A], [B]], face_boxes=[LEFT, RIGHT], generator=generators(), **STEPS
+        )
+    assert "person 1" in caplog.text
+    assert changed(picture, refined)[near(LEFT)].any() and not changed(picture, refined)[near(RIGHT)].any()
+
+
+def test_layer_scales_progress_bar_and_controlnet_of_the_pipeline(pipe, picture):
+    pipe.set_face_fusion_scale({"up": 1.0})
+    pipe.register_modules(controlnet=tiny_controlnet(pipe.unet))
+    inner = pipe.as_pipeline(StableDiffusionImg2ImgFaceFusionPipeline)
+    assert inner._face_layer_scales == pipe._face_layer_scales and inner._face_adapter is pipe._face_adapter
+    assert inner._progress_bar_config == pipe._progress_bar_config and inner.unet is pipe.unet
+    assert not inner.interrupt
+    pipe._interrupt = True
+    assert inner.interrupt
+    (refined,) = pipe.refine_faces(picture, "a", face_image=A, face_boxes=[LEFT], generator=generators(1), **STEPS)
+    assert changed(picture, refined).any()
+
+
+def test_put_back_has_a_soft_edge():
+    picture, drawn = Image.new("RGB", (40, 40)), Image.new("RGB", (10, 10), "white")
+    mask = np.zeros((40, 40), dtype=bool)
+    mask[10:30, 10:30] = True
+    edge = np.asarray(put_back(picture, drawn, (5, 5, 35, 35), mask, 2.0))[20, :, 0].astype(int)
+    assert edge[20] == 255 and edge[0] == 0
+    assert (np.diff(edge[:20]) >= 0).all() and len(set(edge.tolist())) > 6
