@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from face_fusion_pipeline import create_adapter
+from face_fusion_pipeline import create_adapter, save_adapter
 from face_fusion_pipeline.ablations import training
 from face_fusion_pipeline.ablations.added_attention import face_attention
 from face_fusion_pipeline.ablations.conditioning import (
@@ -40,12 +40,13 @@ from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.evaluation.avatar_table import CEILING, FLOOR
 from face_fusion_pipeline.evaluation.judges import Judges, load_judges
 from face_fusion_pipeline.evaluation.trials import FIRST_TEST_IDENTITY, portraits
+from face_fusion_pipeline.face_adapter import ADAPTER_WEIGHTS_NAME
 from face_fusion_pipeline.face_attention import attention_layers
 from face_fusion_pipeline.face_errors import FaceFusionError
 from face_fusion_pipeline.finetuning.base_model import base_of
 from face_fusion_pipeline.finetuning.latent_cache import encode
 from face_fusion_pipeline.finetuning.pairs import Pairs, split_people
-from face_fusion_pipeline.finetuning.preparation import PrepareOptions, prepare, read_rows
+from face_fusion_pipeline.finetuning.preparation import PrepareOptions, prepare, read_report, read_rows
 from face_fusion_pipeline.finetuning.selection import SelectionOptions
 from face_fusion_pipeline.finetuning.sources import DataError, open_source
 from face_fusion_pipeline.finetuning.task import FaceFusionOptions, FaceFusionTask
@@ -503,6 +504,47 @@ def test_a_question_is_answered_once(
     assert "learning rate 0.0015, not 0.01" in capsys.readouterr().err
 
 
+def test_given_weights_are_measured_without_training(
+    model: Path, data: Path, base: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(5)
+    metadata = {"resolution": SIDE, "face_crop": read_report(data)["settings"]["face_crop"]}
+    given = create_adapter(base.unet, "xavier", metadata=metadata)
+    save_adapter(given, tmp_path / "given" / ADAPTER_WEIGHTS_NAME)
+    start = ["--init-adapter", str(tmp_path / "given")]
+    free = [*command(model, data, tmp_path / "out", "training", *start), "--steps", "0"]
+    assert main(free) == 2
+    assert "init-zero-v cannot begin with the weights" in capsys.readouterr().err
+    chosen = ["--variants", METHOD, "training-free", "face-region"]
+    assert main([*free, *chosen]) == 0
+    answer = json.loads((tmp_path / "out" / "answers" / "training.json").read_text())
+    assert [cell["variant"] for cell in answer["cells"]][3:] == [METHOD, "training-free", "face-region"]
+    assert all(cell["seeds"] == 1 and cell["trained_parameters"] == 0 for cell in answer["cells"])
+    assert "No training: the weights `given`;" in capsys.readouterr().out
+    other = create_adapter(base.unet, "attn1", metadata=metadata)
+    save_adapter(other, tmp_path / "other" / ADAPTER_WEIGHTS_NAME)
+    again = [str(tmp_path / "other") if word == start[1] else word for word in (*free, *chosen)]
+    assert main(again) == 2 and "holds runs with another start" in capsys.readouterr().err
+    assert main([*command(model, data, tmp_path / "out", "scale"), "--variants", METHOD, "--steps", "0"]) == 2
+    assert "--steps must be at least 1, or 0 with --init-adapter" in capsys.readouterr().err
+
+
+def test_training_begins_with_the_given_weights(data: Path, base: Any, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    metadata = {"resolution": SIDE, "face_crop": read_report(data)["settings"]["face_crop"]}
+    given = create_adapter(base.unet, "xavier", metadata=metadata)
+    save_adapter(given, tmp_path / ADAPTER_WEIGHTS_NAME)
+    budget = Budget(1, batch_size=2, learning_rate=1e-9)
+    trainer = Trainer(base, data, tmp_path / "out", budget, start=tmp_path)
+    for name in (METHOD, "layers-up", "added-attention"):
+        conditioning, record = trainer.trained(VARIANTS[name], 0)
+        assert conditioning is not None and record["steps"] == 1
+        weights = conditioning.adapter.state_dict()
+        assert name != "layers-up" or 0 < len(weights) < len(given.state_dict())
+        for key, value in weights.items():
+            torch.testing.assert_close(value, given.state_dict()[key], atol=1e-5, rtol=0)
+
+
 def test_several_people_are_placed(model: Path, data: Path, tmp_path: Path) -> None:
     assert main(command(model, data, tmp_path, "face-size", "--seeds", "0")) == 0
     with Image.open(tmp_path / "answers" / "face-size.png") as plot:
@@ -526,6 +568,8 @@ def test_bad_input_of_the_command(model: Path, data: Path, tmp_path: Path, capsy
         "--identity-loss-weight must be 0 or more": command(
             model, data, tmp_path, "pairs", "--identity-loss-weight", "-1"
         ),
+        "no variant 'colour'": command(model, data, tmp_path, "pairs", "--variants", "colour"),
+        "--variants needs face-fusion": command(model, data, tmp_path, "pairs", "--variants", "same-photo"),
         "--scales must be above 0": command(model, data, tmp_path, "scale", "--scales", "0"),
         "cannot judge pictures": command(model, data, tmp_path, "encoders"),
     }

@@ -111,14 +111,14 @@ class UNetFeatures:
         self.kind = "attn2" if variant.trained else "attn1"
         self.layers = chosen_layers(list(attention_layers(self.unet, self.kind)), variant.layers)
         self.resolution: int = settings["reference_resolution"]
-        self.face_share = 1 / settings["face_crop"]
+        self.face_crop: float = settings["face_crop"]
         self.timestep = round(variant.reference_noise * len(base.schedule))
         self.empty = base.conditions([""])["text"]
         metadata = {
             "reference_mode": "noised" if self.timestep else "clean",
             "reference_timestep": self.timestep,
             "token_count_bias": variant.token_count_bias,
-            "face_crop": settings["face_crop"],
+            "face_crop": self.face_crop,
             "resolution": self.resolution,
         }
         self.adapter: nn.Module = nn.Identity()  # training-free: nothing is learned
@@ -139,7 +139,9 @@ class UNetFeatures:
         found = capture_hidden_states(self.unet, latents, self.timestep, text, self.kind)
         states = {name: found[name] for name in self.layers}
         if self.variant.region == "face":
-            states = {name: state[:, central_cells(state.shape[1], self.face_share)] for name, state in states.items()}
+            states = {
+                name: state[:, central_cells(state.shape[1], 1 / self.face_crop)] for name, state in states.items()
+            }
         return states
 
     @contextmanager

@@ -12,8 +12,9 @@ from ..evaluation.avatar_table import CEILING, FLOOR
 from ..evaluation.judges import load_judges
 from ..evaluation.reports import circumstances
 from ..evaluation.trials import Trial
-from ..face_adapter import unet_fingerprint
+from ..face_adapter import adapter_fingerprint, unet_fingerprint
 from ..face_errors import FaceFusionError
+from ..finetuning.initial_weights import continued_adapter
 from ..finetuning.preparation import data_key, read_rows
 from ..training.loop import write_atomic
 from ..training.unet import fingerprint
@@ -61,7 +62,7 @@ class Laboratory:
         self.keep_settings()
         runs = list(self._bounds(question, scorer))
         for name in (NO_FACE, *question.variants):
-            for seed in self.seeds if VARIANTS[name].trained else (0,):
+            for seed in self.seeds if VARIANTS[name].trained and self.trainer.budget.steps else (0,):
                 runs += self._runs(question, name, seed, scorer)
         return runs
 
@@ -75,9 +76,15 @@ class Laboratory:
             "examples": len(read_rows(self.trainer.data)),
             "data": data_key(self.trainer.data),
             "budget": {key: value for key, value in asdict(self.trainer.budget).items() if key != "rates"},
+            "start": self._start(),
             "sampling": {key: value for key, value in asdict(self.sampling).items() if key != "batch"},
             "condition_recogniser": load_recogniser(self.trainer.recogniser).name,
         }
+
+    def _start(self) -> str | None:
+        """Which weights the variants begin with."""
+        start = self.trainer.start
+        return None if start is None else adapter_fingerprint(continued_adapter(self.trainer.base.unet, start, {}))
 
     def keep_settings(self) -> None:
         path, settings = self.trainer.out / "settings.json", self.settings()

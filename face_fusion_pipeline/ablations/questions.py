@@ -44,6 +44,10 @@ class Question:
         """Whether a variant is conditioned on a recogniser, which then must not judge."""
         return any(VARIANTS[name].encoder == "recogniser" for name in self.variants)
 
+    def among(self, names: Sequence[str]) -> Question:
+        """The same question of these of its variants only."""
+        return replace(self, variants=tuple(name for name in self.variants if name in names))
+
     def along(self, values: Sequence[float]) -> Question:
         """The same question with other scales along its curve."""
         return replace(self, conditions=tuple(Condition(scale=value) for value in values))

@@ -14,7 +14,7 @@ from ..face_errors import FaceFusionError
 from ..training.loop import write_atomic
 from .encoders import load_recogniser
 from .laboratory import Laboratory, Run
-from .questions import Condition, Question
+from .questions import TOKENS, Condition, Question
 from .summary import (
     EXPECTED_RATIO,
     LEVELS,
@@ -44,7 +44,7 @@ def write_answer(question: Question, runs: list[Run], laboratory: Laboratory, ou
     text = "\n".join(
         [
             table(question, cells),
-            f"{foot(settings, judge, laboratory.seeds)}\n",
+            f"{foot(settings, judge, laboratory.seeds, laboratory.trainer.start)}\n",
             *(f"* {sentence}" for sentence in sentences(question, cells)),
         ]
     )
@@ -98,14 +98,18 @@ def axis_value(question: Question, cell: Cell) -> str:
     return "–" if without else f"{getattr(cell.condition, question.axis or ''):g}"
 
 
-def foot(settings: dict[str, Any], judge: str, seeds: tuple[int, ...]) -> str:
+def foot(settings: dict[str, Any], judge: str, seeds: tuple[int, ...], start: Path | None = None) -> str:
     """The circumstances, for the line under a table."""
     budget, sampling, now = settings["budget"], settings["sampling"], circumstances()
     weight = budget["identity_loss_weight"]
-    identity_loss = f" with an identity loss of weight {weight:g}" if weight else ""
+    training = f"{budget['steps']} steps of {budget['batch_size']} pairs for every trained variant"
+    training += f" with an identity loss of weight {weight:g}" if weight else ""
+    training += f", seeds {', '.join(map(str, seeds))}"
+    if start is not None:
+        begun = f"all begun with the weights `{start.stem}`"
+        training = f"{training}, {begun}" if budget["steps"] else f"No training: the weights `{start.stem}`"
     return (
-        f"{budget['steps']} steps of {budget['batch_size']} pairs for every trained variant{identity_loss}, seeds "
-        f"{', '.join(map(str, seeds))}; {sampling['identities']} people that no training saw, "
+        f"{training}; {sampling['identities']} people that no training saw, "
         f"{sampling['prompts']} prompts each, {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}; "
         f"likeness by {judge}; model {settings['model']}; {now['machine']}, {now['date']}. Brackets: 95 % bootstrap "
         "interval over people."
@@ -115,7 +119,8 @@ def foot(settings: dict[str, Any], judge: str, seeds: tuple[int, ...]) -> str:
 def sentences(question: Question, cells: Cells) -> list[str]:
     """What the figures say, and nothing where they say nothing."""
     if question.axis == "scale":
-        return [_equal_accuracy_sentence(cells, level) for level in LEVELS]
+        tokens = any(name in TOKENS for name in question.variants)
+        return [_equal_accuracy_sentence(cells, level) for level in LEVELS] if tokens else []
     # Fewer traits can be seen of several people, so their accuracy is another figure.
     measures = ["likeness"] if question.axis == "people" else list(WORDS)
     said = []

@@ -17,13 +17,14 @@ from torch import Tensor
 from ..face_adapter import save_tensors
 from ..face_errors import FaceFusionError
 from ..finetuning.base_model import BaseModel
+from ..finetuning.initial_weights import continued_adapter
 from ..finetuning.latent_cache import Cache, encode
 from ..finetuning.objective import Recogniser, load_recogniser
 from ..finetuning.pairs import Pairs, split_people
 from ..finetuning.preparation import read_rows
 from ..finetuning.task import FaceFusionOptions, FaceFusionTask
 from ..training.loop import Batch, LoopOptions, train
-from .conditioning import Conditioning, create_conditioning
+from .conditioning import Conditioning, UNetFeatures, create_conditioning, with_layers
 from .variants import Variant
 
 
@@ -103,6 +104,8 @@ class Trainer:
     Args:
         recogniser: of the variant that is conditioned on one, see `encoders.load_recogniser`.
         keep_references: see `FaceFusionOptions`.
+        start: a file or folder with the weights of an adapter that all variants begin with; without steps of
+            training they are used as they are.
     """
 
     base: BaseModel
@@ -111,6 +114,7 @@ class Trainer:
     budget: Budget
     recogniser: str | None = None
     keep_references: bool = False
+    start: Path | None = None
 
     @cached_property
     def cache(self) -> Cache:
@@ -119,16 +123,21 @@ class Trainer:
     def trained(self, variant: Variant, seed: int) -> tuple[Conditioning | None, dict[str, Any]]:
         """The conditioning with its weights, trained now or before, and the record of the training.
 
-        Without a face there is none; what needs no training has an empty record.
+        Without a face there is none; what is not trained has an empty record.
 
         Raises:
-            FaceFusionError: it was trained with another learning rate.
+            FaceFusionError: it was trained with another learning rate, or cannot begin with the weights in `start`.
         """
         if variant.encoder == "none":
             return None, {}
         torch.manual_seed(seed)
         conditioning = create_conditioning(self.base, variant, self.data, self.recogniser)
         if not variant.trained:
+            return conditioning, {}
+        if self.start is not None:
+            self._begin(conditioning, variant, self.start)
+        if not self.budget.steps:
+            conditioning.adapter.to(self.base.unet.device).eval().requires_grad_(False)
             return conditioning, {}
         folder = self.out / variant.name / f"seed-{seed}"
         if not (folder / "training.json").is_file():  # written last
@@ -138,6 +147,16 @@ class Trainer:
         conditioning.adapter.load_state_dict(load_file(folder / WEIGHTS_NAME))
         conditioning.adapter.to(self.base.unet.device).eval().requires_grad_(False)
         return conditioning, record
+
+    def _begin(self, conditioning: Conditioning, variant: Variant, start: Path) -> None:
+        if not isinstance(conditioning, UNetFeatures) or variant.init != "attn1":
+            raise FaceFusionError(
+                f"{variant.name} cannot begin with the weights of an adapter, it is about others: leave it out with "
+                "--variants, or train everything from the beginning without --init-adapter"
+            )
+        asked = {"resolution": conditioning.resolution, "face_crop": conditioning.face_crop}
+        given = with_layers(continued_adapter(self.base.unet, start, asked), conditioning.layers)
+        conditioning.adapter.load_state_dict(given.state_dict())
 
     def check_rate(self, variant: Variant, seed: int, record: Mapping[str, Any]) -> None:
         """Raises [`FaceFusionError`] for the record of a training with another learning rate."""

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "questions in one OUT share their runs."
     )
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help="see --list; several, or 'all'")
+    parser.add_argument("--variants", nargs="+", metavar="VARIANT", help="only these of the questions' variants")
     parser.add_argument("--list", action="store_true", help="list the questions and their variants")
     parser.add_argument("--data", type=Path, metavar="DIR", help="avatars prepared with `face-fusion prepare`")
     parser.add_argument("--model", metavar="DIR", help="the base model (default: the embedded avatar model)")
@@ -26,7 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch decides)")
 
     budget = parser.add_argument_group("training, the same for every variant")
-    budget.add_argument("--steps", type=int, metavar="N", help="steps of training")
+    budget.add_argument("--steps", type=int, metavar="N", help="steps of training; 0 with --init-adapter: none")
+    budget.add_argument(
+        "--init-adapter",
+        type=Path,
+        metavar="PATH",
+        help="Face Fusion weights that all variants begin with; of those that can",
+    )
     budget.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="one run for each")
     budget.add_argument("--batch-size", type=int, default=32)
     budget.add_argument("--learning-rate", type=float, default=1.5e-3)
@@ -94,10 +101,12 @@ def run(args: argparse.Namespace) -> int:
         rates=rates(args.rate),
     )
     sampling = Sampling(args.identities, args.prompts, args.inference_steps, args.guidance_scale, args.batch)
-    trainer = Trainer(base, args.data, args.out, budget, args.condition_recogniser, args.keep_references)
+    trainer = Trainer(
+        base, args.data, args.out, budget, args.condition_recogniser, args.keep_references, args.init_adapter
+    )
     laboratory = Laboratory(trainer, sampling, tuple(args.seeds), args.judge_recogniser)
     for name in QUESTIONS if "all" in args.questions else args.questions:
-        question = QUESTIONS[name]
+        question = QUESTIONS[name].among(args.variants) if args.variants else QUESTIONS[name]
         if question.axis == "scale" and args.scales:
             question = question.along(args.scales)
         text = write_answer(question, laboratory.answer(question), laboratory, args.out / "answers")
@@ -138,6 +147,7 @@ def rates(texts: list[str]) -> dict[str, float]:
 def check_arguments(args: argparse.Namespace) -> None:
     """What can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
     from ..ablations.questions import QUESTIONS
+    from ..ablations.variants import METHOD, VARIANTS
 
     if not args.questions:
         raise FaceFusionError("no question given: name one, --list shows them")
@@ -147,7 +157,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("data", "out", "steps"):
         if getattr(args, name) is None:
             raise FaceFusionError(f"--{name} is missing")
-    counts = ("steps", "batch_size", "identities", "prompts", "inference_steps", "batch", "threads")
+    if args.steps < (1 if args.init_adapter is None else 0):
+        raise FaceFusionError(f"--steps must be at least 1, or 0 with --init-adapter, got {args.steps}")
+    for name in args.variants or ():
+        if name not in VARIANTS:
+            raise FaceFusionError(f"no variant {name!r}: --list names them")
+    if args.variants and METHOD not in args.variants:
+        raise FaceFusionError(f"--variants needs {METHOD}, with which all are compared")
+    counts = ("batch_size", "identities", "prompts", "inference_steps", "batch", "threads")
     for name in counts:
         value = getattr(args, name)
         if value is not None and value < 1:
