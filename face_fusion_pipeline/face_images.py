@@ -3,7 +3,7 @@
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -179,6 +179,11 @@ def crop_face(
     if resolution is None:
         return square
     return square.resize((resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def with_mirrored(crops: Sequence[Image.Image]) -> list[Image.Image]:
+    """The face crops of a person, then each of them mirrored: so many more references of somebody nearly symmetric."""
+    return [*crops, *(ImageOps.mirror(crop) for crop in crops)]
 
 
 @dataclass(frozen=True)

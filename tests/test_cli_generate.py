@@ -83,6 +83,25 @@ def test_face_changes_the_picture_and_scale_zero_does_not(generate: Any, tmp_pat
     assert not np.array_equal(sheets[1][28:, plain], sheets[1][28:, fused])
 
 
+def test_a_mirrored_photo_is_one_more_reference(
+    generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = []
+    original = StableDiffusionFaceFusionPipeline.encode_face
+    monkeypatch.setattr(
+        StableDiffusionFaceFusionPipeline,
+        "encode_face",
+        lambda self, images, **options: encoded.append(images) or original(self, images, **options),
+    )
+    assert generate("--no-detect", "--no-sheet", "--mirror")[0] == 0
+    ((photo, mirrored),) = encoded
+    assert np.array_equal(np.asarray(photo)[:, ::-1], np.asarray(mirrored))
+    assert not np.array_equal(np.asarray(photo), np.asarray(mirrored))
+    tiny_models.tiny_pipeline().encode_face(photo).save(tmp_path / "ada.safetensors")
+    status, _, err = generate("--mirror", face=tmp_path / "ada.safetensors")
+    assert status == 2 and "--mirror is for photos" in err
+
+
 def test_small_faces_are_drawn_again(generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [[(20, 8, 26, 15)], []]  # of 64x64; the model draws 16x16
     monkeypatch.setattr(StableDiffusionFaceFusionPipeline, "_detect_boxes", lambda *args: found.pop(0))

@@ -335,14 +335,15 @@ def test_table_end_to_end_resumes(
     settings = Settings(model="tiny", steps=1, batch=2)
     trials = plan_trials(2, 2, style="photo")
     panel = Panel(untrained)
-    result = compare(pipe, trials, list(METHODS), panel, settings, tmp_path)
+    methods = [*METHODS, "adapter-mirrored"]
+    result = compare(pipe, trials, methods, panel, settings, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 * 5 and {row["method"] for row in rows} == {*METHODS, CEILING, FLOOR}
+    assert len(rows) == 4 * 6 and {row["method"] for row in rows} == {*methods, CEILING, FLOOR}
     assert result["methods"][CEILING]["similarity"]["avatar recogniser"]["closed"] == 1
     assert "| adapter |" in (tmp_path / "table.md").read_text() == as_markdown(result, panel.names)
     assert (tmp_path / "sheet.png").is_file()
-    faces = [read_image(image_path(tmp_path, trials[0], method)).numpy().tobytes() for method in METHODS]
-    assert len(set(faces)) == 3  # the face changes the image, and the two modes differ
+    faces = [read_image(image_path(tmp_path, trials[0], method)).numpy().tobytes() for method in methods]
+    assert len(set(faces)) == 4  # the face changes the image, the modes differ, and so does a second reference
 
     lost = [image_path(tmp_path, trial, "adapter") for trial in trials[2:]]  # one batch
     before = [path.read_bytes() for path in lost]
@@ -350,7 +351,7 @@ def test_table_end_to_end_resumes(
         path.unlink()
     calls: list = []
     monkeypatch.setattr(type(pipe), "encode_face", _counted(type(pipe).encode_face, calls))
-    assert compare(pipe, trials, list(METHODS), panel, settings, tmp_path) == result
+    assert compare(pipe, trials, methods, panel, settings, tmp_path) == result
     assert len(calls) == 1 and [path.read_bytes() for path in lost] == before
 
     with pytest.raises(FaceFusionError, match="other settings"):

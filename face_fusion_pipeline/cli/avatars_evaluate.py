@@ -26,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     table = actions.add_parser("table", help="likeness and obedience: no face, training-free, trained Face Fusion")
     _add_generation(table)
     _add_adapter(table)
-    table.add_argument("--methods", nargs="+", choices=("none", "training-free", "adapter"), metavar="METHOD",
-                       help="none, training-free, adapter (default: all that the model allows)")  # fmt: skip
+    table.add_argument("--methods", nargs="+", choices=("none", "training-free", "adapter", "adapter-mirrored"),
+                       metavar="METHOD", help="none, training-free, adapter (default: those that the model allows), "
+                       "adapter-mirrored (the mirrored reference is a second one)")  # fmt: skip
     table.add_argument("--identities", type=_positive, default=50, help="test people (default: 50)")
     table.add_argument("--prompts", type=_positive, default=4, help="prompts for each of them (default: 4)")
     table.add_argument("--training-free-scale", type=float, default=1.0, help="scale without adapter (default: 1)")
@@ -218,7 +219,7 @@ def _table(args: argparse.Namespace) -> tuple[dict, str]:
 
     adapter = _adapter(args)
     methods = args.methods or [method for method in METHODS if method != "adapter" or adapter]
-    if "adapter" in methods and adapter is None:
+    if adapter is None and any(method.startswith("adapter") for method in methods):
         raise FaceFusionError("--methods adapter: no adapter beside the model, name one with --adapter")
     scales = {"face_scale": args.scale, "training_free_scale": args.training_free_scale}
     settings = _settings(args, adapter=adapter, cut_out=args.cut_out, **scales)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..evaluation.pictures import Picture
 
 HELP = "measure likeness, copying, prompt and quality on people of your own, with tables and plots"
-METHODS = ("none", "training-free", "adapter")
+METHODS = ("none", "training-free", "adapter")  # the usual ones
 PACKAGES = ("matplotlib", "pyarrow", "scipy", "torchmetrics")
 
 
@@ -57,9 +57,10 @@ def _add_generation(group: Any) -> None:
     group.add_argument(
         "--methods",
         nargs="+",
-        choices=METHODS,
+        choices=(*METHODS, "adapter-mirrored"),
         metavar="METHOD",
-        help="of none, training-free, adapter (default: all that can be)",
+        help="of none, training-free, adapter (default: all that can be), and adapter-mirrored, where the mirrored "
+        "reference is a second one",
     )
     group.add_argument("--people", type=int, default=1, metavar="N", help="people in each picture")
     group.add_argument("--images-per-prompt", type=int, default=1, metavar="N")
@@ -160,7 +161,7 @@ def _settings(args: argparse.Namespace, model: str) -> Settings:
         seed=args.seed,
         batch=args.batch_size,
     )
-    if "adapter" in (args.methods or ()) and settings.adapter is None:
+    if settings.adapter is None and any(method.startswith("adapter") for method in args.methods or ()):
         raise FaceFusionError(f"--methods adapter: {model} has no {ADAPTER_FILE}, name one with --adapter")
     with process_group().main_process_first():
         keep_settings(args.out, settings)

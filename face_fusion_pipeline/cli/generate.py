@@ -63,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine-faces", action="store_true", help="draw the face again, larger, where it came out small"
     )
+    parser.add_argument(
+        "--mirror", action="store_true", help="show each photo mirrored as well, as one more reference"
+    )
     parser.add_argument("--no-sheet", action="store_true", help="skip the contact sheet and its pictures without face")
     parser.add_argument("--watermark", action="store_true", help="hide in the pixels, too, that they are generated")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         from ..generation.watermark import add_watermark, check_size
 
         check_size(args.width or pipe._default_resolution(), args.height or pipe._default_resolution())
-    references, identity = encode(pipe, faces)
+    references, identity = encode(pipe, faces, args.mirror)
     settings = settings_of(args, pipe, identity.mode)
 
     from ..generation.contact_sheet import contact_sheet, save_png
@@ -126,6 +129,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise FaceFusionError(f"{name} must be a multiple of 8 from 64 to 4096, got {value}")
     if any(face.endswith(".safetensors") for face in args.face) and len(args.face) > 1:
         raise FaceFusionError("a saved identity holds all references of a person: give it alone as --face")
+    if args.mirror and args.face[0].endswith(".safetensors"):
+        raise FaceFusionError("--mirror is for photos: a saved identity is encoded already")
     if args.out.exists() and not args.out.is_dir():
         raise FaceFusionError(f"--out {args.out} is a file: name a folder")
     check_version(args.model, args.revision, args.variant)
@@ -167,12 +172,14 @@ def load_model(args: argparse.Namespace) -> Any:
     return pipe
 
 
-def encode(pipe: Any, faces: "list[FacePhoto] | Any") -> "tuple[list[Image.Image], Any]":
+def encode(pipe: Any, faces: "list[FacePhoto] | Any", mirror: bool = False) -> "tuple[list[Image.Image], Any]":
     """The reference crops and the identity made of them; no crops where the identity was read from a file."""
     if not isinstance(faces, list):
         return [], faces
+    from ..face_images import with_mirrored
+
     crops = reference_crops(pipe, faces)
-    return crops, pipe.encode_face(crops)
+    return crops, pipe.encode_face(with_mirrored(crops) if mirror else crops)
 
 
 def next_number(folder: Path) -> int:
@@ -241,6 +248,7 @@ def settings_of(args: argparse.Namespace, pipe: Any, mode: str) -> dict[str, obj
         "steps": args.steps,
         "guidance": args.guidance,
         "refine_faces": args.refine_faces,
+        "mirror": args.mirror,
         "revision": args.revision,
     }
     return describe(pipe, args.model, args.adapter, settings)

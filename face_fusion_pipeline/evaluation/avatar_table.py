@@ -131,4 +131,5 @@ def _sheet(trials: list[Trial], methods: list[str], settings: Settings, out: Pat
         face = reference_face(number, seed=settings.seed, cut_out=settings.cut_out)
         rows.append((trial.text, [face, to_pil(person.other), *pictures]))
     titles = {"none": "without a face", "training-free": "training-free", "adapter": "Face Fusion"}
+    titles["adapter-mirrored"] = "mirrored, too"
     return contact_sheet(["reference", "same person", *(titles[m] for m in methods)], rows)

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..face_errors import FaceFusionError
+from ..face_images import with_mirrored
 from ..generation.contact_sheet import save_png
 from ..generation.loading import load_pipeline
 from ..generation.provenance import DISCLOSURE, SOURCE_TYPE
@@ -24,7 +25,8 @@ from .trials import TRUE_BOX, CutOut, Trial, reference_face
 
 
 BLACKED_OUT = "blacked_out"  # in the text of a PNG file
-METHODS = ("none", "training-free", "adapter")
+MIRRORED = "-mirrored"  # at the end of a method: the mirrored reference is a second one
+METHODS = ("none", "training-free", "adapter")  # the usual ones
 _LATER = {
     "weights_hash": None,
     "controlnet": None,
@@ -153,8 +155,10 @@ def _text(picture: Picture) -> dict[str, object]:
 def _face_arguments(pipe: Any, faces: list[Image.Image], method: str, settings: Settings) -> dict[str, Any]:
     if method == "none":
         return {}
-    people = [pipe.encode_face(face, face_mode=method) for face in faces]
-    scale = settings.face_scale if method == "adapter" else settings.training_free_scale
+    mode = method.removesuffix(MIRRORED)
+    references = [[face] if mode == method else with_mirrored([face]) for face in faces]
+    people = [pipe.encode_face(images, face_mode=mode) for images in references]
+    scale = settings.face_scale if mode == "adapter" else settings.training_free_scale
     return {"face_image": people if len(people) > 1 else people[0], "face_scale": scale}
 
 
