@@ -134,7 +134,7 @@ class StableDiffusionFaceFusionPipeline(FaceFusionMixin, StableDiffusionPipeline
         face_image: Any,
         face_boxes: Any = None,
         face_detector: Any = "auto",
-        strength: float = 0.5,
+        strength: float | None = None,
         **kwargs: Any,
     ) -> list[Image.Image]:
         """Draw the small faces of finished pictures again, larger, and put them back; the rest stays as it is.
@@ -151,7 +151,8 @@ class StableDiffusionFaceFusionPipeline(FaceFusionMixin, StableDiffusionPipeline
             face_boxes: XYXY of each person's face in pixels of the picture, or such a list for each picture, such as
                 `face_boxes` of a result. Default: the faces that are found, people from left to right.
             face_detector: see `face_detectors.load_detector`.
-            strength: share of the steps that is done again: how far a face may depart from the first drawing.
+            strength: share of the steps that is done again: how far a face may depart from the first drawing. Default:
+                more for smaller faces, from .43 to .75, see `face_refinement.strength_for`.
             kwargs: of `StableDiffusionImg2ImgPipeline` and [`FaceFusionMixin.__call__`], such as
                 `num_inference_steps` and `guidance_scale`; `generator`, `negative_prompt` and `face_scale` may be
                 lists with one for each person.

@@ -105,7 +105,7 @@ def test_a_mirrored_photo_is_one_more_reference(
 def test_small_faces_are_drawn_again(generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [[(20, 8, 26, 15)], []]  # of 64x64; the model draws 16x16
     monkeypatch.setattr(StableDiffusionFaceFusionPipeline, "_detect_boxes", lambda *args: found.pop(0))
-    options = {"height": 64, "width": 64}
+    options = {"height": 64, "width": 64, "steps": 3}
     assert generate("--no-detect", "--no-sheet", **options)[0] == 0
     status, _, err = generate("--no-detect", "--no-sheet", "--refine-faces", **options)
     assert status == 0 and not found

@@ -12,7 +12,7 @@ from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_detectors import Face
 from face_fusion_pipeline.face_errors import FaceAxesError, InvalidLayoutError, InvalidPromptError, InvalidScaleError
 from face_fusion_pipeline.face_layout import box_masks
-from face_fusion_pipeline.face_refinement import longer_side, put_back, square_around
+from face_fusion_pipeline.face_refinement import longer_side, put_back, square_around, strength_for
 from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
 
 
@@ -222,6 +222,22 @@ def test_layer_scales_progress_bar_and_controlnet_of_the_pipeline(pipe, picture)
     assert inner.interrupt
     (refined,) = pipe.refine_faces(picture, "a", face_image=A, face_boxes=[LEFT], generator=generators(1), **STEPS)
     assert changed(picture, refined).any()
+
+
+def test_smaller_faces_are_drawn_anew_for_the_most_part(pipe, picture, monkeypatch):
+    strengths = []
+    original = StableDiffusionImg2ImgFaceFusionPipeline.__call__
+    monkeypatch.setattr(
+        StableDiffusionImg2ImgFaceFusionPipeline,
+        "__call__",
+        lambda self, *args, **options: strengths.append(options["strength"]) or original(self, *args, **options),
+    )
+    boxes = [LEFT, (40, 12, 44, 16)]
+    pipe.refine_faces(picture, "a", face_image=[[A], [B]], face_boxes=boxes, num_inference_steps=3)
+    assert strengths == [strength_for(16 / (1.75 * 7)), strength_for(16 / (1.75 * 4))]
+    assert strengths[0] == pytest.approx(0.43 * 1.306 / 1.25, abs=1e-3) and strengths[1] == 0.75
+    with pytest.raises(InvalidScaleError, match="0.43 of 2 steps is not one step"):
+        pipe.refine_faces(picture, "a", face_image=A, face_boxes=[LEFT], num_inference_steps=2)
 
 
 def test_put_back_has_a_soft_edge():

@@ -118,8 +118,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, value, most in (*whole, ("--batch-size", args.batch_size, MAX_IMAGES)):
         if not 1 <= value <= most:
             raise FaceFusionError(f"{name} must be from 1 to {most}, got {value}")
-    if args.refine_faces and args.steps < 2:
-        raise FaceFusionError("--refine-faces does half of the steps again: give --steps 2 or more")
+    if args.refine_faces and args.steps < 3:
+        raise FaceFusionError("--refine-faces does a part of the steps again: give --steps 3 or more")
     if not 0 <= args.seed <= MAX_SEED - MAX_IMAGES:
         raise FaceFusionError(f"--seed must be from 0 to {MAX_SEED - MAX_IMAGES}, got {args.seed}")
     if not 0 <= args.guidance <= 100:
