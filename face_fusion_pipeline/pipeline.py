@@ -152,7 +152,7 @@ class StableDiffusionFaceFusionPipeline(FaceFusionMixin, StableDiffusionPipeline
                 `face_boxes` of a result. Default: the faces that are found, people from left to right.
             face_detector: see `face_detectors.load_detector`.
             strength: share of the steps that is done again: how far a face may depart from the first drawing. Default:
-                more for smaller faces, from .43 to .75, see `face_refinement.strength_for`.
+                more for smaller faces, from .48 to .8, see `face_refinement.strength_for`.
             kwargs: of `StableDiffusionImg2ImgPipeline` and [`FaceFusionMixin.__call__`], such as
                 `num_inference_steps` and `guidance_scale`; `generator`, `negative_prompt` and `face_scale` may be
                 lists with one for each person.

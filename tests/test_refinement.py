@@ -235,8 +235,8 @@ def test_smaller_faces_are_drawn_anew_for_the_most_part(pipe, picture, monkeypat
     boxes = [LEFT, (40, 12, 44, 16)]
     pipe.refine_faces(picture, "a", face_image=[[A], [B]], face_boxes=boxes, num_inference_steps=3)
     assert strengths == [strength_for(16 / (1.75 * 7)), strength_for(16 / (1.75 * 4))]
-    assert strengths[0] == pytest.approx(0.43 * 1.306 / 1.25, abs=1e-3) and strengths[1] == 0.75
-    with pytest.raises(InvalidScaleError, match="0.43 of 2 steps is not one step"):
+    assert strengths[0] == pytest.approx(0.48 * 1.306 / 1.25, abs=1e-3) and strengths[1] == 0.8
+    with pytest.raises(InvalidScaleError, match="0.48 of 2 steps is not one step"):
         pipe.refine_faces(picture, "a", face_image=A, face_boxes=[LEFT], num_inference_steps=2)
 
 
