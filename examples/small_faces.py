@@ -24,7 +24,8 @@ def main(ada: str, bob: str, prompt: str, of_ada: str, of_bob: str, steps: int =
 
     faces = [prepare_face(ada), prepare_face(bob)]
     people = [pipe.encode_face(face) for face in faces]
-    common = {"face_image": people, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
+    common = {"face_image": people, "num_inference_steps": steps, "guidance_scale": 4.0}
+    common["generator"] = torch.Generator().manual_seed(0)
     result = pipe(prompt, face_boxes=[LEFT, RIGHT], **common)
     again = pipe.refine_faces(result.images, [of_ada, of_bob], face_boxes=result.face_boxes, **common)
     columns = {"Ada": faces[:1], "Bob": faces[1:], "at once": result.images, "faces drawn again": again}
