@@ -71,6 +71,7 @@ class FaceLoaderMixin:
     maybe_free_model_hooks: Any
     set_progress_bar_config: Any
 
+    _interrupt: bool
     _face_adapter: FaceFusionAdapter | None = None
     _face_layer_scales: float | dict[str, float] = 1.0
 
@@ -98,7 +99,7 @@ class FaceLoaderMixin:
         new._face_adapter, new._face_layer_scales = self._face_adapter, self._face_layer_scales
         new.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         new.maybe_free_model_hooks = self.maybe_free_model_hooks
-        new._outer = self
+        new._outer, self._interrupt = self, False  # what stopped an earlier call does not stop this one
         return new
 
     def load_face_fusion_adapter(

@@ -6,16 +6,15 @@ stay.
 """
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .face_axes import face_axes
+from .face_axes import face_axes, per_person
 from .face_errors import FaceAxesError, InvalidPromptError, InvalidScaleError
-from .face_images import crop_box, load_image
-from .face_layout import Box, assign_boxes, box_masks, check_box, visible_people
+from .face_images import crop_face, load_image
+from .face_layout import Box, Placement, assign_boxes, box_masks, check_box, visible_people
 from .pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
 
 
@@ -30,40 +29,32 @@ SOFT_EDGE = 0.06  # standard deviation of the edge of what is put back, over the
 
 
 def refine_faces(
-    pipe: Any,
-    image: Any,
-    prompt: str | Sequence[str],
-    *,
-    face_image: Any,
-    face_boxes: Any = None,
-    face_detector: Any = "auto",
-    strength: float | None = None,
-    **kwargs: Any,
+    pipe: Any, image: Any, prompt: Any, people: Any, face_boxes: Any, detector: Any, strength: Any, **kwargs: Any
 ) -> list[Image.Image]:
-    """See [`StableDiffusionFaceFusionPipeline.refine_faces`]."""
+    """See `StableDiffusionFaceFusionPipeline.refine_faces`."""
     pictures = [load_image(picture) for picture in (image if isinstance(image, (list, tuple)) else [image])]
-    casts = face_axes(face_image, len(pictures))
-    places = [None] * len(pictures) if face_boxes is None else boxes_per_picture(face_boxes, len(pictures))
-    steps = kwargs.get("num_inference_steps", 50)
-    check_strength(DEFAULT_STRENGTH if strength is None else strength, steps)
+    casts = face_axes(people, len(pictures))
+    places = None if face_boxes is None else Placement(boxes=face_boxes).per_prompt()
+    if places is not None and len(places) not in (1, len(pictures)):
+        raise FaceAxesError(f"face_boxes for {len(places)} pictures, but there are {len(pictures)}")
+    check_strength(DEFAULT_STRENGTH if strength is None else strength, kwargs.get("num_inference_steps", 50))
     inner = pipe.as_pipeline(StableDiffusionImg2ImgFaceFusionPipeline)
     refined = []
-    for index, (picture, boxes) in enumerate(zip(pictures, places, strict=True)):
-        people = casts[index % len(casts)]
-        if boxes is None:
-            boxes = assign_boxes(pipe._detect_boxes(picture, face_detector), len(people))
-        if len(boxes) != len(people):
-            raise FaceAxesError(f"{len(boxes)} of face_boxes for {len(people)} people: give one for each person")
-        prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt] * len(people)
-        if len(prompts) != len(people) or not all(isinstance(text, str) for text in prompts):
-            raise InvalidPromptError(f"give one prompt for all {len(people)} people or one for each, got {prompt!r}")
-        for name in PER_PERSON & kwargs.keys():
-            if isinstance(kwargs[name], (list, tuple)) and len(kwargs[name]) != len(people):
-                raise FaceAxesError(
-                    f"{len(kwargs[name])} values of {name} for {len(people)} people: give one, or one each"
-                )
+    for index, picture in enumerate(pictures):
+        cast = casts[index % len(casts)]
+        if places is None:
+            boxes = assign_boxes(pipe._detect_boxes(picture, detector), len(cast))
+        else:
+            boxes = places[index % len(places)]
+        if len(boxes) != len(cast):
+            raise FaceAxesError(f"{len(boxes)} of face_boxes for {len(cast)} people: give one for each person")
+        prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt] * len(cast)
+        if len(prompts) != len(cast) or not all(isinstance(text, str) for text in prompts):
+            raise InvalidPromptError(f"give one prompt for all {len(cast)} people or one for each, got {prompt!r}")
+        each = {name: per_person(kwargs[name], [cast], name)[0] for name in PER_PERSON & kwargs.keys()}
+        own = [kwargs | {name: values[i] for name, values in each.items()} for i in range(len(cast))]
         boxes = [check_box(box, picture.height, picture.width) for box in boxes]
-        refined.append(_refined(inner, picture, prompts, people, boxes, strength, **kwargs))
+        refined.append(_refined(inner, picture, prompts, cast, boxes, strength, own))
     return refined
 
 
@@ -73,20 +64,6 @@ def check_strength(strength: Any, steps: Any) -> None:
         raise InvalidScaleError(f"strength must be above 0 and at most 1, got {strength!r}")
     if int(strength * steps) < 1:
         raise InvalidScaleError(f"strength {strength:g} of {steps} steps is not one step: give more steps or strength")
-
-
-def boxes_per_picture(boxes: Any, pictures: int) -> list[list[Box]]:
-    """`boxes` as pictures × people: those of one picture, also for all, or a list of these.
-
-    Raises:
-        FaceAxesError: neither one list nor one for each picture.
-    """
-    rows = [list(row) for row in boxes]
-    nested = bool(rows) and bool(rows[0]) and isinstance(rows[0][0], (list, tuple, np.ndarray))
-    rows = rows if nested else [rows]
-    if len(rows) not in (1, pictures):
-        raise FaceAxesError(f"face_boxes for {len(rows)} pictures, but there are {pictures}")
-    return rows * pictures if len(rows) == 1 else rows
 
 
 def strength_for(enlargement: float) -> float:
@@ -101,24 +78,26 @@ def _refined(
     people: list[Any],
     boxes: list[Box],
     strength: float | None,
-    **kwargs: Any,
+    own: list[dict[str, Any]],
 ) -> Image.Image:
-    """One person after the other, so that memory does not grow with them; all crops are of the first drawing."""
+    """One person after the other, so that memory does not grow with them; all crops are of the first drawing.
+
+    `own` are the further arguments of each person's call. Who is not finished when the pipeline is told to stop stays
+    as at first.
+    """
     side = inner._default_resolution()
     masks = visible_people(box_masks(boxes, picture.height, picture.width))
     refined = picture
-    for i, (box, prompt, person) in enumerate(zip(boxes, prompts, people, strict=True)):
+    for i, (box, prompt, person, arguments) in enumerate(zip(boxes, prompts, people, own, strict=True)):
         enlargement = side / (CROP * longer_side(box))
         if enlargement < WORTH:
             continue
         square = square_around(box)
-        crop = crop_box(picture, square).resize((side, side), Image.Resampling.LANCZOS)
-        own = {
-            name: value[i] if name in PER_PERSON and isinstance(value, (list, tuple)) else value
-            for name, value in kwargs.items()
-        }
-        own["strength"] = strength_for(enlargement) if strength is None else strength
-        result = inner(prompt, image=crop, face_image=person, **own)
+        crop = crop_face(picture, square, 1.0, side)
+        share = strength_for(enlargement) if strength is None else strength
+        result = inner(prompt, image=crop, face_image=person, strength=share, **arguments)
+        if inner.interrupt:
+            break
         if any(getattr(result, "nsfw_content_detected", None) or []):
             logger.warning("the safety checker refused the second drawing of person %d: the first is kept", i)
             continue
@@ -142,7 +121,10 @@ def square_around(box: Box) -> tuple[int, int, int, int]:
 def put_back(
     picture: Image.Image, face: Image.Image, square: tuple[int, int, int, int], mask: np.ndarray, soft: float
 ) -> Image.Image:
-    """`picture` with `face` in the place of `square`, where `mask` (H, W) is; its edge is `soft` pixels wide."""
+    """`picture` with `face` in the place of `square`, where `mask` (H, W) is; its edge is `soft` pixels wide.
+
+    Unlike diffusers' `apply_overlay`, beyond the square a soft edge fades into the picture and not into black.
+    """
     drawn = picture.copy()
     size = (square[2] - square[0], square[3] - square[1])
     drawn.paste(face.resize(size, Image.Resampling.LANCZOS), square[:2])

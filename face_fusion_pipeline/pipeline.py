@@ -165,13 +165,4 @@ class StableDiffusionFaceFusionPipeline(FaceFusionMixin, StableDiffusionPipeline
         """
         from .face_refinement import refine_faces  # here: it brings another pipeline of diffusers
 
-        return refine_faces(
-            self,
-            image,
-            prompt,
-            face_image=face_image,
-            face_boxes=face_boxes,
-            face_detector=face_detector,
-            strength=strength,
-            **kwargs,
-        )
+        return refine_faces(self, image, prompt, face_image, face_boxes, face_detector, strength, **kwargs)

@@ -118,7 +118,6 @@ def call_with_control(
             kwargs["face_layout"] = layout
 
     inner = pipe.as_pipeline(StableDiffusionControlNetFaceFusionPipeline)
-    pipe._interrupt = False
     return inner(prompt, image=image, **kwargs)
 
 

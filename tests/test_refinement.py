@@ -240,6 +240,23 @@ def test_smaller_faces_are_drawn_anew_for_the_most_part(pipe, picture, monkeypat
         pipe.refine_faces(picture, "a", face_image=A, face_boxes=[LEFT], num_inference_steps=2)
 
 
+def test_a_second_pass_that_is_stopped_keeps_what_is_finished(pipe, picture):
+    def stop_at_second(inner, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = len(steps) == 3  # two steps for each person
+        return tensors
+
+    steps = []
+    pipe._interrupt = True  # by whoever stopped the call before
+    (refined,) = pipe.refine_faces(
+        picture, "a", face_image=[[A], [B]], face_boxes=[LEFT, RIGHT], generator=generators(),
+        callback_on_step_end=stop_at_second, **STEPS,
+    )  # fmt: skip
+    assert len(steps) == 3
+    (once,) = pipe.refine_faces(picture, "a", face_image=A, face_boxes=[LEFT], generator=generators(1), **STEPS)
+    assert np.array_equal(np.asarray(refined), np.asarray(once))
+
+
 def test_put_back_has_a_soft_edge():
     picture, drawn = Image.new("RGB", (40, 40)), Image.new("RGB", (10, 10), "white")
     mask = np.zeros((40, 40), dtype=bool)

@@ -130,6 +130,10 @@ def _sheet(trials: list[Trial], methods: list[str], settings: Settings, out: Pat
         pictures = [to_pil(read_image(image_path(out, trial, method))) for method in methods]
         face = reference_face(number, seed=settings.seed, cut_out=settings.cut_out)
         rows.append((trial.text, [face, to_pil(person.other), *pictures]))
-    titles = {"none": "without a face", "training-free": "training-free", "adapter": "Face Fusion"}
-    titles["adapter-mirrored"] = "mirrored, too"
+    titles = {
+        "none": "without a face",
+        "training-free": "training-free",
+        "adapter": "Face Fusion",
+        "adapter-mirrored": "mirrored, too",
+    }
     return contact_sheet(["reference", "same person", *(titles[m] for m in methods)], rows)
