@@ -128,8 +128,5 @@ def put_back(
     drawn = picture.copy()
     size = (square[2] - square[0], square[3] - square[1])
     drawn.paste(face.resize(size, Image.Resampling.LANCZOS), square[:2])
-    inside = np.zeros_like(mask)
-    rows, columns = slice(max(square[1], 0), max(square[3], 0)), slice(max(square[0], 0), max(square[2], 0))
-    inside[rows, columns] = mask[rows, columns]
-    blurred = Image.fromarray(255 * inside.astype(np.uint8)).filter(ImageFilter.GaussianBlur(soft))
+    blurred = Image.fromarray(255 * mask.astype(np.uint8)).filter(ImageFilter.GaussianBlur(soft))
     return Image.composite(drawn, picture, blurred)

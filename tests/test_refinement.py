@@ -130,6 +130,12 @@ def test_what_two_places_share_belongs_to_the_nearer_face(pipe, picture):
         if left is A:
             first = refined
     assert not changed(first, refined)[10:17, 15:17].any()
+    options = {"face_boxes": [close, LEFT], **STEPS}  # also where the other one is put back last
+    one, other = (
+        pipe.refine_faces(picture, "a", face_image=[[B], [left]], generator=generators(), **options)[0]
+        for left in (A, C)
+    )
+    assert not changed(one, other)[10:17, 14:17].any() and changed(one, other)[10:17, 8:12].any()
 
 
 def test_several_pictures_with_the_boxes_of_a_result(pipe, picture):
@@ -150,6 +156,8 @@ def test_each_picture_may_have_its_own_people(pipe, picture):
         [picture, picture], "a", face_image=[[[A]], [[B]]], generator=generators(1), **options
     )
     assert changed(one, other)[near(LEFT)].any()
+    same = pipe.refine_faces([picture, picture], "a", face_image=[[[A]], [[A]]], generator=generators(1), **options)
+    assert not changed(same[0], one).any() and changed(same[1], other)[near(LEFT)].any()
 
 
 def test_faces_are_found_where_no_boxes_are_given(pipe, picture):
