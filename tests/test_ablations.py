@@ -27,6 +27,7 @@ from face_fusion_pipeline.ablations.encoders import (
     Photo,
     RecogniserEncoder,
     check_independent,
+    load_conditioner,
     load_recogniser,
 )
 from face_fusion_pipeline.ablations.laboratory import Run
@@ -38,7 +39,7 @@ from face_fusion_pipeline.ablations.training import Budget, Trainer, VariantTask
 from face_fusion_pipeline.ablations.variants import METHOD, NO_FACE, VARIANTS, Variant, chosen_layers
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.evaluation.avatar_table import CEILING, FLOOR
-from face_fusion_pipeline.evaluation.judges import Judges, load_judges
+from face_fusion_pipeline.evaluation.judges import SHIPPED, Judges, load_judges
 from face_fusion_pipeline.evaluation.trials import FIRST_TEST_IDENTITY, portraits
 from face_fusion_pipeline.face_adapter import ADAPTER_WEIGHTS_NAME
 from face_fusion_pipeline.face_attention import attention_layers
@@ -260,9 +261,10 @@ def test_encoders(base: Any) -> None:
     image_encoder = base.pipeline.image_encoder
     pooled, patches = ImageEncoder(image_encoder), ImageEncoder(image_encoder, patches=True)
     assert pooled([photo(1), photo(2)]).shape == (2, 1, 12) and patches([photo(1)]).shape == (1, 5, 16)
-    faces = RecogniserEncoder(load_recogniser(None))
+    faces = RecogniserEncoder(load_conditioner(None))
+    check_independent(load_conditioner(None), load_recogniser(None))
     found = faces([photo(1), photo(2)])
-    assert found.shape == (2, 1, 96)
+    assert found.shape == (2, 1, 256)
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(2, 1))
     with pytest.raises(FaceFusionError, match="no image_encoder"):
         ImageEncoder(None)
@@ -327,6 +329,34 @@ def test_a_finished_training_is_loaded(base: Any, data: Path, tmp_path: Path, mo
 def test_encoders_of_tokens_are_trained_by_the_same_loop(name: str, base: Any, data: Path, tmp_path: Path) -> None:
     conditioning, record = Trainer(base, data, tmp_path, Budget(steps=1, batch_size=4)).trained(VARIANTS[name], 0)
     assert conditioning is not None and record["steps"] == 1
+
+
+def test_all_variants_learn_from_one_teacher(base: Any, data: Path, tmp_path: Path) -> None:
+    """The reference is seen once for all of them, and the method itself has nothing to learn of its own weights."""
+    torch.manual_seed(0)
+    weights = {"resolution": SIDE, "token_count_bias": True}
+    save_adapter(create_adapter(base.unet, metadata=weights), tmp_path / ADAPTER_WEIGHTS_NAME)
+    trainer = Trainer(base, data, tmp_path / "out", Budget(steps=1, batch_size=4), None, True, teacher=tmp_path)
+    for variant in TRAINED:
+        if variant.same_photo:
+            with pytest.raises(FaceFusionError, match="cannot learn from a teacher"):
+                trainer.trained(variant, 0)
+            continue
+        conditioning, record = trainer.trained(variant, 0)
+        assert conditioning is not None and record["steps"] == 1
+        task = VariantTask(
+            base, conditioning, pairs_of(data, base), None, teacher=trainer.teaching, kept=trainer.kept,
+            options=FaceFusionOptions(keep_references=True),
+        )  # fmt: skip
+        batch = part_of(task)
+        batch["has_face"][:] = True
+        assert ("own_reference" in batch) == (variant.encoder != "unet" or variant.reference_noise > 0)
+        if variant.name != METHOD:
+            assert task(batch)[0].item() > 1e-9
+    assert len(trainer.kept.rows) == len(read_rows(data))
+    method = conditioning_of(base, data, VARIANTS[METHOD])
+    task = VariantTask(base, method, pairs_of(data, base), None, teacher=trainer.teaching)
+    assert task(part_of(task))[0].item() == pytest.approx(0, abs=1e-6)  # it starts with the weights of the teacher
 
 
 def test_an_identity_loss_is_part_of_the_budget(base: Any, data: Path, tmp_path: Path) -> None:
@@ -558,6 +588,7 @@ def test_bad_input_of_the_command(model: Path, data: Path, tmp_path: Path, capsy
     assert main(["ablate", "--list"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in (*QUESTIONS, *VARIANTS))
+    start = command(model, data, tmp_path, "attention")
     cases = {
         "no question 'colour'": ["ablate", "colour"],
         "no question given": ["ablate"],
@@ -571,7 +602,8 @@ def test_bad_input_of_the_command(model: Path, data: Path, tmp_path: Path, capsy
         "no variant 'colour'": command(model, data, tmp_path, "pairs", "--variants", "colour"),
         "--variants needs face-fusion": command(model, data, tmp_path, "pairs", "--variants", "same-photo"),
         "--scales must be above 0": command(model, data, tmp_path, "scale", "--scales", "0"),
-        "cannot judge pictures": command(model, data, tmp_path, "encoders"),
+        "cannot judge pictures": command(model, data, tmp_path, "encoders", "--condition-recogniser", str(SHIPPED)),
+        "--teacher teaches nothing": [*start, "--teacher", str(model), "--init-adapter", str(model), "--steps", "0"],
     }
     for message, words in cases.items():
         assert main(words) == 2

@@ -39,7 +39,7 @@ from ..finetuning.pairs import Pairs
 from ..finetuning.preparation import read_report
 from ..finetuning.sources import DataError
 from .added_attention import AddedFaceAttnProcessor
-from .encoders import ImageEncoder, Photo, RecogniserEncoder, TokenEncoder, load_recogniser
+from .encoders import ImageEncoder, Photo, RecogniserEncoder, TokenEncoder, load_conditioner
 from .variants import Variant, chosen_layers
 
 
@@ -82,7 +82,7 @@ def create_conditioning(base: BaseModel, variant: Variant, data: Path, recognise
 
     Args:
         data: the prepared folder, for crop and resolution of its references.
-        recogniser: of the variant that takes one, see `encoders.load_recogniser`.
+        recogniser: of the variant that takes one, see `encoders.load_conditioner`.
 
     Raises:
         FaceFusionError: SDXL, or the base has no image encoder.
@@ -92,7 +92,7 @@ def create_conditioning(base: BaseModel, variant: Variant, data: Path, recognise
     if variant.encoder == "unet":
         return UNetFeatures(base, variant, data)
     if variant.encoder == "recogniser":
-        return EncoderTokens(base.unet, RecogniserEncoder(load_recogniser(recogniser)), data, "embedding")
+        return EncoderTokens(base.unet, RecogniserEncoder(load_conditioner(recogniser)), data, "embedding")
     model = getattr(base.pipeline, "image_encoder", None)
     patches = variant.encoder == "clip patches"
     encoder = ImageEncoder(model, getattr(base.pipeline, "feature_extractor", None), patches=patches)
@@ -136,8 +136,11 @@ class UNetFeatures:
         """h_f of Eq. 2 in the variant's layers and region."""
         latents = noise_latents(inputs, self.base.schedule.alphas, self.timestep).to(self.unet.device, self.unet.dtype)
         text = self.empty.to(latents.device, latents.dtype)
-        found = capture_hidden_states(self.unet, latents, self.timestep, text, self.kind)
-        states = {name: found[name] for name in self.layers}
+        return self.chosen(capture_hidden_states(self.unet, latents, self.timestep, text, self.kind))
+
+    def chosen(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of the states of all layers (B, N_f, C) those of the variant's layers and region."""
+        states = {name: states[name] for name in self.layers}
         if self.variant.region == "face":
             states = {
                 name: state[:, central_cells(state.shape[1], 1 / self.face_crop)] for name, state in states.items()

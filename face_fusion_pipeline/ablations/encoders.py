@@ -16,6 +16,7 @@ from ..evaluation.judges import SHIPPED, load_judges
 from ..evaluation.recognisers import Recogniser, load_recognisers
 from ..evaluation.renders import from_pil
 from ..face_errors import FaceFusionError
+from ..training.recogniser import load_recogniser as load_training_recogniser
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,24 @@ def load_recogniser(spec: str | None) -> Recogniser:
     if spec is not None:
         judges.name = f"avatar recogniser {Path(spec).name}"
     return judges
+
+
+class TrainingEmbedder:
+    """The recogniser of trainings, which measures nothing, as a [`Recogniser`]."""
+
+    name = "recogniser of trainings"
+
+    def __init__(self) -> None:
+        self.network = load_training_recogniser()
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, landmarks: Tensor) -> np.ndarray:
+        return self.network(images, landmarks).numpy()
+
+
+def load_conditioner(spec: str | None) -> Recogniser:
+    """Who says what `ip-adapter-faceid` is given: the recogniser of trainings, or see [`load_recogniser`]."""
+    return TrainingEmbedder() if spec is None else load_recogniser(spec)
 
 
 def probe(recogniser: Recogniser) -> np.ndarray:

@@ -18,7 +18,7 @@ from ..finetuning.initial_weights import continued_adapter
 from ..finetuning.preparation import data_key, read_rows
 from ..training.loop import write_atomic
 from ..training.unet import fingerprint
-from .encoders import check_independent, load_recogniser
+from .encoders import check_independent, load_conditioner, load_recogniser
 from .pictures import Sampling, make_pictures
 from .questions import Condition, Question
 from .scoring import Row, Scorer
@@ -58,7 +58,7 @@ class Laboratory:
         """
         scorer = Scorer(load_judges(), load_recogniser(self.judge), self.sampling.seed)
         if question.needs_second_recogniser:
-            check_independent(load_recogniser(self.trainer.recogniser), scorer.recogniser)
+            check_independent(load_conditioner(self.trainer.recogniser), scorer.recogniser)
         self.keep_settings()
         runs = list(self._bounds(question, scorer))
         for name in (NO_FACE, *question.variants):
@@ -76,15 +76,15 @@ class Laboratory:
             "examples": len(read_rows(self.trainer.data)),
             "data": data_key(self.trainer.data),
             "budget": {key: value for key, value in asdict(self.trainer.budget).items() if key != "rates"},
-            "start": self._start(),
+            "start": self._fingerprint(self.trainer.start),
+            "teacher": self._fingerprint(self.trainer.teacher),
             "sampling": {key: value for key, value in asdict(self.sampling).items() if key != "batch"},
-            "condition_recogniser": load_recogniser(self.trainer.recogniser).name,
+            "condition_recogniser": load_conditioner(self.trainer.recogniser).name,
         }
 
-    def _start(self) -> str | None:
-        """Which weights the variants begin with."""
-        start = self.trainer.start
-        return None if start is None else adapter_fingerprint(continued_adapter(self.trainer.base.unet, start, {}))
+    def _fingerprint(self, path: Path | None) -> str | None:
+        """Of the weights of an adapter."""
+        return None if path is None else adapter_fingerprint(continued_adapter(self.trainer.base.unet, path, {}))
 
     def keep_settings(self) -> None:
         path, settings = self.trainer.out / "settings.json", self.settings()

@@ -27,6 +27,7 @@ from .summary import (
     seed_noise,
     summarise,
 )
+from .training import Trainer
 from .variants import METHOD, NO_FACE, VARIANTS
 
 
@@ -44,7 +45,7 @@ def write_answer(question: Question, runs: list[Run], laboratory: Laboratory, ou
     text = "\n".join(
         [
             table(question, cells),
-            f"{foot(settings, judge, laboratory.seeds, laboratory.trainer.start)}\n",
+            f"{foot(settings, judge, laboratory.seeds, laboratory.trainer)}\n",
             *(f"* {sentence}" for sentence in sentences(question, cells)),
         ]
     )
@@ -98,16 +99,18 @@ def axis_value(question: Question, cell: Cell) -> str:
     return "–" if without else f"{getattr(cell.condition, question.axis or ''):g}"
 
 
-def foot(settings: dict[str, Any], judge: str, seeds: tuple[int, ...], start: Path | None = None) -> str:
+def foot(settings: dict[str, Any], judge: str, seeds: tuple[int, ...], trainer: Trainer | None = None) -> str:
     """The circumstances, for the line under a table."""
     budget, sampling, now = settings["budget"], settings["sampling"], circumstances()
     weight = budget["identity_loss_weight"]
     training = f"{budget['steps']} steps of {budget['batch_size']} pairs for every trained variant"
     training += f" with an identity loss of weight {weight:g}" if weight else ""
     training += f", seeds {', '.join(map(str, seeds))}"
-    if start is not None:
-        begun = f"all begun with the weights `{start.stem}`"
-        training = f"{training}, {begun}" if budget["steps"] else f"No training: the weights `{start.stem}`"
+    if trainer is not None and trainer.teacher is not None:
+        training += f", taught by the weights `{trainer.teacher.stem}`"
+    if trainer is not None and trainer.start is not None:
+        begun = f"all begun with the weights `{trainer.start.stem}`"
+        training = f"{training}, {begun}" if budget["steps"] else f"No training: the weights `{trainer.start.stem}`"
     return (
         f"{training}; {sampling['identities']} people that no training saw, "
         f"{sampling['prompts']} prompts each, {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}; "

@@ -14,21 +14,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..face_adapter import save_tensors
+from ..face_adapter import FaceFusionAdapter, save_tensors
 from ..face_errors import FaceFusionError
 from ..finetuning.base_model import BaseModel
 from ..finetuning.initial_weights import continued_adapter
 from ..finetuning.latent_cache import Cache, encode
 from ..finetuning.objective import Recogniser, load_recogniser
-from ..finetuning.pairs import Pairs, split_people
-from ..finetuning.preparation import read_rows
-from ..finetuning.task import FaceFusionOptions, FaceFusionTask
+from ..finetuning.pairs import Pairs, Reference, split_people
+from ..finetuning.preparation import read_report, read_rows
+from ..finetuning.task import WEIGHTS, FaceFusionOptions, FaceFusionTask, KeptStates
 from ..training.loop import Batch, LoopOptions, train
 from .conditioning import Conditioning, UNetFeatures, create_conditioning, with_layers
 from .variants import Variant
 
 
 WEIGHTS_NAME = "weights.safetensors"
+OWN = "own_reference"  # what the encoder of a variant takes, in a batch
 # As the embedded weights were trained.
 LOSS = FaceFusionOptions(
     timestep_power=0.7, snr_gamma=5.0, keep_noisy=True, face_loss_weight=4.0, identity_loss_until=0.95
@@ -68,7 +69,11 @@ class Budget:
 
 
 class VariantTask(FaceFusionTask):
-    """The training task with another conditioning in the place of Face Fusion's."""
+    """The training task with another conditioning in the place of Face Fusion's.
+
+    A variant that goes by the clean reference in the UNet shares its pass with the teacher and, with `kept`, with the
+    other variants.
+    """
 
     name = "ablation"
 
@@ -80,18 +85,37 @@ class VariantTask(FaceFusionTask):
         validation: Pairs | None = None,
         options: FaceFusionOptions | None = None,
         recogniser: Recogniser | None = None,
+        **more: Any,
     ) -> None:
-        super().__init__(base, conditioning.adapter, train, validation, options, recogniser)  # type: ignore[arg-type]
+        adapter: Any = conditioning.adapter
+        super().__init__(base, adapter, train, validation, options, recogniser, **more)
         self.conditioning = conditioning
 
-    def reference_inputs(self, pairs: Pairs, references: list[tuple[int, int]]) -> Tensor:
-        return self.conditioning.from_data(pairs, references)
+    @property
+    def shares(self) -> bool:
+        return isinstance(self.conditioning, UNetFeatures) and not self.conditioning.timestep
 
-    def reference_states(self, latents: Tensor) -> dict[str, Tensor]:
-        return self.conditioning.states(latents)
+    @property
+    def reference_timestep(self) -> int:
+        return 0
 
-    def fused(self, batch: Batch) -> AbstractContextManager[None]:
-        return self.conditioning.applied(self.identity_tokens(batch), batch["has_face"])
+    def examples(self, pairs: Pairs, rows: Tensor, references: list[Reference]) -> Batch:
+        taught = self.teacher is not None and pairs is self.pairs
+        batch = super().examples(pairs, rows, references) if self.shares or taught else pairs.batch(rows)
+        if not self.shares:
+            batch[OWN] = self.conditioning.from_data(pairs, references)
+        return batch
+
+    def identity_tokens(self, batch: Batch) -> dict[str, Tensor]:
+        return super().identity_tokens(batch) if self.shares or WEIGHTS in batch else {}
+
+    def fused(self, batch: Batch, tokens: dict[str, Tensor]) -> AbstractContextManager[None]:
+        if isinstance(self.conditioning, UNetFeatures) and self.shares:
+            states = self.conditioning.chosen({name: state[:, 0] for name, state in tokens.items()})
+        else:
+            states = self.conditioning.states(batch[OWN])
+        one_each = {name: state.unsqueeze(1) for name, state in states.items()}
+        return self.conditioning.applied(one_each, batch["has_face"])
 
     def export(self, folder: Path) -> None:
         save_tensors(folder / WEIGHTS_NAME, self.adapter.state_dict(), {"format": "face-fusion-ablation"})
@@ -102,10 +126,11 @@ class Trainer:
     """Trains variants for `base` on the prepared folder `data`; the weights lie in `out/VARIANT/seed-N/`.
 
     Args:
-        recogniser: of the variant that is conditioned on one, see `encoders.load_recogniser`.
+        recogniser: of the variant that is conditioned on one, see `encoders.load_conditioner`.
         keep_references: see `FaceFusionOptions`.
         start: a file or folder with the weights of an adapter that all variants begin with; without steps of
             training they are used as they are.
+        teacher: a file or folder with the weights of an adapter whose predictions all variants learn.
     """
 
     base: BaseModel
@@ -115,6 +140,17 @@ class Trainer:
     recogniser: str | None = None
     keep_references: bool = False
     start: Path | None = None
+    teacher: Path | None = None
+    kept: KeptStates = field(default_factory=KeptStates)
+
+    @cached_property
+    def teaching(self) -> FaceFusionAdapter | None:
+        """The weights of the teacher, which sees one photo, the same as the variant."""
+        if self.teacher is None:
+            return None
+        settings = read_report(self.data)["settings"]
+        kind = {"reference_timestep": 0, "resolution": settings["reference_resolution"]}
+        return continued_adapter(self.base.unet, self.teacher, kind | {"face_crop": settings["face_crop"]})
 
     @cached_property
     def cache(self) -> Cache:
@@ -126,7 +162,8 @@ class Trainer:
         Without a face there is none; what is not trained has an empty record.
 
         Raises:
-            FaceFusionError: it was trained with another learning rate, or cannot begin with the weights in `start`.
+            FaceFusionError: it was trained with another learning rate, cannot begin with the weights in `start`, or
+                cannot learn from a teacher.
         """
         if variant.encoder == "none":
             return None, {}
@@ -139,6 +176,11 @@ class Trainer:
         if not self.budget.steps:
             conditioning.adapter.to(self.base.unet.device).eval().requires_grad_(False)
             return conditioning, {}
+        if self.teacher is not None and variant.same_photo:
+            raise FaceFusionError(
+                f"{variant.name} cannot learn from a teacher, who does not copy: leave it out with --variants, or "
+                "--teacher"
+            )
         folder = self.out / variant.name / f"seed-{seed}"
         if not (folder / "training.json").is_file():  # written last
             self._train(conditioning, variant, seed, folder)
@@ -174,5 +216,7 @@ class Trainer:
         weight = self.budget.identity_loss_weight
         options = replace(LOSS, keep_references=self.keep_references, identity_loss_weight=weight)
         recogniser = load_recogniser("avatars") if weight else None
-        task = VariantTask(self.base, conditioning, pairs, held_out, options, recogniser)
+        task = VariantTask(
+            self.base, conditioning, pairs, held_out, options, recogniser, teacher=self.teaching, kept=self.kept
+        )
         train(task, self.budget.loop(variant, seed), folder)

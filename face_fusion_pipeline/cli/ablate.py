@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="Face Fusion weights that all variants begin with; of those that can",
     )
+    budget.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="PATH",
+        help="Face Fusion weights whose predictions all variants learn, not the noise: far fewer steps",
+    )
     budget.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="one run for each")
     budget.add_argument("--batch-size", type=int, default=32)
     budget.add_argument("--learning-rate", type=float, default=1.5e-3)
@@ -48,12 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     budget.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
     budget.add_argument(
-        "--keep-references", action="store_true", help="hold what the encoder makes of all references in memory"
+        "--keep-references", action="store_true", help="hold what the UNet makes of all references in memory"
     )
     budget.add_argument(
         "--condition-recogniser",
         metavar="NAME",
-        help="what ip-adapter-faceid is given: a folder of judges, or NAME=FILE.onnx (default: the package's)",
+        help="what ip-adapter-faceid is given: a folder of judges, or NAME=FILE.onnx (default: the recogniser of "
+        "trainings)",
     )
 
     measure = parser.add_argument_group("measurement")
@@ -102,7 +109,14 @@ def run(args: argparse.Namespace) -> int:
     )
     sampling = Sampling(args.identities, args.prompts, args.inference_steps, args.guidance_scale, args.batch)
     trainer = Trainer(
-        base, args.data, args.out, budget, args.condition_recogniser, args.keep_references, args.init_adapter
+        base,
+        args.data,
+        args.out,
+        budget,
+        args.condition_recogniser,
+        args.keep_references,
+        start=args.init_adapter,
+        teacher=args.teacher,
     )
     laboratory = Laboratory(trainer, sampling, tuple(args.seeds), args.judge_recogniser)
     for name in QUESTIONS if "all" in args.questions else args.questions:
@@ -159,6 +173,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise FaceFusionError(f"--{name} is missing")
     if args.steps < (1 if args.init_adapter is None else 0):
         raise FaceFusionError(f"--steps must be at least 1, or 0 with --init-adapter, got {args.steps}")
+    if args.teacher is not None and not args.steps:
+        raise FaceFusionError("--teacher teaches nothing without --steps")
     for name in args.variants or ():
         if name not in VARIANTS:
             raise FaceFusionError(f"no variant {name!r}: --list names them")

@@ -16,6 +16,7 @@ from .sources import DataError
 
 MAX_VALIDATION_PEOPLE = 32
 Batch = dict[str, Tensor]
+Reference = tuple[int, int]  # an example, and which of the crops made for it
 
 
 class Pairs:
@@ -37,7 +38,7 @@ class Pairs:
         self.shards = Shards(cache, len(self.rows))
         self.company = max(len(row.get("others", ())) for row in self.rows)
         self.targets = sorted(index for members in people for index in members)
-        self.references: dict[int, list[tuple[int, int]]] = {}
+        self.references: dict[int, list[Reference]] = {}
         partnered = has_partner(self.rows)
         for members in people:
             for index in members:
@@ -50,16 +51,30 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def choose(self, rows: Tensor, draws: Tensor) -> list[tuple[int, int]]:
+    def choose(self, rows: Tensor, draws: Tensor) -> list[Reference]:
         """A reference for each of the targets `rows` (B,), by `draws` (B,) in [0, 1)."""
         candidates = [self.references[self.targets[row]] for row in rows.tolist()]
         return [found[int(draw * len(found))] for found, draw in zip(candidates, draws.tolist(), strict=True)]
 
-    def all_references(self) -> list[tuple[int, int]]:
+    def with_others(self, rows: Tensor, references: list[Reference], most: int) -> tuple[list[Reference], Tensor]:
+        """`most` references of each of the targets `rows` (B,), the given one first, and their weights (B, most).
+
+        Where a person has fewer, the first is there again with the weight 0.
+        """
+        found, weights = [], torch.zeros(len(references), most)
+        for row, (target, given) in enumerate(zip(rows.tolist(), references, strict=True)):
+            candidates = self.references[self.targets[target]]
+            start = candidates.index(given)
+            mine = (candidates[start:] + candidates[:start])[:most]
+            weights[row, : len(mine)] = 1
+            found += mine + [given] * (most - len(mine))
+        return found, weights
+
+    def all_references(self) -> list[Reference]:
         """Every reference that [`choose`] may give, once, in a fixed order."""
         return sorted({reference for found in self.references.values() for reference in found})
 
-    def reference_latents(self, references: list[tuple[int, int]]) -> Tensor:
+    def reference_latents(self, references: list[Reference]) -> Tensor:
         """float32 (B, c, r, r)."""
         return self.shards.references(references).float()
 

@@ -2,6 +2,11 @@
 
 Every random choice is drawn from (seed, step) for the whole batch. So neither the number of processes nor the number
 of parts that a batch is computed in changes what is learned.
+
+The noise in a noised photo is what the squared error asks for, and the best answer is the mean of it over all photos
+that fit the prompt, the person and the noisy picture. One photo lies far from that mean, which is why it takes a long
+time to learn. A teacher, weights that know the person already, predicts about that mean: learning its prediction
+instead leads to the same place, as far as the teacher is right, by a much shorter way (`teacher`).
 """
 
 from __future__ import annotations
@@ -9,26 +14,33 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..face_adapter import ADAPTER_WEIGHTS_NAME, FaceFusionAdapter, face_fused_unet, save_adapter
+from ..face_adapter import (
+    ADAPTER_WEIGHTS_NAME,
+    FaceFusionAdapter,
+    adapter_fingerprint,
+    face_fused_unet,
+    save_adapter,
+)
 from ..face_identity import capture_hidden_states, noise_latents
 from ..face_layout import layer_sizes
 from ..training.loop import Batch, Part, Task, seeded
 from ..training.unet import plain_attention_on_cpu
 from .base_model import BaseModel
 from .objective import Recogniser, face_mask, face_places, jittered, spread_timesteps, unlikeness, weighted_error
-from .pairs import Pairs
+from .pairs import Pairs, Reference
 from .recomputation import enable_recomputation
 from .samples import Samples
 
 
 STATE = "state "  # prefix of the kept hidden states in a batch
+WEIGHTS = "photo_weights"  # (B, photos) of what the teacher sees
 AT_ONCE = 8  # images of a validation pass, or references, computed together
 
 
@@ -47,6 +59,7 @@ class FaceFusionOptions:
         identity_loss_jitter: see `jittered`.
         keep_references: compute the reference pass once for all references and keep it in memory as float16.
         gradient_checkpointing: less memory, more time.
+        teacher_photos: how many photos of a person a teacher sees at most, the student's first.
     """
 
     text_dropout: float = 0.05
@@ -62,6 +75,15 @@ class FaceFusionOptions:
     identity_loss_jitter: float = 0.0
     keep_references: bool = False
     gradient_checkpointing: bool = False
+    teacher_photos: int = 1
+
+
+@dataclass
+class KeptStates:
+    """What the UNet makes of all references: layer name -> float16 (references, N_f, C), and the row of each."""
+
+    rows: dict[Reference, int] = field(default_factory=dict)
+    states: dict[str, Tensor] = field(default_factory=dict)
 
 
 class FaceFusionTask(Task):
@@ -71,6 +93,8 @@ class FaceFusionTask(Task):
         train, validation: targets with their references; `validation` may be None.
         recogniser: for the identity loss.
         samples: pictures to generate now and then.
+        teacher: weights for the same base and the same kind of reference. What they predict is learned.
+        kept: where `keep_references` keeps, to share it with other tasks of the same base.
     """
 
     name = "face-fusion"
@@ -85,6 +109,8 @@ class FaceFusionTask(Task):
         options: FaceFusionOptions | None = None,
         recogniser: Recogniser | None = None,
         samples: Samples | None = None,
+        teacher: FaceFusionAdapter | None = None,
+        kept: KeptStates | None = None,
     ) -> None:
         super().__init__()
         self.options = options or FaceFusionOptions()
@@ -97,8 +123,8 @@ class FaceFusionTask(Task):
         self.vae = base.vae if needs_decoder else None  # what is a part of the task moves to its device
         self.text_encoders = torch.nn.ModuleList(base.text_encoders if samples is not None else [])
         self.recogniser = recogniser
-        self.kept: dict[str, Tensor] = {}
-        self.kept_rows: dict[tuple[int, int], int] = {}
+        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        self.kept = kept or KeptStates()
         if self.options.gradient_checkpointing:
             enable_recomputation(self.unet)
 
@@ -117,7 +143,14 @@ class FaceFusionTask(Task):
     def subject(self) -> dict[str, Any]:
         metadata = getattr(self.adapter, "metadata", None)  # a subclass may train something else
         described = {} if metadata is None else asdict(metadata)
-        return {**self.settings, **described, "data": self.pairs.key, "training_images": self.size}
+        teacher = None if self.teacher is None else adapter_fingerprint(self.teacher)
+        return {
+            **self.settings,
+            **described,
+            "data": self.pairs.key,
+            "training_images": self.size,
+            "teacher": teacher,
+        }
 
     @property
     def device(self) -> torch.device:
@@ -156,37 +189,43 @@ class FaceFusionTask(Task):
             value = value.pin_memory()
         return value.to(self.device, non_blocking=True)
 
-    def examples(self, pairs: Pairs, rows: Tensor, references: list[tuple[int, int]]) -> Batch:
-        """The targets `rows` (B,) of `pairs` and their references, on the CPU."""
+    def examples(self, pairs: Pairs, rows: Tensor, references: list[Reference]) -> Batch:
+        """The targets `rows` (B,) of `pairs` and their references, on the CPU; with a teacher several of each."""
         batch = pairs.batch(rows)
+        if pairs is self.pairs and self.teacher is not None:
+            references, batch[WEIGHTS] = pairs.with_others(rows, references, self.options.teacher_photos)
         if pairs is self.pairs and self.options.keep_references:
-            states = self.kept_states()
-            chosen = torch.tensor([self.kept_rows[reference] for reference in references])
-            return batch | {STATE + name: state[chosen] for name, state in states.items()}
-        return batch | {"reference": self.reference_inputs(pairs, references)}
-
-    def reference_inputs(self, pairs: Pairs, references: list[tuple[int, int]]) -> Tensor:
-        """What [`reference_states`] takes of these references (B, ...), on the CPU: latents of their face crops."""
-        return pairs.reference_latents(references)
+            return batch | {STATE + name: state for name, state in self.kept_states(references).items()}
+        return batch | {"reference": pairs.reference_latents(references)}
 
     @torch.no_grad()
-    def kept_states(self) -> dict[str, Tensor]:
-        """Layer name -> float16 (references, N_f, C) on the CPU, computed at the first call."""
-        if not self.kept:
-            references = self.pairs.all_references()
-            self.kept_rows = {reference: row for row, reference in enumerate(references)}
-            for start in range(0, len(references), AT_ONCE):
-                inputs = self.reference_inputs(self.pairs, references[start : start + AT_ONCE])
-                for name, state in self.reference_states(inputs.to(self.device)).items():
-                    if name not in self.kept:
-                        self.kept[name] = torch.empty(len(references), *state.shape[1:], dtype=torch.float16)
-                    self.kept[name][start : start + len(state)] = state.cpu()
-        return self.kept
+    def kept_states(self, references: list[Reference]) -> dict[str, Tensor]:
+        """Layer name -> float16 (B, N_f, C) of these references; all are computed at the first call."""
+        missing = [reference for reference in self.pairs.all_references() if reference not in self.kept.rows]
+        known, states = len(self.kept.rows), dict[str, Tensor]()
+        for start in range(0, len(missing), AT_ONCE):
+            latents = self.pairs.reference_latents(missing[start : start + AT_ONCE])
+            for name, state in self.reference_states(latents.to(self.device)).items():
+                if name not in states:  # room for all at once: there may be gigabytes
+                    states[name] = torch.empty(known + len(missing), *state.shape[1:], dtype=torch.float16)
+                    if known:
+                        states[name][:known] = self.kept.states[name]
+                states[name][known + start :][: len(state)] = state.cpu()
+        self.kept.states |= states
+        self.kept.rows |= {reference: known + row for row, reference in enumerate(missing)}
+        chosen = torch.tensor([self.kept.rows[reference] for reference in references])
+        return {name: state[chosen] for name, state in self.kept.states.items()}
+
+    @property
+    def reference_timestep(self) -> int:
+        """At which noise the UNet sees references; a teacher sees what the student sees."""
+        seen_by = self.adapter if self.teacher is None else self.teacher
+        return seen_by.metadata.reference_timestep
 
     @torch.no_grad()
     def reference_states(self, latents: Tensor) -> dict[str, Tensor]:
         """h_f of Eq. 2: layer name -> (B, N_f, C) for reference latents (B, c, r, r)."""
-        timestep = self.adapter.metadata.reference_timestep
+        timestep = self.reference_timestep
         latents = noise_latents(latents, self.base.schedule.alphas, timestep).to(self.base.dtype)
         count = len(latents)
         empty = {key: self.on_device(state).expand(count, *state.shape[1:]) for key, state in self.empty.items()}
@@ -203,10 +242,11 @@ class FaceFusionTask(Task):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         schedule, timesteps, latents = self.base.schedule, batch["timesteps"], batch["latents"]
         noisy = schedule.noised(latents, batch["noise"], timesteps)
-        arguments = self.base.unet_arguments({key: batch[key] for key in self.empty}, self.side(latents))
-        with self.fused(batch), plain_attention_on_cpu(noisy):
-            predicted = self.unet(noisy.to(self.base.dtype), timesteps, **arguments).sample.float()
-        target = schedule.target(latents, batch["noise"], timesteps)
+        tokens = self.identity_tokens(batch)
+        with self.fused(batch, tokens):
+            predicted = self.predicted(batch, noisy)
+        taught = self.teacher is not None and WEIGHTS in batch
+        target = self.taught(batch, noisy, tokens) if taught else schedule.target(latents, batch["noise"], timesteps)
         faces = face_mask(batch["boxes"], self.side(latents), latents.shape[-1])
         error = weighted_error(predicted, target, faces, self.options.face_loss_weight)
         loss = (schedule.weight(timesteps, self.options.snr_gamma, self.options.keep_noisy) * error).mean()
@@ -215,10 +255,23 @@ class FaceFusionTask(Task):
         likeness = self.identity_loss(batch, noisy, predicted)
         return loss + self.options.identity_loss_weight * likeness, {"identity_loss": likeness}
 
-    def fused(self, batch: Batch) -> AbstractContextManager[None]:
-        """Within it the UNet sees the faces of the batch, each in its place."""
-        tokens, places = self.identity_tokens(batch), self.places(batch)
-        return face_fused_unet(self.unet, self.adapter, tokens, batch["has_face"], places=places)
+    def predicted(self, batch: Batch, noisy: Tensor) -> Tensor:
+        """What the UNet, as it is now, predicts."""
+        arguments = self.base.unet_arguments({key: batch[key] for key in self.empty}, self.side(noisy))
+        with plain_attention_on_cpu(noisy):
+            return self.unet(noisy.to(self.base.dtype), batch["timesteps"], **arguments).sample.float()
+
+    def fused(self, batch: Batch, tokens: dict[str, Tensor]) -> AbstractContextManager[None]:
+        """Within it the UNet sees the faces of the batch, each in its place; of several photos the first."""
+        first = {name: state[:, :1] for name, state in tokens.items()}
+        return face_fused_unet(self.unet, self.adapter, first, batch["has_face"], places=self.places(batch))
+
+    @torch.no_grad()
+    def taught(self, batch: Batch, noisy: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        """What the teacher predicts from all photos."""
+        has_face, weights, places = batch["has_face"], batch[WEIGHTS], self.places(batch)
+        with face_fused_unet(self.unet, self.teacher, tokens, has_face, weights, places=places):
+            return self.predicted(batch, noisy)
 
     def places(self, batch: Batch) -> dict[int, Tensor] | None:
         """Number of queries -> bool (B, queries), which of them see the face; None where everybody is alone."""
@@ -229,10 +282,10 @@ class FaceFusionTask(Task):
         return {height * width: face_places(boxes, others, side, height) for height, width in sizes}
 
     def identity_tokens(self, batch: Batch) -> dict[str, Tensor]:
-        """The reference states of a batch, kept or computed now: layer name -> (B, 1, N_f, C)."""
+        """The reference states of a batch, kept or computed now: layer name -> (B, photos, N_f, C)."""
         states = {key.removeprefix(STATE): state.float() for key, state in batch.items() if key.startswith(STATE)}
         states = states or self.reference_states(batch["reference"])
-        return {name: state.unsqueeze(1) for name, state in states.items()}  # one reference each
+        return {name: state.unflatten(0, (len(batch["latents"]), -1)) for name, state in states.items()}
 
     def identity_loss(self, batch: Batch, noisy: Tensor, predicted: Tensor) -> Tensor:
         """Mean over the batch of the unlikeness of the predicted pictures, 0 for those that are too noisy yet."""
