@@ -22,7 +22,7 @@ from ..finetuning.latent_cache import Cache, encode
 from ..finetuning.objective import Recogniser, load_recogniser
 from ..finetuning.pairs import Pairs, Reference, split_people
 from ..finetuning.preparation import read_report, read_rows
-from ..finetuning.task import WEIGHTS, FaceFusionOptions, FaceFusionTask, KeptStates
+from ..finetuning.task import FaceFusionOptions, FaceFusionTask, KeptStates
 from ..training.loop import Batch, LoopOptions, train
 from .conditioning import Conditioning, UNetFeatures, create_conditioning, with_layers
 from .variants import Variant
@@ -100,14 +100,15 @@ class VariantTask(FaceFusionTask):
         return 0
 
     def examples(self, pairs: Pairs, rows: Tensor, references: list[Reference]) -> Batch:
-        taught = self.teacher is not None and pairs is self.pairs
-        batch = super().examples(pairs, rows, references) if self.shares or taught else pairs.batch(rows)
+        seen = self.shares or (self.teacher is not None and pairs is self.pairs)
+        batch = super().examples(pairs, rows, references) if seen else pairs.batch(rows)
         if not self.shares:
             batch[OWN] = self.conditioning.from_data(pairs, references)
         return batch
 
     def identity_tokens(self, batch: Batch) -> dict[str, Tensor]:
-        return super().identity_tokens(batch) if self.shares or WEIGHTS in batch else {}
+        seen = self.shares or (self.teacher is not None and self.training)
+        return super().identity_tokens(batch) if seen else {}
 
     def fused(self, batch: Batch, tokens: dict[str, Tensor]) -> AbstractContextManager[None]:
         if isinstance(self.conditioning, UNetFeatures) and self.shares:
@@ -210,7 +211,10 @@ class Trainer:
             )
 
     def _train(self, conditioning: Conditioning, variant: Variant, seed: int, folder: Path) -> None:
-        people, aside = split_people(read_rows(self.data), None, seed=0)
+        rows = read_rows(self.data)
+        people, aside = split_people(rows, None, seed=0)
+        # Places are one way of the method alone to keep people apart: everybody learns from those who are alone.
+        people = [alone for members in people if (alone := [i for i in members if not rows[i].get("others")])]
         pairs = Pairs(self.data, self.cache, people, same_photo=variant.same_photo)
         held_out = Pairs(self.data, self.cache, aside) if aside else None
         weight = self.budget.identity_loss_weight

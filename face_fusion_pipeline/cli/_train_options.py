@@ -63,10 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is learned")
     what.add_argument("--init", choices=("attn1", "zero_v", "xavier"), default="attn1", help="initial weights")
     what.add_argument("--init-adapter", type=Path, metavar="PATH", help="start from this file or folder")
-    what.add_argument(
-        "--teacher", type=Path, metavar="PATH", help="learn what the weights of this file or folder predict, not noise"
-    )
-    what.add_argument("--teacher-photos", type=int, default=1, help="photos of a person that the teacher sees at most")
     what.add_argument("--reference-timestep", type=int, default=0, help="noise level of the reference pass")
     what.add_argument("--token-count-bias", action="store_true", help="log(text tokens / face tokens) on face logits")
     what.add_argument("--text-dropout", type=float, default=0.05, help="share of examples without their prompt")
@@ -151,10 +147,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--identity-loss-from {args.identity_loss_from} leaves nothing below --identity-loss-until "
             f"{args.identity_loss_until}"
         )
-    if args.teacher_photos < 1:
-        raise FaceFusionError(f"--teacher-photos must be at least 1, got {args.teacher_photos}")
-    if args.teacher_photos > 1 and args.teacher is None:
-        raise FaceFusionError("--teacher-photos needs a --teacher")
     if args.validation_image and not args.validation_prompt:
         raise FaceFusionError("--validation-image needs a --validation-prompt")
     resume(args.resume_from_checkpoint, args.out)

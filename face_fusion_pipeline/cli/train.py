@@ -144,12 +144,10 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
         identity_loss_jitter=args.identity_loss_jitter,
         keep_references=args.keep_references,
         gradient_checkpointing=args.gradient_checkpointing,
-        teacher_photos=args.teacher_photos,
     )
     recogniser = load_recogniser(args.identity_recogniser) if args.identity_recogniser else None
     samples = create_samples(args, base, adapter, folder, held_out) if args.validation_prompt else None
-    teacher = load_teacher(args, base, adapter)
-    task = FaceFusionTask(base, adapter, pairs, held_out, options, recogniser, samples, teacher)
+    task = FaceFusionTask(base, adapter, pairs, held_out, options, recogniser, samples)
     base.cast({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision(args), torch.float32))
     base.schedule = replace(base.schedule, alphas=base.schedule.alphas.to(base.unet.device))  # read in every step
     if base.unet.device.type == "cuda":  # the layout in which tensor cores convolve
@@ -184,16 +182,6 @@ def start_adapter(args: argparse.Namespace, base: BaseModel, folder: Path) -> Fa
     if args.init_adapter is not None:
         return continued_adapter(base.unet, args.init_adapter, metadata)
     return create_adapter(base.unet, args.init, metadata=metadata)
-
-
-def load_teacher(args: argparse.Namespace, base: BaseModel, adapter: FaceFusionAdapter) -> FaceFusionAdapter | None:
-    """The weights of `--teacher`, which must have been made for references as those of `adapter`."""
-    from ..finetuning.initial_weights import continued_adapter
-
-    if args.teacher is None:
-        return None
-    same = ("reference_timestep", "face_crop", "resolution")
-    return continued_adapter(base.unet, args.teacher, {name: getattr(adapter.metadata, name) for name in same})
 
 
 def create_samples(

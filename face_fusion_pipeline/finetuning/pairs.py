@@ -56,20 +56,6 @@ class Pairs:
         candidates = [self.references[self.targets[row]] for row in rows.tolist()]
         return [found[int(draw * len(found))] for found, draw in zip(candidates, draws.tolist(), strict=True)]
 
-    def with_others(self, rows: Tensor, references: list[Reference], most: int) -> tuple[list[Reference], Tensor]:
-        """`most` references of each of the targets `rows` (B,), the given one first, and their weights (B, most).
-
-        Where a person has fewer, the first is there again with the weight 0.
-        """
-        found, weights = [], torch.zeros(len(references), most)
-        for row, (target, given) in enumerate(zip(rows.tolist(), references, strict=True)):
-            candidates = self.references[self.targets[target]]
-            start = candidates.index(given)
-            mine = (candidates[start:] + candidates[:start])[:most]
-            weights[row, : len(mine)] = 1
-            found += mine + [given] * (most - len(mine))
-        return found, weights
-
     def all_references(self) -> list[Reference]:
         """Every reference that [`choose`] may give, once, in a fixed order."""
         return sorted({reference for found in self.references.values() for reference in found})

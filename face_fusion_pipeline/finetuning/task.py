@@ -40,7 +40,6 @@ from .samples import Samples
 
 
 STATE = "state "  # prefix of the kept hidden states in a batch
-WEIGHTS = "photo_weights"  # (B, photos) of what the teacher sees
 AT_ONCE = 8  # images of a validation pass, or references, computed together
 
 
@@ -59,7 +58,6 @@ class FaceFusionOptions:
         identity_loss_jitter: see `jittered`.
         keep_references: compute the reference pass once for all references and keep it in memory as float16.
         gradient_checkpointing: less memory, more time.
-        teacher_photos: how many photos of a person a teacher sees at most, the student's first.
     """
 
     text_dropout: float = 0.05
@@ -75,7 +73,6 @@ class FaceFusionOptions:
     identity_loss_jitter: float = 0.0
     keep_references: bool = False
     gradient_checkpointing: bool = False
-    teacher_photos: int = 1
 
 
 @dataclass
@@ -190,10 +187,8 @@ class FaceFusionTask(Task):
         return value.to(self.device, non_blocking=True)
 
     def examples(self, pairs: Pairs, rows: Tensor, references: list[Reference]) -> Batch:
-        """The targets `rows` (B,) of `pairs` and their references, on the CPU; with a teacher several of each."""
+        """The targets `rows` (B,) of `pairs` and their references, on the CPU."""
         batch = pairs.batch(rows)
-        if pairs is self.pairs and self.teacher is not None:
-            references, batch[WEIGHTS] = pairs.with_others(rows, references, self.options.teacher_photos)
         if pairs is self.pairs and self.options.keep_references:
             return batch | {STATE + name: state for name, state in self.kept_states(references).items()}
         return batch | {"reference": pairs.reference_latents(references)}
@@ -245,8 +240,10 @@ class FaceFusionTask(Task):
         tokens = self.identity_tokens(batch)
         with self.fused(batch, tokens):
             predicted = self.predicted(batch, noisy)
-        taught = self.teacher is not None and WEIGHTS in batch
-        target = self.taught(batch, noisy, tokens) if taught else schedule.target(latents, batch["noise"], timesteps)
+        if self.teacher is None or not self.training:
+            target = schedule.target(latents, batch["noise"], timesteps)
+        else:
+            target = self.taught(batch, noisy, tokens)
         faces = face_mask(batch["boxes"], self.side(latents), latents.shape[-1])
         error = weighted_error(predicted, target, faces, self.options.face_loss_weight)
         loss = (schedule.weight(timesteps, self.options.snr_gamma, self.options.keep_noisy) * error).mean()
@@ -262,15 +259,14 @@ class FaceFusionTask(Task):
             return self.unet(noisy.to(self.base.dtype), batch["timesteps"], **arguments).sample.float()
 
     def fused(self, batch: Batch, tokens: dict[str, Tensor]) -> AbstractContextManager[None]:
-        """Within it the UNet sees the faces of the batch, each in its place; of several photos the first."""
-        first = {name: state[:, :1] for name, state in tokens.items()}
-        return face_fused_unet(self.unet, self.adapter, first, batch["has_face"], places=self.places(batch))
+        """Within it the UNet sees the faces of the batch, each in its place."""
+        return face_fused_unet(self.unet, self.adapter, tokens, batch["has_face"], places=self.places(batch))
 
     @torch.no_grad()
     def taught(self, batch: Batch, noisy: Tensor, tokens: dict[str, Tensor]) -> Tensor:
-        """What the teacher predicts from all photos."""
-        has_face, weights, places = batch["has_face"], batch[WEIGHTS], self.places(batch)
-        with face_fused_unet(self.unet, self.teacher, tokens, has_face, weights, places=places):
+        """What the teacher predicts, who sees what the student sees."""
+        places = self.places(batch)
+        with face_fused_unet(self.unet, self.teacher, tokens, batch["has_face"], places=places):
             return self.predicted(batch, noisy)
 
     def places(self, batch: Batch) -> dict[int, Tensor] | None:
@@ -282,10 +278,10 @@ class FaceFusionTask(Task):
         return {height * width: face_places(boxes, others, side, height) for height, width in sizes}
 
     def identity_tokens(self, batch: Batch) -> dict[str, Tensor]:
-        """The reference states of a batch, kept or computed now: layer name -> (B, photos, N_f, C)."""
+        """The reference states of a batch, kept or computed now: layer name -> (B, 1, N_f, C)."""
         states = {key.removeprefix(STATE): state.float() for key, state in batch.items() if key.startswith(STATE)}
         states = states or self.reference_states(batch["reference"])
-        return {name: state.unflatten(0, (len(batch["latents"]), -1)) for name, state in states.items()}
+        return {name: state.unsqueeze(1) for name, state in states.items()}  # one reference each
 
     def identity_loss(self, batch: Batch, noisy: Tensor, predicted: Tensor) -> Tensor:
         """Mean over the batch of the unlikeness of the predicted pictures, 0 for those that are too noisy yet."""
