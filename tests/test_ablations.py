@@ -306,6 +306,22 @@ def test_the_same_photo_is_its_own_reference(data: Path, base: Any) -> None:
         conditioning.from_data(pairs_of(data, base), [(0, 1)])
 
 
+def test_everybody_learns_from_people_who_are_alone_and_have_another_photo(
+    base: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = read_rows(data)
+    changed = {0: {"others": [[0, 0, 4, 4]]}, 3: {"own_reference": True}, 4: {"others": []}}
+    monkeypatch.setattr(training, "read_rows", lambda _: [{**row, **changed.get(i, {})} for i, row in enumerate(rows)])
+    seen = []
+    monkeypatch.setattr(training, "train", lambda task, *_: seen.append(task))
+    trainer = Trainer(base, data, tmp_path, Budget(steps=1, batch_size=4))
+    monkeypatch.setattr(training, "split_people", lambda *_, **__: split_people(rows, 0, seed=0))
+    with pytest.raises(FileNotFoundError):  # nothing was trained
+        trainer.trained(VARIANTS[METHOD], 0)
+    identities = [rows[index]["identity"] for index in seen[0].pairs.targets]
+    assert identities == ["bob", "bob", "dan", "dan"], "ada stands beside somebody, cy's reference was named"
+
+
 def test_a_finished_training_is_loaded(base: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(base, data, tmp_path, Budget(steps=2, batch_size=4))
     first, record = trainer.trained(VARIANTS[METHOD], 1)

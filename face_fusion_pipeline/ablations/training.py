@@ -21,7 +21,7 @@ from ..finetuning.initial_weights import continued_adapter
 from ..finetuning.latent_cache import Cache, encode
 from ..finetuning.objective import Recogniser, load_recogniser
 from ..finetuning.pairs import Pairs, Reference, split_people
-from ..finetuning.preparation import read_report, read_rows
+from ..finetuning.preparation import has_partner, read_report, read_rows
 from ..finetuning.task import FaceFusionOptions, FaceFusionTask, KeptStates
 from ..training.loop import Batch, LoopOptions, train
 from .conditioning import Conditioning, UNetFeatures, create_conditioning, with_layers
@@ -210,11 +210,23 @@ class Trainer:
                 "move it away, or choose another --out"
             )
 
-    def _train(self, conditioning: Conditioning, variant: Variant, seed: int, folder: Path) -> None:
+    def _comparable(self, people: list[list[int]]) -> list[list[int]]:
+        """Of the examples by person those from which every variant can learn the same.
+
+        Altered crops of people with a single photo are there as latents only, which encoders do not take, and only the
+        method itself keeps several people in a picture apart.
+        """
         rows = read_rows(self.data)
-        people, aside = split_people(rows, None, seed=0)
-        # Places are one way of the method alone to keep people apart: everybody learns from those who are alone.
-        people = [alone for members in people if (alone := [i for i in members if not rows[i].get("others")])]
+        partnered = has_partner(rows)
+        usable = [
+            pair and not row["own_reference"] and not row.get("others")
+            for pair, row in zip(partnered, rows, strict=True)
+        ]
+        found = [[index for index in members if usable[index]] for members in people]
+        return [members for members in found if len(members) > 1]
+
+    def _train(self, conditioning: Conditioning, variant: Variant, seed: int, folder: Path) -> None:
+        people, aside = (self._comparable(part) for part in split_people(read_rows(self.data), None, seed=0))
         pairs = Pairs(self.data, self.cache, people, same_photo=variant.same_photo)
         held_out = Pairs(self.data, self.cache, aside) if aside else None
         weight = self.budget.identity_loss_weight

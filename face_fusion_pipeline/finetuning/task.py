@@ -193,9 +193,16 @@ class FaceFusionTask(Task):
             return batch | {STATE + name: state for name, state in self.kept_states(references).items()}
         return batch | {"reference": pairs.reference_latents(references)}
 
-    @torch.no_grad()
     def kept_states(self, references: list[Reference]) -> dict[str, Tensor]:
-        """Layer name -> float16 (B, N_f, C) of these references; all are computed at the first call."""
+        """Layer name -> float16 (B, N_f, C) of these references, on the CPU; all are computed at the first call."""
+        if not all(reference in self.kept.rows for reference in references):
+            self.keep_all()
+        chosen = torch.tensor([self.kept.rows[reference] for reference in references])
+        return {name: state[chosen] for name, state in self.kept.states.items()}
+
+    @torch.no_grad()
+    def keep_all(self) -> None:
+        """Compute the states of all references that are not kept yet."""
         missing = [reference for reference in self.pairs.all_references() if reference not in self.kept.rows]
         known, states = len(self.kept.rows), dict[str, Tensor]()
         for start in range(0, len(missing), AT_ONCE):
@@ -208,8 +215,6 @@ class FaceFusionTask(Task):
                 states[name][known + start :][: len(state)] = state.cpu()
         self.kept.states |= states
         self.kept.rows |= {reference: known + row for row, reference in enumerate(missing)}
-        chosen = torch.tensor([self.kept.rows[reference] for reference in references])
-        return {name: state[chosen] for name, state in self.kept.states.items()}
 
     @property
     def reference_timestep(self) -> int:
@@ -238,12 +243,12 @@ class FaceFusionTask(Task):
         schedule, timesteps, latents = self.base.schedule, batch["timesteps"], batch["latents"]
         noisy = schedule.noised(latents, batch["noise"], timesteps)
         tokens = self.identity_tokens(batch)
-        with self.fused(batch, tokens):
-            predicted = self.predicted(batch, noisy)
         if self.teacher is None or not self.training:
             target = schedule.target(latents, batch["noise"], timesteps)
         else:
             target = self.taught(batch, noisy, tokens)
+        with self.fused(batch, tokens):
+            predicted = self.predicted(batch, noisy)
         faces = face_mask(batch["boxes"], self.side(latents), latents.shape[-1])
         error = weighted_error(predicted, target, faces, self.options.face_loss_weight)
         loss = (schedule.weight(timesteps, self.options.snr_gamma, self.options.keep_noisy) * error).mean()
