@@ -360,6 +360,7 @@ def test_all_variants_learn_from_one_teacher(base: Any, data: Path, tmp_path: Pa
             continue
         conditioning, record = trainer.trained(variant, 0)
         assert conditioning is not None and record["steps"] == 1
+        assert len(trainer.kept.rows) == len(read_rows(data))
         task = VariantTask(
             base, conditioning, pairs_of(data, base), None, teacher=trainer.teaching, kept=trainer.kept,
             options=FaceFusionOptions(keep_references=True),
