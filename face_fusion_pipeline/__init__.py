@@ -21,6 +21,7 @@ _EXPORTS = {
     "FaceFusionMixin": "face_fusion_mixin",
     "FaceIdentity": "face_identity",
     "capture_hidden_states": "face_identity",
+    "LateGuidance": "late_guidance",
     "StableDiffusionFaceFusionPipeline": "pipeline",
 }
 

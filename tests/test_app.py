@@ -123,6 +123,12 @@ def test_style_and_boxes_of_a_form() -> None:
     assert FORM.face_boxes is None and replace(FORM, boxes={}).face_boxes is None
 
 
+def test_guidance_is_halved_in_the_clear_half_if_it_then_is_guidance() -> None:
+    assert replace(FORM, guidance=5.0).guidance_in_clear_half is None
+    assert replace(FORM, guidance=5.0, late_guidance=True).guidance_in_clear_half == 2.5
+    assert replace(FORM, guidance=2.0, late_guidance=True).guidance_in_clear_half is None
+
+
 def test_which_face_is_an_index_from_the_left() -> None:
     assert [PersonForm(1, which=which).face_index for which in WHICH_FACE] == [None, 0, 1, 2, 3, None]
 
@@ -179,6 +185,14 @@ def test_pictures_come_one_by_one_with_text(photo: Path) -> None:
     assert parts == sorted(parts) and parts[-1] == 1 and {"Picture 1 of 2", "Picture 2 of 2"} == {w for _, w in steps}
     assert not differ(run(engine, replace(form, seed=8, count=1))[0], pictures[1])  # its own seed only
     assert differ(run(engine, replace(form, people=(PersonForm(1, (photo,), strength=0),)))[0], pictures[0])
+
+
+def test_late_guidance_is_of_the_picture_and_in_its_text(photo: Path) -> None:
+    engine, person = make_engine(), PersonForm(1, (photo,))
+    form = replace(FORM, people=(person,), count=1, steps=4, guidance=20.0)
+    (before,), (late,) = run(engine, form), run(engine, replace(form, late_guidance=True))
+    assert differ(before, late)
+    assert (before.text["late_guidance"], late.text["late_guidance"]) == (None, form.guidance / 2)
 
 
 def test_compare_gives_the_picture_without_a_face(photo: Path) -> None:

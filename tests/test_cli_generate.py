@@ -1,5 +1,6 @@
 """`face-fusion generate` from argument to file, on a random model of 16x16 pictures."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter, save_adapter
 from face_fusion_pipeline.cli import commands, main
+from face_fusion_pipeline.cli import generate as generate_command
 from face_fusion_pipeline.generation.contact_sheet import contact_sheet, save_png
 
 
@@ -100,6 +102,32 @@ def test_a_mirrored_photo_is_one_more_reference(
     tiny_models.tiny_pipeline().encode_face(photo).save(tmp_path / "ada.safetensors")
     status, _, err = generate("--mirror", face=tmp_path / "ada.safetensors")
     assert status == 2 and "--mirror is for photos" in err
+
+
+def test_guidance_goes_down_in_the_later_steps(generate: Any, tmp_path: Path) -> None:
+    for name, late in (("same", None), ("as-before", 4), ("late", 2)):
+        status, _, err = generate("--no-detect", "--no-sheet", out=tmp_path / name, guidance=4, late_guidance=late)
+        assert status == 0, err
+    same, as_before, late = (pixels(tmp_path / name / "image_000.png") for name in ("same", "as-before", "late"))
+    assert np.array_equal(same, as_before) and not np.array_equal(same, late)
+    assert Image.open(tmp_path / "late" / "image_000.png").text["late_guidance"] == "2.0"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (4.0, 2.0)),
+        (["--guidance=3"], (3.0, None)),
+        (["--late-guidance=3"], (4.0, 3.0)),
+        (["--model=m"], (5.0, None)),
+    ],
+)
+def test_the_avatars_are_asked_as_they_were_measured(words: list[str], expected: tuple[float, float | None]) -> None:
+    parser = argparse.ArgumentParser()
+    generate_command.add_arguments(parser)
+    args = parser.parse_args(["--face=f.png", "--prompt=a cat", "--out=out", *words])
+    generate_command.set_guidance(args)
+    assert (args.guidance, args.late_guidance) == expected
 
 
 def test_small_faces_are_drawn_again(generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +233,9 @@ BAD = {
     "scale that is text": ({"scale": "much"}, "much"),
     "no steps": ({"steps": 0}, "--steps"),
     "no images": ({"num_images": 0}, "--num-images"),
+    "guidance below zero": ({"guidance": -1}, "--guidance"),
+    "late guidance that is none": ({"late_guidance": 1}, "--late-guidance must be above 1"),
+    "late guidance after none": ({"guidance": 1, "late_guidance": 2}, "--guidance above 1"),
     "odd height": ({"height": 100}, "--height"),
     "seed below zero": ({"seed": -1}, "--seed"),
     "no such model": ({"model": "some/where/else"}, "some/where/else"),

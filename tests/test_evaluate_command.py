@@ -506,7 +506,7 @@ def test_a_model_that_was_trained_on_is_another_one(tmp_path: Path) -> None:
     unet.mkdir(parents=True)
     (unet / "diffusion_pytorch_model.safetensors").write_bytes(b"first")
     arguments = argparse.Namespace(
-        model=str(tmp_path / "model"), steps=1, guidance_scale=1.0, seed=0, batch=1, adapter=None
+        model=str(tmp_path / "model"), steps=1, guidance_scale=1.0, late_guidance=None, seed=0, batch=1, adapter=None
     )
     keep_settings(out, avatars_evaluate._settings(arguments))
     keep_settings(out, avatars_evaluate._settings(arguments))
@@ -596,6 +596,7 @@ def test_what_a_safety_checker_blacked_out_counts_in_no_figure(
     [
         (["--steps", "0"], "--steps must be from 1 to 1000, got 0"),
         (["--guidance", "-1"], "--guidance must be from 0 to 100, got -1"),
+        (["--late-guidance", "1"], "--late-guidance must be above 1, at most 100, got 1"),
         (["--seed", "-1"], "--seed must be 0 or more"),
         (["--scale", "-1"], "--scale"),
         (["--people", "4"], "too few for --people 4"),

@@ -1,6 +1,7 @@
 """Evaluation: figures against hand-computed values, alignment, judges on fresh renders, the whole table in small."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,25 @@ def test_summary_by_hand() -> None:
     assert mine["similarity"]["r"]["closed"] == pytest.approx(0.4 / 0.6)
     assert mine["accuracy"]["expression"] == 0.5 and mine["accuracy"]["mean"] == pytest.approx(0.875)
     assert mine["no_face"] == 0.5 and summary[FLOOR]["no_face"] is None
+
+
+def test_late_guidance_is_part_of_the_settings_and_of_what_a_table_says(
+    pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path
+) -> None:
+    settings = Settings(model="tiny", steps=4)
+    trials, panel = plan_trials(1, 1, style="photo"), Panel(untrained)
+    made = []
+    for name, late in (("same", None), ("as-before", settings.guidance_scale), ("late", 2.0)):
+        result = compare(pipe, trials, ["none"], panel, replace(settings, late_guidance=late), tmp_path / name)
+        made.append(image_path(tmp_path / name, trials[0], "none").read_bytes())
+    assert made[0] == made[1] != made[2]
+    assert "4 steps, guidance 4.0 (2.0 in the clear half), face" in as_markdown(result, panel.names)
+    with pytest.raises(FaceFusionError, match="other settings"):
+        compare(pipe, trials, ["none"], panel, settings, tmp_path / "late")
+    old = json.loads((tmp_path / "same" / "settings.json").read_text())
+    del old["late_guidance"]  # a folder of an earlier version goes on
+    (tmp_path / "same" / "settings.json").write_text(json.dumps(old))
+    compare(pipe, trials, ["none"], panel, settings, tmp_path / "same")
 
 
 def test_table_end_to_end_resumes(

@@ -191,9 +191,13 @@ class Engine:
     def _denoise(self, form: Form, faces: dict[str, Any], on_step: Callable[[float], None]) -> Any:
         import torch
 
+        from ..late_guidance import LateGuidance
+
+        late = form.guidance_in_clear_half and LateGuidance(form.guidance_in_clear_half)
+
         def after_step(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step((step + 1) / pipe.num_timesteps)
-            return tensors
+            return late(pipe, step, timestep, tensors) if late else tensors
 
         width, height = self.size(form.shape)
         control = {} if form.control is None else {"control_image": form.control}
@@ -235,6 +239,7 @@ class Engine:
             "face_boxes_source": source,
             "steps": form.steps,
             "guidance": form.guidance,
+            "late_guidance": form.guidance_in_clear_half,
             "control": None if form.control is None else "depth of the layout picture",
         }
         return describe(self.pipe, self.model, self.adapter, settings)

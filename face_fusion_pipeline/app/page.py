@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..avatar_model import GUIDANCE
 from .avatar_examples import Example
 from .form import AS_WRITTEN, MAX_PEOPLE, MAX_PICTURES, MAX_STEPS, MORE_STYLES, ONLY_FACE, STYLES, WHICH_FACE
 from .places import canvas_value
@@ -70,6 +71,7 @@ class Widgets:
     negative_prompt: gr.Textbox
     steps: gr.Slider
     guidance: gr.Slider
+    late_guidance: gr.Checkbox
     compare: gr.Checkbox
     places_section: gr.Accordion
     more_section: gr.Accordion
@@ -108,7 +110,7 @@ def build_page(examples: list[Example], ratio: float, steps: int, embedded: bool
                 widgets["people"] = [_person(number, messages) for number in range(1, MAX_PEOPLE + 1)]
             _prompt(widgets, messages, STYLES if embedded else STYLES + MORE_STYLES)
             _places(widgets, messages, ratio, has_control)
-            _more(widgets, messages, steps)
+            _more(widgets, messages, steps, embedded)
         with gr.Column(min_width=320):
             with gr.Row():
                 widgets["generate"] = gr.Button("Generate", variant="primary", elem_id="generate")
@@ -215,16 +217,23 @@ def _places(widgets: dict[str, Any], messages: dict[str, gr.HTML], ratio: float,
         )
 
 
-def _more(widgets: dict[str, Any], messages: dict[str, gr.HTML], steps: int) -> None:
+def _more(widgets: dict[str, Any], messages: dict[str, gr.HTML], steps: int, embedded: bool) -> None:
     with gr.Accordion("More", open=False, elem_id="more") as widgets["more_section"]:
         widgets["negative_prompt"] = gr.Textbox(label="What not to show", lines=1)
         messages["negative_prompt"] = _message("negative_prompt")
         with gr.Row():
             widgets["steps"] = gr.Slider(1, MAX_STEPS, steps, step=1, label="Denoising steps", min_width=160)
             widgets["guidance"] = gr.Slider(
-                1, 20, 5, step=0.5, label="Guidance", info="1 is off; more follows the prompt closer", min_width=160
+                *(1, 20, GUIDANCE if embedded else 5),
+                step=0.5,
+                label="Guidance",
+                info="1 is off; more follows the prompt closer",
+                min_width=160,
             )
         messages["steps"], messages["guidance"] = _message("steps"), _message("guidance")
+        widgets["late_guidance"] = gr.Checkbox(
+            embedded, label="Half the guidance in the later steps", info="details less overdrawn; suits the avatars"
+        )
         widgets["compare"] = gr.Checkbox(
             False, label="Also without a face", info="in the contact sheet, from the same seed; takes twice the time"
         )

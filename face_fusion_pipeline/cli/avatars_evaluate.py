@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..avatar_model import embedded_model
+from ..avatar_model import GUIDANCE, LATE_GUIDANCE, embedded_model
 
 
 if TYPE_CHECKING:
@@ -122,11 +122,22 @@ def _positive(text: str) -> int:
     return value
 
 
+def _guidance(text: str) -> float | None:
+    if text == "same":
+        return None
+    value = float(text)
+    if not 1 < value < 100:
+        raise argparse.ArgumentTypeError(f"{value} is not above 1")
+    return value
+
+
 def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="diffusers folder (default: the embedded avatar model)")
     parser.add_argument("--out", type=Path, required=True, help="folder for images and tables; a stopped run goes on")
     parser.add_argument("--steps", type=_positive, default=25, help="denoising steps (default: 25)")
-    parser.add_argument("--guidance-scale", type=float, default=4.0, help="classifier-free guidance (default: 4)")
+    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE, help="classifier-free guidance (default: 4)")
+    parser.add_argument("--late-guidance", type=_guidance, default=LATE_GUIDANCE, metavar="SCALE|same",
+                        help="guidance in the clear half of the timesteps (default: 2)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=_positive, default=4, help="prompts denoised together (default: 4)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -178,8 +189,8 @@ def _model_folder(args: argparse.Namespace) -> str:
 def _settings(args: argparse.Namespace, **more: Any) -> Settings:
     from ..evaluation.generation import Settings
 
-    common = {"steps": args.steps, "guidance_scale": args.guidance_scale, "seed": args.seed, "batch": args.batch}
-    return Settings.of(_model_folder(args), **common, **more)
+    denoising = {key: getattr(args, key) for key in ("steps", "guidance_scale", "late_guidance")}
+    return Settings.of(_model_folder(args), **denoising, seed=args.seed, batch=args.batch, **more)
 
 
 def _training_captions(data: str | None) -> set[str]:

@@ -66,6 +66,7 @@ def _add_generation(group: Any) -> None:
     group.add_argument("--images-per-prompt", type=int, default=1, metavar="N")
     group.add_argument("--steps", type=int, default=25, help="denoising steps")
     group.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance; 1 is off")
+    group.add_argument("--late-guidance", type=float, help="in the clear half of the timesteps; default: as before")
     group.add_argument("--scale", type=float, default=1.0, help="strength of the face with the adapter")
     group.add_argument("--training-free-scale", type=float, default=1.0, help="strength of the face without it")
     group.add_argument("--seed", type=int, default=0)
@@ -136,6 +137,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise FaceFusionError(f"--{name.replace('_', '-')} must be from 1 to {most}, got {value}")
     if not 0 <= args.guidance <= 100:
         raise FaceFusionError(f"--guidance must be from 0 to 100, got {args.guidance}")
+    if args.late_guidance is not None and not 1 < args.late_guidance <= 100:
+        raise FaceFusionError(f"--late-guidance must be above 1, at most 100, got {args.late_guidance}")
     if args.seed < 0:
         raise FaceFusionError(f"--seed must be 0 or more, got {args.seed}")
     if args.out.exists() and not args.out.is_dir():
@@ -156,6 +159,7 @@ def _settings(args: argparse.Namespace, model: str) -> Settings:
         dtype=args.dtype,
         steps=args.steps,
         guidance_scale=args.guidance,
+        late_guidance=args.late_guidance,
         face_scale=check_scale(args.scale, "--scale"),
         training_free_scale=check_scale(args.training_free_scale, "--training-free-scale"),
         seed=args.seed,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..avatar_model import GUIDANCE, LATE_GUIDANCE
 from ..face_errors import FaceFusionError
 from ..generation.arguments import (
     MAX_IMAGES,
@@ -50,7 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the face: 0 off, 1 as in the paper")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
-    parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance; 1 is off")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        help=f"classifier-free guidance, 1 is off; default: 5, of the avatars {GUIDANCE:g} and {LATE_GUIDANCE:g} late",
+    )
+    parser.add_argument(
+        "--late-guidance", type=float, help="guidance in the clear half of the timesteps; default: as before"
+    )
     parser.add_argument("--num-images", type=int, default=4, help="number of pictures")
     parser.add_argument("--batch-size", type=int, default=4, help="pictures denoised together (memory)")
     parser.add_argument("--seed", type=int, default=0, help="picture i is made with seed + i")
@@ -122,8 +130,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise FaceFusionError("--refine-faces does a part of the steps again: give --steps 3 or more")
     if not 0 <= args.seed <= MAX_SEED - MAX_IMAGES:
         raise FaceFusionError(f"--seed must be from 0 to {MAX_SEED - MAX_IMAGES}, got {args.seed}")
-    if not 0 <= args.guidance <= 100:
-        raise FaceFusionError(f"--guidance must be from 0 to 100, got {args.guidance}")
+    set_guidance(args)
     for name, value in (("--height", args.height), ("--width", args.width)):
         if value is not None and not (64 <= value <= 4096 and value % 8 == 0):
             raise FaceFusionError(f"{name} must be a multiple of 8 from 64 to 4096, got {value}")
@@ -140,6 +147,28 @@ def check_arguments(args: argparse.Namespace) -> None:
         from ..generation.watermark import blind_watermark
 
         blind_watermark()
+
+
+def set_guidance(args: argparse.Namespace) -> None:
+    """Defaults that go with the model, where nothing was said. Raises [`FaceFusionError`] for numbers out of range."""
+    if args.guidance is None:
+        args.guidance = GUIDANCE if args.model is None else 5.0
+        if args.model is None and args.late_guidance is None:
+            args.late_guidance = LATE_GUIDANCE
+    if not 0 <= args.guidance <= 100:
+        raise FaceFusionError(f"--guidance must be from 0 to 100, got {args.guidance}")
+    if args.late_guidance is not None and not 1 < args.late_guidance <= 100:
+        raise FaceFusionError(f"--late-guidance must be above 1, at most 100, got {args.late_guidance}")
+    if args.late_guidance is not None and not args.guidance > 1:
+        raise FaceFusionError(f"--late-guidance goes with --guidance above 1, got {args.guidance}")
+
+
+def denoising(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of a pipeline's call: how it denoises."""
+    from ..late_guidance import LateGuidance
+
+    late = None if args.late_guidance is None else LateGuidance(args.late_guidance)
+    return {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "callback_on_step_end": late}
 
 
 def read_faces(args: argparse.Namespace) -> "list[FacePhoto] | Any":
@@ -202,8 +231,7 @@ def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[Im
             negative_prompt=args.negative_prompt,
             face_image=identity,
             face_scale=args.scale,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
+            **denoising(args),
             num_images_per_prompt=count,
             height=args.height,
             width=args.width,
@@ -228,8 +256,7 @@ def refined(pipe: Any, args: argparse.Namespace, identity: Any, picture: "Image.
             face_image=identity,
             face_scale=args.scale,
             negative_prompt=args.negative_prompt,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
+            **denoising(args),
             generator=torch.Generator("cpu").manual_seed(seed),
         )
     except InvalidLayoutError:
@@ -247,6 +274,7 @@ def settings_of(args: argparse.Namespace, pipe: Any, mode: str) -> dict[str, obj
         "face_mode": mode,
         "steps": args.steps,
         "guidance": args.guidance,
+        "late_guidance": args.late_guidance,
         "refine_faces": args.refine_faces,
         "mirror": args.mirror,
         "revision": args.revision,

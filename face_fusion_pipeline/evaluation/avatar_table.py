@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .generation import Settings, generate, image_path
+from .generation import Settings, denoising, generate, image_path
 from .judges import IMAGE_SIZE
 from .metrics import bootstrap_mean, closed_share
 from .renders import read_image, to_pil, write_image
@@ -102,7 +102,7 @@ def as_markdown(result: dict[str, Any], recognisers: list[str]) -> str:
     return (
         markdown_table(header, rows)
         + f"\n{result['images_per_method']} portraits a method, {result['identities']} people that no training saw, "
-        f"{s['steps']} steps, guidance {s['guidance_scale']}, face scale {s['face_scale']} "
+        f"{denoising(s)}, face scale {s['face_scale']} "
         f"(training-free {s['training_free_scale']}), seed {s['seed']}; {result['machine']}, {result['date']}.\n"
         f"{cut_out}Similarity: cosine to another render of the person, with a 95 % bootstrap interval over people; "
         f"closed: share of the way from “{FLOOR}” to “{CEILING}”. Accuracy: judges trained on renders.\n"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .distribution import cmmd
+from .generation import denoising
 from .metrics import bootstrap_mean
 from .picture_rows import Row
 from .pictures import ANOTHER_PHOTO, SOMEBODY_ELSE
@@ -119,7 +120,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     parts.append(f"{result['people']} people; pictures: {counts}; {result['machine']}, {result['date']}.\n")
     if settings := result["settings"]:
         parts.append(
-            f"{settings['steps']} steps, guidance {settings['guidance_scale']}, face scale {settings['face_scale']} "
+            f"{denoising(settings)}, face scale {settings['face_scale']} "
             f"(training-free {settings['training_free_scale']}), seed {settings['seed']}.\n"
         )
     if result["left_out"]:

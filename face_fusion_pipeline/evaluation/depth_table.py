@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..avatars import Scene, render
 from ..face_depth import depth_image
-from .generation import Settings, image_path, keep_settings, trial_image
+from .generation import Settings, denoising, image_path, keep_settings, trial_image
 from .judges import IMAGE_SIZE, Judges
 from .metrics import Estimate, bootstrap_mean, cosine_similarity
 from .renders import depth_cells, from_pil, read_image, to_pil, write_image
@@ -120,8 +120,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     s = result["settings"]
     return (
         markdown_table(["", "depth error ↓", "landmark error ↓", "own person ↑"], rows)
-        + f"\n{result['images_per_method']} pictures a method, people that no training saw, {s['steps']} steps, "
-        f"guidance {s['guidance_scale']}, face scale {s['face_scale']}, seed {s['seed']}; {result['machine']}, "
+        + f"\n{result['images_per_method']} pictures a method, people that no training saw, {denoising(s)}, "
+        f"face scale {s['face_scale']}, seed {s['seed']}; {result['machine']}, "
         f"{result['date']}.\nInside: `control_face_scale`, the ControlNet's strength in the face box; half of both: "
         "that and `control_guidance_end=0.5`. The depth map is that of the scene with somebody else in it, in one row "
         "with the person. Depth error: mean absolute difference between it and the depth that a judge sees in the "

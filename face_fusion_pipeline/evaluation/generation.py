@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, product
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..face_images import with_mirrored
 from ..generation.contact_sheet import save_png
 from ..generation.loading import load_pipeline
 from ..generation.provenance import DISCLOSURE, SOURCE_TYPE
+from ..late_guidance import LateGuidance
 from .pictures import Picture
 from .renders import to_pil
 from .trials import TRUE_BOX, CutOut, Trial, reference_face
@@ -32,6 +33,7 @@ _LATER = {
     "controlnet": None,
     "dtype": "float32",
     "cut_out": TRUE_BOX,
+    "late_guidance": None,
 }  # settings that older folders do not name
 
 
@@ -50,6 +52,7 @@ class Settings:
     controlnet: str | None = None
     dtype: str = "float32"
     cut_out: CutOut = TRUE_BOX  # or the detector whose box the reference of an avatar is cut out by
+    late_guidance: float | None = None  # guidance in the clear half of the timesteps; None: as before
     weights_hash: str | None = None  # of local files, which may be trained on under the same name
 
     @classmethod
@@ -58,6 +61,20 @@ class Settings:
         return cls(
             model, adapter, controlnet=controlnet, weights_hash=hash_weights(model, adapter, controlnet), **more
         )
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """Arguments of a pipeline: how it denoises."""
+        late = None if self.late_guidance is None else LateGuidance(self.late_guidance)
+        denoising = {"num_inference_steps": self.steps, "guidance_scale": self.guidance_scale}
+        return {**denoising, "callback_on_step_end": late}
+
+
+def denoising(settings: Mapping[str, Any]) -> str:
+    """How pictures of these settings, as a report has them, were denoised: the words under its table."""
+    late = settings.get("late_guidance")
+    words = f"{settings['steps']} steps, guidance {settings['guidance_scale']}"
+    return words if late is None else f"{words} ({late} in the clear half)"
 
 
 def hash_weights(model: str, adapter: str | None = None, controlnet: str | None = None) -> str | None:
@@ -172,8 +189,7 @@ def _images(
     """
     output = pipe(
         [picture.prompt for picture in pictures],
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
+        **settings.call,
         generator=[torch.Generator().manual_seed(picture.seed or 0) for picture in pictures],
         output_type="pt",
         **face,
@@ -187,8 +203,7 @@ def trial_image(pipe: Any, trial: Trial, settings: Settings, **face: Any) -> tor
     """The picture (3, H, W) in [0, 1] of one trial on the CPU, with the arguments about faces that `pipe` takes."""
     output = pipe(
         trial.text,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
+        **settings.call,
         generator=torch.Generator().manual_seed(trial.seed),
         output_type="pt",
         **face,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..face_identity import encode_latents
-from .generation import Settings, generate, image_path
+from .generation import Settings, denoising, generate, image_path
 from .judges import IMAGE_SIZE, TRAITS
 from .metrics import psnr
 from .renders import read_image
@@ -93,6 +93,6 @@ def as_markdown(result: dict[str, Any]) -> str:
     s = result["settings"]
     seen = "not seen in training" if result["unseen"] else "of which some may be captions that training saw"
     return markdown_table(["figure", "generated", "true renders", "goal"], rows) + (
-        f"\n{result['prompts']} prompts {seen} (one to three people, all styles), {s['steps']} steps, "
-        f"guidance {s['guidance_scale']}, seed {s['seed']}; {result['machine']}, {result['date']}.\n"
+        f"\n{result['prompts']} prompts {seen} (one to three people, all styles), {denoising(s)}, "
+        f"seed {s['seed']}; {result['machine']}, {result['date']}.\n"
     )

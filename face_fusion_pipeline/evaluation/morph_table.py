@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..face_errors import FaceFusionError
-from .generation import Settings, image_path, keep_settings, trial_image
+from .generation import Settings, denoising, image_path, keep_settings, trial_image
 from .judges import IMAGE_SIZE, Judges
 from .metrics import Estimate, bootstrap_mean, cosine_similarity
 from .renders import read_image, to_pil, write_image
@@ -88,8 +88,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     s = result["settings"]
     return (
         markdown_table(["weight of the second", "likeness to the first", "likeness to the second"], rows)
-        + f"\n{result['pairs']} pairs of people that no training saw, {s['steps']} steps, guidance "
-        f"{s['guidance_scale']}, face scale {s['face_scale']}, seed {s['seed']}; {result['machine']}, "
+        + f"\n{result['pairs']} pairs of people that no training saw, {denoising(s)}, "
+        f"face scale {s['face_scale']}, seed {s['seed']}; {result['machine']}, "
         f"{result['date']}.\nAvatar recogniser, cosine to another portrait, with a 95 % bootstrap interval over "
         "pairs; the noise is the same along a morph.\n"
     )

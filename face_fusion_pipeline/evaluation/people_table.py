@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..avatars import render
 from ..avatars.caption import caption
 from .faces import portrait_crops
-from .generation import Settings, image_path, keep_settings, trial_image
+from .generation import Settings, denoising, image_path, keep_settings, trial_image
 from .judges import IMAGE_SIZE, Judges
 from .metrics import Estimate, bootstrap_mean, cosine_similarity
 from .renders import from_pil, read_image, to_pil, write_image
@@ -163,7 +163,7 @@ def as_markdown(result: dict[str, Any]) -> str:
             ["overlap, background", "own person ↑", "neighbour ↓", "leakage ↓", "all present ↑", "doubled ↓"], rows
         )
         + f"\n{result['images_per_method']} pictures of {result['people']} people a method, people that no training "
-        f"saw, {s['steps']} steps, guidance {s['guidance_scale']}, face scale {s['face_scale']}, seed {s['seed']}; "
+        f"saw, {denoising(s)}, face scale {s['face_scale']}, seed {s['seed']}; "
         f"{result['machine']}, {result['date']}.\nSimilarity: avatar recogniser, cosine to another portrait, with a "
         "95 % bootstrap interval over people; of somebody else: mean over everybody whom a face is not. Leakage: "
         "share of the way from the floor to the own similarity that the neighbour's has come. All present, doubled: "
@@ -196,8 +196,7 @@ def _drawn_again(
         face_image=people,
         face_boxes=boxes,
         face_scale=settings.face_scale,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
+        **settings.call,
         generator=[torch.Generator().manual_seed(trial.seed + i) for i in range(len(people))],
     )
     return from_pil(image)

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..face_attention import attention_layers
-from .generation import Settings, image_path, keep_settings, trial_image
+from .generation import Settings, denoising, image_path, keep_settings, trial_image
 from .judges import IMAGE_SIZE, Judges
 from .metrics import Estimate, bootstrap_mean, cosine_similarity
 from .people_table import true_boxes
@@ -126,8 +126,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     s = result["settings"]
     return (
         markdown_table(["face sees", "likeness ↑", "difference", "of the likeness"], rows)
-        + f"\n{result['trials']} pictures a row of people that no training saw, {s['steps']} steps, guidance "
-        f"{s['guidance_scale']}, face scale {s['face_scale']}, seed {s['seed']}; {result['machine']}, "
+        + f"\n{result['trials']} pictures a row of people that no training saw, {denoising(s)}, "
+        f"face scale {s['face_scale']}, seed {s['seed']}; {result['machine']}, "
         f"{result['date']}.\nAvatar recogniser, cosine to another portrait, with a 95 % bootstrap interval over "
         "people; the difference is that of pictures from the same noise.\n"
     )

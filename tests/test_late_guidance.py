@@ -1,0 +1,81 @@
+"""Less guidance in the later steps, in pipelines of ours and of diffusers."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from tiny_models import face, generate, tiny_components, tiny_pipeline
+
+from face_fusion_pipeline import LateGuidance
+from face_fusion_pipeline.face_errors import InvalidScaleError
+from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
+
+
+@pytest.fixture(params=["stock", "without a face", "with a face"])
+def draw(request):
+    """Generates, and notes the guidance scale of each step."""
+    plain = request.param == "stock"
+    pipe = StableDiffusionPipeline(**tiny_components(), image_encoder=None) if plain else tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    used = []
+    step = pipe.scheduler.step
+
+    def noted(*args, **kwargs):
+        used.append(pipe.guidance_scale)
+        return step(*args, **kwargs)
+
+    pipe.scheduler.step = noted
+    options = {"face_image": face()} if request.param == "with a face" else {}
+
+    def draw(**more):
+        used.clear()
+        return generate(pipe, num_inference_steps=4, **options, **more), list(used)
+
+    return draw
+
+
+def test_later_steps_get_another_scale_and_nothing_is_left_behind(draw):
+    before, used = draw(guidance_scale=4.0)
+    assert used == [4.0] * 4
+    late, used = draw(guidance_scale=4.0, callback_on_step_end=LateGuidance(2.0))
+    assert used == [4.0, 4.0, 2.0, 2.0]
+    assert not torch.equal(late, before)
+    same, _ = draw(guidance_scale=4.0, callback_on_step_end=LateGuidance(4.0))
+    assert torch.equal(same, before) and torch.equal(draw(guidance_scale=4.0)[0], before)
+
+
+@pytest.mark.parametrize(("below", "scales"), [(0.0, [4, 4, 4, 4]), (0.8, [4, 2, 2, 2]), (1.0, [4, 2, 2, 2])])
+def test_which_steps_are_later_ones(draw, below, scales):
+    assert draw(guidance_scale=4.0, callback_on_step_end=LateGuidance(2.0, below))[1] == scales
+
+
+def test_a_call_without_guidance_stays_without(draw):
+    images, used = draw(guidance_scale=1.0, callback_on_step_end=LateGuidance(2.0))
+    assert used == [1.0] * 4
+    assert torch.equal(images, draw(guidance_scale=1.0)[0])
+
+
+def test_image_to_image_has_the_scale_of_its_timesteps():
+    pipe = tiny_pipeline().as_pipeline(StableDiffusionImg2ImgFaceFusionPipeline)
+    used = []
+    options = {"image": face(), "strength": 0.5, "num_inference_steps": 8, "guidance_scale": 4.0, "output_type": "pt"}
+
+    class Noted(LateGuidance):
+        def callback_fn(self, pipeline, *args):
+            tensors = super().callback_fn(pipeline, *args)
+            used.append(pipeline.guidance_scale)
+            return tensors
+
+    pipe("a cat", face_image=face(), callback_on_step_end=Noted(2.0, 0.2), **options)
+    assert used == [4.0, 2.0, 2.0, 2.0]  # after the timesteps 376, 251, 126 and 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 0, -2, float("nan"), float("inf"), "2"])
+def test_a_scale_that_is_no_guidance_is_refused(scale):
+    with pytest.raises(InvalidScaleError, match="above 1"):
+        LateGuidance(scale)
+
+
+@pytest.mark.parametrize("below", [-0.1, 1.1, None])
+def test_a_share_out_of_range_is_refused(below):
+    with pytest.raises(InvalidScaleError, match="from 0 to 1"):
+        LateGuidance(2.0, below)
