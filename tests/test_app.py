@@ -191,7 +191,7 @@ def test_late_guidance_is_of_the_picture_and_in_its_text(photo: Path) -> None:
     engine, person = make_engine(), PersonForm(1, (photo,))
     form = replace(FORM, people=(person,), count=1, steps=4, guidance=20.0)
     (before,), (late,) = run(engine, form), run(engine, replace(form, late_guidance=True))
-    assert differ(before, late)
+    assert not np.array_equal(np.asarray(before.image), np.asarray(late.image))
     assert (before.text["late_guidance"], late.text["late_guidance"]) == (None, form.guidance / 2)
 
 
