@@ -184,16 +184,6 @@ def test_references_are_other_photos_of_the_person_or_altered_crops(data: Path, 
     assert not torch.allclose(latents[0], latents[1])
 
 
-def test_a_share_of_the_targets_has_its_own_crop_as_reference(data: Path, base: Any) -> None:
-    people = split_people(read_rows(data), 0, seed=0)[0]
-    cache = encode(data, base, progress=False)
-    pairs = Pairs(data, cache, people, same_photo=0.25)
-    rows, draws = torch.tensor([6, 6, 0, 0, 6]), torch.tensor([0.2, 0.25, 0.24, 0.25, 0.999])
-    assert pairs.choose(rows, draws) == [(6, 0), (6, 1), (0, 0), (2, 0), (6, 4)]
-    own = {(target, 0) for target in pairs.targets}
-    assert set(pairs.all_references()) == own | set(Pairs(data, cache, people).all_references())
-
-
 def test_what_may_not_be_a_reference_is_a_target_only(tmp_path: Path, base: Any) -> None:
     photos = write_photos(tmp_path / "photos", ["ada", "ada", "ada", "bob", "bob"])
     rows = [json.loads(line) for line in (photos / "metadata.jsonl").read_text().splitlines()]

@@ -68,7 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--text-dropout", type=float, default=0.05, help="share of examples without their prompt")
     what.add_argument("--face-dropout", type=float, default=0.05, help="share without their face")
     what.add_argument("--both-dropout", type=float, default=0.05, help="share without both")
-    what.add_argument("--same-photo", type=float, default=0.0, help="share whose face is cut out of the photo itself")
     what.add_argument("--timestep-power", type=float, default=1.0, help="below 1: noisy steps more often")
     what.add_argument("--snr-gamma", type=float, help="min-SNR weighting of the loss, for example 5")
     what.add_argument("--snr-keep-noisy", action="store_true", help="with v-prediction: noisy steps at full weight")
@@ -129,7 +128,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if not getattr(args, name) > 0:
             raise FaceFusionError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     losses = ("identity_loss_from", "identity_loss_until", "identity_loss_jitter")
-    for name in ("text_dropout", "face_dropout", "both_dropout", "same_photo", *losses):
+    for name in ("text_dropout", "face_dropout", "both_dropout", *losses):
         if not 0 <= getattr(args, name) <= 1:
             raise FaceFusionError(f"--{name.replace('_', '-')} must be from 0 to 1, got {getattr(args, name)}")
     for name in ("ema_decay", "adam_beta2"):

@@ -128,8 +128,7 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
 
     cache = cache_folders(folder, base, args.augmentations)
     people, aside = split_people(read_rows(folder), args.validation_people, args.seed)
-    pairs = Pairs(folder, cache, people, same_photo=args.same_photo)
-    held_out = Pairs(folder, cache, aside) if aside else None
+    pairs, held_out = Pairs(folder, cache, people), Pairs(folder, cache, aside) if aside else None
     adapter = start_adapter(args, base, folder)
     options = FaceFusionOptions(
         text_dropout=args.text_dropout,

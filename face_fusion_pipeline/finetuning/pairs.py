@@ -29,12 +29,11 @@ class Pairs:
         folder: the prepared folder.
         cache: what `latent_cache.encode` returned.
         people: only these, see [`split_people`].
-        same_photo: share of the targets that get their own face crop as reference instead. It shows just what there is
-            to be drawn, so that where to look is learned sooner; with nothing else, copying might be learned too.
+        same_photo: the only reference of a target is its own face crop, to measure what such pairs teach.
     """
 
-    def __init__(self, folder: Path, cache: Cache, people: list[list[int]], *, same_photo: float = 0.0) -> None:
-        self.rows, self.people, self.same_photo = read_rows(folder), people, same_photo
+    def __init__(self, folder: Path, cache: Cache, people: list[list[int]], *, same_photo: bool = False) -> None:
+        self.rows, self.people = read_rows(folder), people
         self.key = data_key(folder)
         self.shards = Shards(cache, len(self.rows))
         self.company = max(len(row.get("others", ())) for row in self.rows)
@@ -47,25 +46,19 @@ class Pairs:
                 if self.rows[index]["own_reference"] or not (partnered[index] and others):
                     count = self.shards.reference_count(index)
                     others = [(index, number) for number in range(min(1, count - 1), count)]
-                self.references[index] = others
+                self.references[index] = [(index, 0)] if same_photo else others
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def choose(self, rows: Tensor, draws: Tensor) -> list[Reference]:
         """A reference for each of the targets `rows` (B,), by `draws` (B,) in [0, 1)."""
-        chosen = []
-        for row, draw in zip(rows.tolist(), draws.tolist(), strict=True):
-            target = self.targets[row]
-            found = self.references[target]
-            share = (draw - self.same_photo) / (1 - self.same_photo) if draw >= self.same_photo else None
-            chosen.append((target, 0) if share is None else found[int(share * len(found))])
-        return chosen
+        candidates = [self.references[self.targets[row]] for row in rows.tolist()]
+        return [found[int(draw * len(found))] for found, draw in zip(candidates, draws.tolist(), strict=True)]
 
     def all_references(self) -> list[Reference]:
         """Every reference that [`choose`] may give, once, in a fixed order."""
-        others = {reference for found in self.references.values() for reference in found if self.same_photo < 1}
-        return sorted(others | {(target, 0) for target in self.targets if self.same_photo > 0})
+        return sorted({reference for found in self.references.values() for reference in found})
 
     def reference_latents(self, references: list[Reference]) -> Tensor:
         """float32 (B, c, r, r)."""

@@ -145,7 +145,6 @@ class FaceFusionTask(Task):
             **self.settings,
             **described,
             "data": self.pairs.key,
-            "same_photo": self.pairs.same_photo,
             "training_images": self.size,
             "teacher": teacher,
         }
