@@ -114,20 +114,27 @@ def test_guidance_goes_down_in_the_later_steps(generate: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("words", "guidance", "mirror"),
     [
-        ([], (4.0, 2.0)),
-        (["--guidance=3"], (3.0, None)),
-        (["--late-guidance=3"], (4.0, 3.0)),
-        (["--model=m"], (5.0, None)),
+        ([], (4.0, 2.0), True),
+        (["--guidance=3"], (3.0, None), True),
+        (["--late-guidance=3", "--no-mirror"], (4.0, 3.0), False),
+        (["--face=g.png"], (4.0, 2.0), False),
+        (["--model=m"], (5.0, None), False),
+        (["--model=m", "--mirror"], (5.0, None), True),
     ],
 )
-def test_the_avatars_are_asked_as_they_were_measured(words: list[str], expected: tuple[float, float | None]) -> None:
+def test_the_avatars_are_asked_as_they_were_measured(
+    words: list[str], guidance: tuple[float, float | None], mirror: bool
+) -> None:
     parser = argparse.ArgumentParser()
     generate_command.add_arguments(parser)
     args = parser.parse_args(["--face=f.png", "--prompt=a cat", "--out=out", *words])
-    generate_command.set_guidance(args)
-    assert (args.guidance, args.late_guidance) == expected
+    generate_command.set_defaults(args)
+    assert (args.guidance, args.late_guidance) == guidance and args.mirror is mirror
+    args = parser.parse_args(["--face=f.safetensors", "--prompt=a cat", "--out=out"])
+    generate_command.set_defaults(args)
+    assert args.mirror is False  # encoded already
 
 
 def test_small_faces_are_drawn_again(generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

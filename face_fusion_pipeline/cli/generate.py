@@ -72,7 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--refine-faces", action="store_true", help="draw the face again, larger, where it came out small"
     )
     parser.add_argument(
-        "--mirror", action="store_true", help="show each photo mirrored as well, as one more reference"
+        "--mirror",
+        action=argparse.BooleanOptionalAction,
+        help="show each photo mirrored as well, as one more reference; default: a single photo, to the avatar model",
     )
     parser.add_argument("--no-sheet", action="store_true", help="skip the contact sheet and its pictures without face")
     parser.add_argument("--watermark", action="store_true", help="hide in the pixels, too, that they are generated")
@@ -82,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    set_defaults(args)
     check_arguments(args)
     faces = read_faces(args)
     pipe = load_model(args)
@@ -130,7 +133,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise FaceFusionError("--refine-faces does a part of the steps again: give --steps 3 or more")
     if not 0 <= args.seed <= MAX_SEED - MAX_IMAGES:
         raise FaceFusionError(f"--seed must be from 0 to {MAX_SEED - MAX_IMAGES}, got {args.seed}")
-    set_guidance(args)
+    check_guidance(args)
     for name, value in (("--height", args.height), ("--width", args.width)):
         if value is not None and not (64 <= value <= 4096 and value % 8 == 0):
             raise FaceFusionError(f"{name} must be a multiple of 8 from 64 to 4096, got {value}")
@@ -149,12 +152,19 @@ def check_arguments(args: argparse.Namespace) -> None:
         blind_watermark()
 
 
-def set_guidance(args: argparse.Namespace) -> None:
-    """Defaults that go with the model, where nothing was said. Raises [`FaceFusionError`] for numbers out of range."""
+def set_defaults(args: argparse.Namespace) -> None:
+    """What goes with the model, where nothing was said: the avatars are asked as they were measured best."""
+    embedded = args.model is None
     if args.guidance is None:
-        args.guidance = GUIDANCE if args.model is None else 5.0
-        if args.model is None and args.late_guidance is None:
+        args.guidance = GUIDANCE if embedded else 5.0
+        if embedded and args.late_guidance is None:
             args.late_guidance = LATE_GUIDANCE
+    if args.mirror is None:
+        args.mirror = embedded and len(args.face) == 1 and not args.face[0].endswith(".safetensors")
+
+
+def check_guidance(args: argparse.Namespace) -> None:
+    """Raise [`FaceFusionError`] for numbers out of range."""
     if not 0 <= args.guidance <= 100:
         raise FaceFusionError(f"--guidance must be from 0 to 100, got {args.guidance}")
     if args.late_guidance is not None and not 1 < args.late_guidance <= 100:
