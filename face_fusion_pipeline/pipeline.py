@@ -25,6 +25,7 @@ from .face_layout import layer_regions
 from .face_loader_mixin import FaceLoaderMixin
 from .face_ownership import sole_use
 from .face_pictures import upright_rgb
+from .late_guidance import LateGuidance
 
 
 if TYPE_CHECKING:  # not always needed, but the loader has to find their names here
@@ -40,6 +41,7 @@ __all__ = [
     "FaceFusionMixin",
     "FaceIdentity",
     "FaceLoaderMixin",
+    "LateGuidance",
     "StableDiffusionFaceFusionPipeline",
     "capture_hidden_states",
     "create_adapter",
