@@ -515,6 +515,23 @@ def test_a_model_that_was_trained_on_is_another_one(tmp_path: Path) -> None:
         keep_settings(out, avatars_evaluate._settings(arguments))
 
 
+@pytest.mark.parametrize(
+    ("guidance", "late", "expected"),
+    [(None, None, (4.0, 2.0)), (4.0, None, (4.0, None)), (4.0, 3.0, (4.0, 3.0)), (None, 3.0, (4.0, 3.0))],
+)
+def test_guidance_that_is_asked_for_is_that_of_all_steps(
+    guidance: float | None, late: float | None, expected: tuple[float, float | None], tmp_path: Path
+) -> None:
+    arguments = argparse.Namespace(
+        model=str(tmp_path), steps=1, guidance_scale=guidance, late_guidance=late, seed=0, batch=1
+    )
+    settings = avatars_evaluate._settings(arguments)
+    assert (settings.guidance_scale, settings.late_guidance) == expected
+    arguments.guidance_scale = -1.0
+    with pytest.raises(FaceFusionError, match="--guidance-scale must be from 0 to 100, got -1"):
+        avatars_evaluate._settings(arguments)
+
+
 def test_the_pipeline_has_the_adapter_of_the_settings_and_no_other(tmp_path: Path) -> None:
     unet = tiny_unet()
     StableDiffusionFaceFusionPipeline(**{**tiny_components(), "unet": unet}).save_pretrained(tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..avatar_model import GUIDANCE, LATE_GUIDANCE, embedded_model
+from ..generation.arguments import guidance_scales
 
 
 if TYPE_CHECKING:
@@ -122,22 +123,15 @@ def _positive(text: str) -> int:
     return value
 
 
-def _guidance(text: str) -> float | None:
-    if text == "same":
-        return None
-    value = float(text)
-    if not 1 < value < 100:
-        raise argparse.ArgumentTypeError(f"{value} is not above 1")
-    return value
-
-
 def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="diffusers folder (default: the embedded avatar model)")
     parser.add_argument("--out", type=Path, required=True, help="folder for images and tables; a stopped run goes on")
     parser.add_argument("--steps", type=_positive, default=25, help="denoising steps (default: 25)")
-    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE, help="classifier-free guidance (default: 4)")
-    parser.add_argument("--late-guidance", type=_guidance, default=LATE_GUIDANCE, metavar="SCALE|same",
-                        help="guidance in the clear half of the timesteps (default: 2)")  # fmt: skip
+    parser.add_argument("--guidance-scale", type=float,
+                        help=f"classifier-free guidance (default: {GUIDANCE:g}, and {LATE_GUIDANCE:g} late)")  # fmt: skip
+    parser.add_argument(
+        "--late-guidance", type=float, help="guidance in the clear half of the timesteps (default: as before)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=_positive, default=4, help="prompts denoised together (default: 4)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -189,8 +183,9 @@ def _model_folder(args: argparse.Namespace) -> str:
 def _settings(args: argparse.Namespace, **more: Any) -> Settings:
     from ..evaluation.generation import Settings
 
-    denoising = {key: getattr(args, key) for key in ("steps", "guidance_scale", "late_guidance")}
-    return Settings.of(_model_folder(args), **denoising, seed=args.seed, batch=args.batch, **more)
+    guidance, late = guidance_scales(args.guidance_scale, args.late_guidance, avatars=True, name="--guidance-scale")
+    common = {"steps": args.steps, "guidance_scale": guidance, "late_guidance": late}
+    return Settings.of(_model_folder(args), **common, seed=args.seed, batch=args.batch, **more)
 
 
 def _training_captions(data: str | None) -> set[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..avatar_model import embedded_model
 from ..face_errors import FaceFusionError
-from ..generation.arguments import check_model
+from ..generation.arguments import check_model, guidance_scales
 from ..generation.loading import ADAPTER_FILE
 
 
@@ -135,10 +135,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 1 <= value <= most:
             raise FaceFusionError(f"--{name.replace('_', '-')} must be from 1 to {most}, got {value}")
-    if not 0 <= args.guidance <= 100:
-        raise FaceFusionError(f"--guidance must be from 0 to 100, got {args.guidance}")
-    if args.late_guidance is not None and not 1 < args.late_guidance <= 100:
-        raise FaceFusionError(f"--late-guidance must be above 1, at most 100, got {args.late_guidance}")
+    guidance_scales(args.guidance, args.late_guidance, avatars=False)
     if args.seed < 0:
         raise FaceFusionError(f"--seed must be 0 or more, got {args.seed}")
     if args.out.exists() and not args.out.is_dir():

@@ -16,6 +16,7 @@ from ..generation.arguments import (
     check_model,
     check_prompt,
     check_version,
+    guidance_scales,
 )
 from ..generation.loading import ADAPTER_FILE, adapter_beside, load_pipeline
 from ..generation.provenance import describe
@@ -133,7 +134,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise FaceFusionError("--refine-faces does a part of the steps again: give --steps 3 or more")
     if not 0 <= args.seed <= MAX_SEED - MAX_IMAGES:
         raise FaceFusionError(f"--seed must be from 0 to {MAX_SEED - MAX_IMAGES}, got {args.seed}")
-    check_guidance(args)
     for name, value in (("--height", args.height), ("--width", args.width)):
         if value is not None and not (64 <= value <= 4096 and value % 8 == 0):
             raise FaceFusionError(f"{name} must be a multiple of 8 from 64 to 4096, got {value}")
@@ -155,29 +155,16 @@ def check_arguments(args: argparse.Namespace) -> None:
 def set_defaults(args: argparse.Namespace) -> None:
     """What goes with the model, where nothing was said: the avatars are asked as they were measured best."""
     embedded = args.model is None
-    if args.guidance is None:
-        args.guidance = GUIDANCE if embedded else 5.0
-        if embedded and args.late_guidance is None:
-            args.late_guidance = LATE_GUIDANCE
+    args.guidance, args.late_guidance = guidance_scales(args.guidance, args.late_guidance, avatars=embedded)
     if args.mirror is None:
         args.mirror = embedded and len(args.face) == 1 and not args.face[0].endswith(".safetensors")
-
-
-def check_guidance(args: argparse.Namespace) -> None:
-    """Raise [`FaceFusionError`] for numbers out of range."""
-    if not 0 <= args.guidance <= 100:
-        raise FaceFusionError(f"--guidance must be from 0 to 100, got {args.guidance}")
-    if args.late_guidance is not None and not 1 < args.late_guidance <= 100:
-        raise FaceFusionError(f"--late-guidance must be above 1, at most 100, got {args.late_guidance}")
-    if args.late_guidance is not None and not args.guidance > 1:
-        raise FaceFusionError(f"--late-guidance goes with --guidance above 1, got {args.guidance}")
 
 
 def denoising(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of a pipeline's call: how it denoises."""
     from ..late_guidance import LateGuidance
 
-    late = None if args.late_guidance is None else LateGuidance(args.late_guidance)
+    late = args.late_guidance and LateGuidance(args.late_guidance)
     return {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "callback_on_step_end": late}
 
 

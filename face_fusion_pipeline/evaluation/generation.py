@@ -65,9 +65,9 @@ class Settings:
     @property
     def call(self) -> dict[str, Any]:
         """Arguments of a pipeline: how it denoises."""
-        late = None if self.late_guidance is None else LateGuidance(self.late_guidance)
-        denoising = {"num_inference_steps": self.steps, "guidance_scale": self.guidance_scale}
-        return {**denoising, "callback_on_step_end": late}
+        late = self.late_guidance and LateGuidance(self.late_guidance)
+        guidance = {"guidance_scale": self.guidance_scale, "callback_on_step_end": late}
+        return {"num_inference_steps": self.steps, **guidance}
 
 
 def denoising(settings: Mapping[str, Any]) -> str:

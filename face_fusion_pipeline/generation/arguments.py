@@ -4,6 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
+from ..avatar_model import GUIDANCE, LATE_GUIDANCE
 from ..face_errors import FaceFusionError, InvalidPromptError, ModelNotFoundError
 
 
@@ -45,3 +46,23 @@ def check_model(model: str) -> None:
         raise ModelNotFoundError(f"there is no folder {model}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ModelNotFoundError(f"there is no folder {model}, and it is no Hub id (owner/name) either")
+
+
+def guidance_scales(
+    guidance: float | None, late: float | None, *, avatars: bool, name: str = "--guidance"
+) -> tuple[float, float | None]:
+    """Guidance, and that of the clear half of the timesteps, or None: as before.
+
+    Where nothing was asked for, the avatars get what they were measured best with; guidance that was asked for is that
+    of all steps. Raises [`FaceFusionError`] for numbers out of range.
+    """
+    if guidance is None:
+        guidance = GUIDANCE if avatars else 5.0
+        late = LATE_GUIDANCE if avatars and late is None else late
+    if not 0 <= guidance <= 100:
+        raise FaceFusionError(f"{name} must be from 0 to 100, got {guidance}")
+    if late is not None and not 1 < late <= 100:
+        raise FaceFusionError(f"--late-guidance must be above 1, at most 100, got {late}")
+    if late is not None and not guidance > 1:
+        raise FaceFusionError(f"--late-guidance goes with {name} above 1, got {guidance}")
+    return guidance, late
