@@ -141,6 +141,12 @@ def test_depth_is_estimated_once_for_all_pictures(page: Page, monkeypatch: pytes
     assert len(estimated) == 1 and given == ["L", "L"]
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_late_guidance_is_as_its_box_says(page: Page, late: bool) -> None:
+    page.values[page.handlers.widgets.late_guidance] = late
+    assert page.handlers.read_form(page.values, page.sessions.of("ada")).late_guidance is late
+
+
 def test_an_identity_that_cannot_be_loaded_takes_the_one_before_away(page: Page, tmp_path: Path) -> None:
     page.sessions.of("ada").identities[1] = "the one before"
     (tmp_path / "broken.safetensors").write_bytes(b"no identity")

@@ -483,8 +483,9 @@ def test_other_settings_need_another_folder(
 ) -> None:
     assert main([*words, "--methods", "none", "--max-identities", "1"]) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
-    assert main([*words, "--methods", "none", "--max-identities", "1", "--steps", "2"]) == 2
-    assert "made with other settings" in capsys.readouterr().err
+    for other in (["--steps", "2"], ["--late-guidance", "2"]):
+        assert main([*words, "--methods", "none", "--max-identities", "1", *other]) == 2
+        assert "made with other settings" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == before
 
 

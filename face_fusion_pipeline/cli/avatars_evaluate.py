@@ -127,8 +127,9 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="diffusers folder (default: the embedded avatar model)")
     parser.add_argument("--out", type=Path, required=True, help="folder for images and tables; a stopped run goes on")
     parser.add_argument("--steps", type=_positive, default=25, help="denoising steps (default: 25)")
-    parser.add_argument("--guidance-scale", type=float,
-                        help=f"classifier-free guidance (default: {GUIDANCE:g}, and {LATE_GUIDANCE:g} late)")  # fmt: skip
+    parser.add_argument(
+        "--guidance-scale", type=float, help=f"default: {GUIDANCE:g}, and {LATE_GUIDANCE:g} in the clear half"
+    )
     parser.add_argument(
         "--late-guidance", type=float, help="guidance in the clear half of the timesteps (default: as before)"
     )
