@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--render", type=int, metavar="N", help="render N training images on the device instead; --data takes caches"
     )
+    parser.add_argument("--size", type=int, help="pixels of a rendered image's side (default: 128)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch decides)")
     parser.add_argument(
         "--processes",
@@ -94,6 +95,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise FaceFusionError(f"--{name.replace('_', '-')} is for the stage {stage}, not {args.stage}")
     if args.render and args.images:
         raise FaceFusionError("--render says how many images there are: leave --images out")
+    if args.size and not args.render:
+        raise FaceFusionError("--size is for --render: images from disk have a size of their own")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -115,8 +118,10 @@ def run(args: argparse.Namespace) -> int:
     if args.render:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         depth = args.stage == "controlnet"
-        data = render_avatars(args.data, "train", args.render, device, depth=depth)
-        validation = render_avatars(args.data, "validation", min(args.render, 2000), device, depth=depth)
+        size = args.size or 128
+        data = render_avatars(args.data, "train", args.render, device, size, depth=depth)
+        held_out = max(1, min(args.render // 4, 2000))
+        validation = render_avatars(args.data, "validation", held_out, device, size, depth=depth)
     else:
         data = load_avatars(args.data, "train", args.images)
         validation = load_avatars(args.data, "validation")

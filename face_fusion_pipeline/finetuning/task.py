@@ -176,9 +176,12 @@ class FaceFusionTask(Task):
             most = math.ceil(part.batch_size * self.options.identity_loss_until ** (1 / power))
             batch["recognised"] = timesteps.argsort()[:most]
             batch["looks"] = torch.rand(part.batch_size, 4, generator=whole)[part.rows]
-        for key, empty in self.empty.items():
+        batch = {key: self.on_device(value) for key, value in batch.items()}
+        no_text = self.on_device(no_text)
+        for key, state in self.empty.items():
+            empty = self.on_device(state)
             batch[key] = torch.where(no_text.view(-1, *[1] * (empty.ndim - 1)), empty, batch[key])
-        return {key: self.on_device(value) for key, value in batch.items()}
+        return batch
 
     def on_device(self, value: Tensor) -> Tensor:
         """On the device of the UNet, without waiting for what a GPU still computes."""
