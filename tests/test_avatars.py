@@ -15,6 +15,7 @@ from face_fusion_pipeline.avatars import (
     STYLES,
     caption,
     dataset,
+    full_caption,
     raycast,
     render,
     sample_identity,
@@ -22,7 +23,15 @@ from face_fusion_pipeline.avatars import (
     sheet,
     split_of,
 )
-from face_fusion_pipeline.avatars.identity import BEARDS, GLASSES, HAIR_STYLES
+from face_fusion_pipeline.avatars.identity import (
+    BEARDS,
+    DYED_HAIR,
+    EYE_COLOURS,
+    GLASSES,
+    HAIR_COLOURS,
+    HAIR_STYLES,
+    SKIN_TONES,
+)
 
 
 def test_identity_is_a_function_of_its_seed_and_splits_are_disjoint():
@@ -126,6 +135,83 @@ def test_captions_name_the_scene_and_never_the_identity():
         plain = caption(scene, plain=True)
         assert not {"man", "woman", "child", "men", "women", "children"} & set(plain.replace(",", "").split())
     assert len(wordings) > 12
+
+
+def _named(gene, prefix, colours):
+    found = torch.tensor([gene[f"{prefix}_{c}"] for c in "rgb"])
+    return min(colours, key=lambda name: (torch.tensor(colours[name]) - found).square().sum())
+
+
+def test_full_captions_name_what_is_to_be_seen_of_a_person():
+    counts = dict.fromkeys(("hair", "eyes", "skin", "glasses", "beard", "freckles"), 0)
+    due = dict.fromkeys(counts, 0)
+    for k in range(300):
+        scene = sample_scene(k, [k])
+        person, text = scene.people[0], full_caption(scene)
+        gene = dict(zip(GENES, person.identity.vector.tolist(), strict=True))
+        assert text == full_caption(sample_scene(k, [k]))
+        assert person.clothing in text and scene.background.removeprefix("plain ") in text
+        assert person.identity.kind in text.split() or f" {person.identity.kind}," in text
+        coloured = scene.style not in ("pencil sketch", "line art")
+        covered = person.clothing in ("crown", "chef's hat", "astronaut suit")
+        bald = gene["hair=bald"] > 0
+        assert ("a bald head" in text or "no hair" in text) <= bald
+        colour = _named(gene, "hair", HAIR_COLOURS)
+        for name in HAIR_COLOURS:  # no other colour of hair than the person's
+            other = name != colour and not colour.endswith(f" {name}")
+            assert not (other and f" {name} hair" in text), (text, colour)
+        due["hair"] += not covered
+        counts["hair"] += not covered and (bald or not coloured or colour in text)
+        eye = _named(gene, "eye", EYE_COLOURS)
+        assert not any(f"{name} eyes" in text for name in EYE_COLOURS if name != eye), text
+        due["eyes"] += coloured and gene["glasses=tinted"] == 0
+        counts["eyes"] += f"{eye} eyes" in text
+        tone = list(SKIN_TONES)[round(gene["skin_light"] * 4)]
+        due["skin"] += coloured
+        counts["skin"] += f"{tone} skin" in text
+        for trait, has in (
+            ("glasses", gene["glasses=none"] == 0),
+            ("freckles", gene["freckles"] > 0),
+            ("beard", gene["beard=full"] > 0),
+        ):
+            assert (trait in text) <= has, text
+            due[trait] += has
+            counts[trait] += trait in text
+        for word, low in (("a long nose", 0.8), ("large ears", 0.8), ("thick brows", 0.8), ("a wide mouth", 0.8)):
+            if word in text:
+                name = {"nose": "nose_length", "ears": "ear_size", "brows": "brow_thick", "mouth": "mouth_width"}
+                assert gene[name[word.split()[-1]]] > low
+        for side, sign in (("left", -1), ("right", 1)):
+            if f"turned to the {side}" in text or f"facing {side}" in text:
+                assert person.yaw * sign > 0
+            if f"from the {side}" in text:
+                assert scene.light.azimuth * sign > 0
+        if not coloured:
+            words = (*EYE_COLOURS, *SKIN_TONES)
+            assert not any(f"{name} {part}" in text for name in words for part in ("eyes", "skin", "hair"))
+    shares = {trait: counts[trait] / due[trait] for trait in due}
+    assert shares["hair"] > 0.95 and shares["glasses"] == 1 and shares["beard"] == 1, shares
+    assert all(share > 0.6 for share in shares.values()), shares
+
+
+def test_full_captions_fit_the_text_context_and_share_it_between_people():
+    longest = 0
+    for k in range(1500):
+        scene = dataset.plan("train", k, 5)
+        text = full_caption(scene)
+        longest = max(longest, len(text.split()) + text.count(",") + text.count("'"))
+        assert all(p.clothing in text for p in scene.people), text
+        if len(scene.people) > 1:
+            assert text.count(" with ") >= len(scene.people) - 1, text
+    assert 60 < longest <= 75
+
+
+def test_three_quarters_of_the_people_have_natural_hair():
+    dyed = 0
+    for k in range(1000):
+        gene = dict(zip(GENES, sample_identity(k).vector.tolist(), strict=True))
+        dyed += _named(gene, "hair", HAIR_COLOURS) in DYED_HAIR
+    assert 0.1 < dyed / 1000 < 1 / 3
 
 
 def test_every_expression_outfit_and_style_changes_the_picture():

@@ -1,6 +1,6 @@
 """Avatars: a world of rendered portraits with exact identities, scenes, captions and geometry."""
 
-from .caption import caption
+from .caption import caption, full_caption
 from .identity import GENES, SPLITS, Identity, sample_identity, split_of, traits
 from .render import FAR, Rendered, render
 from .scene import BACKGROUNDS, CLOTHINGS, EXPRESSIONS, STYLES, Light, Person, Scene, sample_scene
@@ -20,6 +20,7 @@ __all__ = [
     "Rendered",
     "Scene",
     "caption",
+    "full_caption",
     "render",
     "sample_identity",
     "sample_scene",

@@ -47,29 +47,48 @@ SPLITS = {
     "test": range(1_100_000, 1_200_000),
 }
 
-_HAIR_COLOURS = (
-    (0.06, 0.05, 0.05),
-    (0.16, 0.10, 0.07),
-    (0.32, 0.19, 0.10),
-    (0.48, 0.22, 0.10),
-    (0.72, 0.30, 0.10),
-    (0.85, 0.68, 0.36),
-    (0.93, 0.86, 0.62),
-    (0.60, 0.60, 0.62),
-    (0.32, 0.16, 0.45),
-    (0.16, 0.28, 0.60),
-    (0.80, 0.32, 0.52),
-    (0.12, 0.45, 0.38),
-)
-_EYE_COLOURS = (
-    (0.25, 0.13, 0.06),
-    (0.45, 0.27, 0.10),
-    (0.20, 0.45, 0.75),
-    (0.22, 0.52, 0.30),
-    (0.45, 0.50, 0.55),
-    (0.10, 0.08, 0.08),
-)
-_RIM_COLOURS = ((0.05, 0.05, 0.06), (0.45, 0.08, 0.08), (0.75, 0.60, 0.20), (0.10, 0.20, 0.55), (0.35, 0.22, 0.12))
+# Colours as (red, green, blue) in [0, 1], by the words that a caption may use for them.
+NATURAL_HAIR = {
+    "black": (0.06, 0.05, 0.05),
+    "dark brown": (0.16, 0.10, 0.07),
+    "brown": (0.32, 0.19, 0.10),
+    "auburn": (0.48, 0.22, 0.10),
+    "ginger": (0.72, 0.30, 0.10),
+    "blond": (0.85, 0.68, 0.36),
+    "light blond": (0.93, 0.86, 0.62),
+    "gray": (0.60, 0.60, 0.62),
+}
+DYED_HAIR = {
+    "purple": (0.32, 0.16, 0.45),
+    "blue": (0.16, 0.28, 0.60),
+    "pink": (0.80, 0.32, 0.52),
+    "teal": (0.12, 0.45, 0.38),
+}
+_DYED_SHARE = 0.28  # of people before age turns hair white: about three quarters keep a natural colour
+HAIR_COLOURS = {**NATURAL_HAIR, **DYED_HAIR, "white": (0.78, 0.78, 0.80)}
+EYE_COLOURS = {
+    "brown": (0.25, 0.13, 0.06),
+    "hazel": (0.45, 0.27, 0.10),
+    "blue": (0.20, 0.45, 0.75),
+    "green": (0.22, 0.52, 0.30),
+    "gray": (0.45, 0.50, 0.55),
+    "black": (0.10, 0.08, 0.08),
+}
+RIM_COLOURS = {
+    "black": (0.05, 0.05, 0.06),
+    "red": (0.45, 0.08, 0.08),
+    "gold": (0.75, 0.60, 0.20),
+    "blue": (0.10, 0.20, 0.55),
+    "brown": (0.35, 0.22, 0.12),
+}
+# From the gene `skin_light` = 0 to 1 in equal steps.
+SKIN_TONES = {
+    "dark brown": (0.40, 0.25, 0.18),
+    "brown": (0.56, 0.37, 0.26),
+    "tan": (0.74, 0.53, 0.40),
+    "light": (0.88, 0.68, 0.54),
+    "pale": (0.98, 0.84, 0.75),
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,7 @@ class Identity:
 
     @property
     def kind(self) -> str:
-        """ "man", "woman" or "child": the only trait that a caption may name."""
+        """ "man", "woman" or "child": the only trait that a plain caption may name."""
         start = GENES.index("kind=man")
         return KINDS[int(self.vector[start : start + len(KINDS)].argmax())]
 
@@ -115,8 +134,10 @@ def sample_identity(seed: int) -> Identity:
     if kind == "child":
         genes["age"] = 0.0
     grey = genes["age"] > 0.8 and rng.random() < 0.7
-    hair = (0.78, 0.78, 0.80) if grey else rng.choice(_HAIR_COLOURS)
-    for prefix, colour in (("hair", hair), ("eye", rng.choice(_EYE_COLOURS)), ("rim", rng.choice(_RIM_COLOURS))):
+    names = list(DYED_HAIR if rng.random() < _DYED_SHARE else NATURAL_HAIR)
+    hair = HAIR_COLOURS["white" if grey else rng.choice(names)]
+    eye, rim = (rng.choice(list(colours.values())) for colours in (EYE_COLOURS, RIM_COLOURS))
+    for prefix, colour in (("hair", hair), ("eye", eye), ("rim", rim)):
         for channel, value in zip("rgb", colour, strict=True):
             genes[f"{prefix}_{channel}"] = min(max(value + rng.uniform(-0.05, 0.05), 0.0), 1.0)
     if rng.random() < 0.7:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from .head import CLOTH, EAR, EYE, GOLD, GREY, HAIR, NECK, SKIN, SUIT_GLASS, TIE, WHITE_CLOTH, Face
+from .identity import SKIN_TONES
 from .scene import SHIRT_COLOURS
 
 
-_SKIN_TONES = ((0.40, 0.25, 0.18), (0.56, 0.37, 0.26), (0.74, 0.53, 0.40), (0.88, 0.68, 0.54), (0.98, 0.84, 0.75))
 _OUTFIT_COLOURS = {
     **{f"{name} shirt": colour for name, colour in SHIRT_COLOURS.items()},
     "suit": (0.13, 0.15, 0.24),
@@ -31,9 +31,9 @@ _GLOSS = {SKIN: (0.10, 18.0), EYE: (0.25, 40.0), HAIR: (0.22, 14.0), GOLD: (0.7,
 
 def skin_tone(genes: dict[str, Tensor]) -> Tensor:
     """Skin colour (P, 3) from the genes `skin_light` and `skin_hue`."""
-    tones = torch.tensor(_SKIN_TONES, device=genes["age"].device)
-    place = genes["skin_light"] * (len(_SKIN_TONES) - 1)
-    low = place.floor().clamp(max=len(_SKIN_TONES) - 2).long()
+    tones = torch.tensor(list(SKIN_TONES.values()), device=genes["age"].device)
+    place = genes["skin_light"] * (len(SKIN_TONES) - 1)
+    low = place.floor().clamp(max=len(SKIN_TONES) - 2).long()
     part = (place - low).unsqueeze(1)
     colour = tones[low] * (1 - part) + tones[low + 1] * part
     hue = genes["skin_hue"] - 0.5
