@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 
-MAX_LENGTH = 48
+MAX_LENGTH = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 
