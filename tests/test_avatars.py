@@ -108,6 +108,40 @@ def test_ground_truth_fits_the_picture(people):
         assert (centres[1:] > centres[:-1]).all(), "people stand from left to right"
 
 
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_eyes_are_whole_for_every_face_and_expression(expression):
+    """The pupil is where the landmark says, with white on both sides, between the lids' landmarks."""
+    people = range(40, 64)
+    scenes = [
+        sample_scene(k, [k], expression=expression, style="photo", yaw=0, pitch=0, roll=0, background="plain gray")
+        for k in people
+    ]
+    rendered = render(scenes, 256)
+    for k in range(len(scenes)):
+        if sample_identity(people[k]).vector[GENES.index("glasses=none")] == 0:
+            continue
+        for eye, first in ((0, 36), (1, 42)):
+            x, y = rendered.landmarks5[k][0, eye].round().long().tolist()
+            assert rendered.images[k, :, y, x].max() < 0.35, (k, eye)
+            low, high = (rendered.landmarks68[k][0, first + step] for step in (0, 3))
+            for corner, step in ((low, 1), (high, -1)):
+                inside = corner + 0.10 * (high - low) * step  # between the corner and the iris
+                c, r = inside.round().long().tolist()
+                patch = rendered.images[k, :, r - 1 : r + 2, c - 1 : c + 2]
+                assert patch.amin(0).max() > 0.45 and (patch.amax(0) - patch.amin(0)).min() < 0.3, (k, eye, step)
+
+
+def test_anger_leaves_the_colour_of_the_skin_to_be_seen():
+    calm, angry = (
+        render([sample_scene(9, [k], expression=e, style="photo", yaw=0) for k in range(12)], 128).images
+        for e in ("neutral", "angry")
+    )
+    places = render([sample_scene(9, [k], yaw=0) for k in range(12)], 128).landmarks68
+    for k in range(12):
+        x, y = places[k][0, 27].long().tolist()  # the root of the nose
+        assert (calm[k, :, y, x] - angry[k, :, y, x]).abs().max() < 0.08
+
+
 def test_depth_is_the_nearest_surface_and_far_outside():
     r = render([sample_scene(3, [3], yaw=0, pitch=0, roll=0)], 128)
     nose = r.landmarks5[0][0, 2].long()
