@@ -20,6 +20,7 @@ from face_fusion_pipeline.avatars import (
     render,
     sample_identity,
     sample_scene,
+    shade,
     sheet,
     split_of,
 )
@@ -76,6 +77,23 @@ def test_ray_hits_lie_on_the_ellipsoid_and_normals_point_out():
     assert len(local) == pytest.approx(area * 32**2, rel=0.03)
 
 
+def test_equal_depths_have_one_winner():
+    same = torch.zeros(3, 3)
+    hits = raycast.cast(same, torch.eye(3).expand(3, 3, 3), torch.full((3, 3), 0.3), torch.zeros(3).long(), 1, 32)
+    assert len(hits.pixel.unique()) == len(hits.pixel) == hits.depth.isfinite().sum()
+    assert set(hits.part.tolist()) == {2}
+
+
+def test_painting_compiles_whole(monkeypatch):
+    """Captured in one graph for any number of pixels, as a GPU wants it."""
+    scenes = [sample_scene(k, [k], background="library") for k in range(2)]
+    eager = render(scenes, 64).images
+    for owner, name in ((shade, "paint_face"), (shade, "paint_eye"), (shade, "paint_glasses")):
+        compiled = torch.compile(getattr(owner, name), fullgraph=True, dynamic=True, backend="aot_eager")
+        monkeypatch.setattr(owner, name, compiled)
+    assert torch.allclose(render(scenes, 64).images, eager, atol=1e-4)
+
+
 def test_nearest_part_wins():
     centre = torch.tensor([[0.0, 0, 0], [0.0, 0, 0.5]])
     hits = raycast.cast(centre, torch.eye(3).expand(2, 3, 3), torch.full((2, 3), 0.3), torch.zeros(2).long(), 1, 32)
@@ -111,7 +129,7 @@ def test_ground_truth_fits_the_picture(people):
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_eyes_are_whole_for_every_face_and_expression(expression):
     """The pupil is where the landmark says, with white on both sides, between the lids' landmarks."""
-    people = range(40, 64)
+    people = range(40, 54)
     scenes = [
         sample_scene(k, [k], expression=expression, style="photo", yaw=0, pitch=0, roll=0, background="plain gray")
         for k in people
