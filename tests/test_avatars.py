@@ -20,6 +20,7 @@ from face_fusion_pipeline.avatars import (
     render,
     sample_identity,
     sample_scene,
+    shade,
     sheet,
     split_of,
 )
@@ -76,6 +77,23 @@ def test_ray_hits_lie_on_the_ellipsoid_and_normals_point_out():
     assert len(local) == pytest.approx(area * 32**2, rel=0.03)
 
 
+def test_equal_depths_have_one_winner():
+    same = torch.zeros(3, 3)
+    hits = raycast.cast(same, torch.eye(3).expand(3, 3, 3), torch.full((3, 3), 0.3), torch.zeros(3).long(), 1, 32)
+    assert len(hits.pixel.unique()) == len(hits.pixel) == hits.depth.isfinite().sum()
+    assert set(hits.part.tolist()) == {2}
+
+
+def test_painting_compiles_whole(monkeypatch):
+    """Captured in one graph for any number of pixels, as a GPU wants it."""
+    scenes = [sample_scene(k, [k], background="library") for k in range(2)]
+    eager = render(scenes, 64).images
+    for owner, name in ((shade, "paint_face"), (shade, "paint_eye"), (shade, "paint_glasses")):
+        compiled = torch.compile(getattr(owner, name), fullgraph=True, dynamic=True, backend="aot_eager")
+        monkeypatch.setattr(owner, name, compiled)
+    assert torch.allclose(render(scenes, 64).images, eager, atol=1e-4)
+
+
 def test_nearest_part_wins():
     centre = torch.tensor([[0.0, 0, 0], [0.0, 0, 0.5]])
     hits = raycast.cast(centre, torch.eye(3).expand(2, 3, 3), torch.full((2, 3), 0.3), torch.zeros(2).long(), 1, 32)
@@ -106,6 +124,40 @@ def test_ground_truth_fits_the_picture(people):
     if people > 1:
         centres = r.boxes[0][:, 0]
         assert (centres[1:] > centres[:-1]).all(), "people stand from left to right"
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_eyes_are_whole_for_every_face_and_expression(expression):
+    """The pupil is where the landmark says, with white on both sides, between the lids' landmarks."""
+    people = range(40, 54)
+    scenes = [
+        sample_scene(k, [k], expression=expression, style="photo", yaw=0, pitch=0, roll=0, background="plain gray")
+        for k in people
+    ]
+    rendered = render(scenes, 256)
+    for k in range(len(scenes)):
+        if sample_identity(people[k]).vector[GENES.index("glasses=none")] == 0:
+            continue
+        for eye, first in ((0, 36), (1, 42)):
+            x, y = rendered.landmarks5[k][0, eye].round().long().tolist()
+            assert rendered.images[k, :, y, x].max() < 0.35, (k, eye)
+            low, high = (rendered.landmarks68[k][0, first + step] for step in (0, 3))
+            for corner, step in ((low, 1), (high, -1)):
+                inside = corner + 0.10 * (high - low) * step  # between the corner and the iris
+                c, r = inside.round().long().tolist()
+                patch = rendered.images[k, :, r - 1 : r + 2, c - 1 : c + 2]
+                assert patch.amin(0).max() > 0.45 and (patch.amax(0) - patch.amin(0)).min() < 0.3, (k, eye, step)
+
+
+def test_anger_leaves_the_colour_of_the_skin_to_be_seen():
+    calm, angry = (
+        render([sample_scene(9, [k], expression=e, style="photo", yaw=0) for k in range(12)], 128).images
+        for e in ("neutral", "angry")
+    )
+    places = render([sample_scene(9, [k], yaw=0) for k in range(12)], 128).landmarks68
+    for k in range(12):
+        x, y = places[k][0, 27].long().tolist()  # the root of the nose
+        assert (calm[k, :, y, x] - angry[k, :, y, x]).abs().max() < 0.08
 
 
 def test_depth_is_the_nearest_surface_and_far_outside():
@@ -259,7 +311,7 @@ def test_grid_is_labelled():
 
 
 def test_real_detector_and_recognisers_agree(test_data):
-    """YuNet finds ≥ 97 % of near-frontal avatars, IoU ≥ 0.5; photo-trained recognisers tell 100 identities apart."""
+    """YuNet finds ≥ 99 % of near-frontal avatars, IoU ≥ 0.5; photo-trained recognisers tell 100 identities apart."""
     pytest.importorskip("onnxruntime")
     from face_fusion_pipeline.evaluation.recognisers import OnnxRecogniser
     from face_fusion_pipeline.evaluation.recognition import measure_recognition
@@ -269,8 +321,8 @@ def test_real_detector_and_recognisers_agree(test_data):
     recognisers = [OnnxRecogniser(models / f"{name}.onnx") for name in ("mobilefacenet_foamliu", "mobileface_v2")]
     detector = load_detector("yunet", models / "face_detection_yunet_2023mar.onnx")
     report = measure_recognition(recognisers, detector, identities=100, portraits=4)
-    assert report["detector"]["found"] >= 0.97
-    assert report["detector"]["iou_above_half"] >= 0.97
+    assert report["detector"]["found"] >= 0.99
+    assert report["detector"]["iou_above_half"] >= 0.99
     assert len(report["auc"]) == 2
     for name, auc in report["auc"].items():
         assert auc >= 0.95, (name, auc)

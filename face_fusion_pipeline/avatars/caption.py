@@ -196,7 +196,8 @@ class _Look:
             tone = list(SKIN_TONES)[round(g("skin_light") * (len(SKIN_TONES) - 1))]
             found.append(f"{tone} skin")
         eye = "" if self.glasses == "tinted" else self.colour("eye", EYE_COLOURS).strip()
-        size = _extreme(g("eye_size"), "small", "large") if still else ""
+        room = g("eye_spacing") > 0.15 or g("eye_size") < 0.5  # the nose keeps eyes that are close together small
+        size = _extreme(g("eye_size"), "small", "large") if still and room else ""
         spacing = _extreme(g("eye_spacing"), "close together", "far apart")
         if eye or size:
             found.append(_phrase(size, eye, "eyes"))

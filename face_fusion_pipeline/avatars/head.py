@@ -40,16 +40,16 @@ class Face(NamedTuple):
     lip: Tensor  # lip thickness
     tears: Tensor
     teeth: Tensor
-    flush: Tensor  # how red anger makes the skin
+    flush: Tensor  # how red anger makes the cheeks
 
 
 #                curve  open  widen  brow_up  brow_slope  lid_top lid_low tears teeth flush
 _EXPRESSION_TABLE = {
     "neutral": (0.00, 0.000, 1.00, 0.00, 0.00, 1.00, 1.00, 0.0, 0.0, 0.0),
     "smiling": (0.15, 0.000, 1.18, 0.02, -0.03, 0.97, 0.80, 0.0, 0.0, 0.0),
-    "laughing": (0.12, 0.105, 1.20, 0.03, -0.05, 0.75, 0.62, 0.0, 1.0, 0.0),
+    "laughing": (0.12, 0.105, 1.20, 0.03, -0.05, 0.78, 0.66, 0.0, 1.0, 0.0),
     "sad": (-0.15, 0.000, 0.95, 0.02, -0.30, 0.81, 1.00, 0.0, 0.0, 0.0),
-    "crying": (-0.14, 0.042, 1.00, 0.01, -0.30, 0.64, 0.74, 1.0, 0.0, 0.0),
+    "crying": (-0.14, 0.042, 1.00, 0.01, -0.30, 0.72, 0.76, 1.0, 0.0, 0.0),
     "angry": (-0.08, 0.038, 1.02, -0.05, 0.36, 0.80, 0.90, 0.0, 1.0, 1.0),
     "surprised": (0.00, 0.125, 0.71, 0.09, -0.03, 1.23, 1.16, 0.0, 0.0, 0.0),
 }
@@ -68,20 +68,24 @@ def measure(genes: dict[str, Tensor], expressions: list[str]) -> Face:
 
     child = genes["kind=child"]
     woman = genes["kind=woman"]
-    eye_r = span("eye_size", 0.115, 0.185) * (1 + 0.22 * child)
+    width = span("head_width", 0.58, 0.92) + 0.05 * child
+    eye_r = span("eye_size", 0.12, 0.185) * (1 + 0.22 * child)
+    # Eyes stay on the front of the face and beside the nose.
+    eye_x = torch.minimum(span("eye_spacing", 0.22, 0.41) + 0.02 * child, 0.86 * width - 0.8 * eye_r)
+    eye_r = torch.minimum(eye_r, eye_x - 0.075)
     eye_y = span("eye_height", -0.07, 0.14) - 0.08 * child
     # Corners and middle share the curve, as in real faces: the mouth stays where it is.
     mouth_y = span("mouth_height", -0.60, -0.41) + 0.05 * child - 0.4 * curve
     return Face(
-        width=span("head_width", 0.58, 0.92) + 0.05 * child,
+        width=width,
         height=span("head_height", 0.90, 1.06),
         jaw=span("jaw_width", 0.70, 1.05) - 0.06 * woman,
         chin_y=-span("chin_length", 0.71, 0.96) + 0.10 * child,
-        eye_x=span("eye_spacing", 0.22, 0.41) + 0.02 * child,
+        eye_x=eye_x,
         eye_y=eye_y,
         eye_r=eye_r,
-        lid_top=lid_top * span("eye_open", 0.55, 0.95),
-        lid_low=lid_low * span("eye_open", 0.45, 0.80),
+        lid_top=lid_top * span("eye_open", 0.62, 0.95),
+        lid_low=lid_low * span("eye_open", 0.50, 0.80),
         brow_y=eye_y + eye_r + span("brow_height", 0.04, 0.21) + brow_up,
         brow_slope=slope + span("brow_angle", -0.28, 0.28),
         brow_thick=span("brow_thick", 0.015, 0.080) * (1 - 0.25 * woman - 0.2 * child),
@@ -91,7 +95,7 @@ def measure(genes: dict[str, Tensor], expressions: list[str]) -> Face:
         mouth_half=span("mouth_width", 0.18, 0.37) * widen,
         mouth_curve=curve,
         mouth_open=opening,
-        lip=span("lip_thick", 0.025, 0.090),
+        lip=span("lip_thick", 0.032, 0.095),
         tears=tears,
         teeth=teeth,
         flush=flush,
@@ -120,7 +124,7 @@ _HAIR_TABLE: dict[str, tuple[tuple[float, ...], ...]] = {
     "bald": (),
     "buzz": (),
     "short": (_CAP,),
-    "side part": (_CAP, (-0.30, 0.80, 0.36, 0.75, 0.24, 0.42, 14), (0.75, 0.60, 0.15, 0.32, 0.38, 0.5, -25)),
+    "side part": (_CAP, (-0.30, 0.80, 0.36, 0.75, 0.24, 0.42, 14), (0.62, 0.68, 0.16, 0.46, 0.24, 0.5, -34)),
     "long": (
         _CAP,
         (-0.98, -0.35, -0.15, 0.26, 0.98, 0.42, 4),
@@ -157,6 +161,7 @@ _HAIR_TABLE: dict[str, tuple[tuple[float, ...], ...]] = {
         (0.75, 0.88, 0.05, 0.17, 0.42, 0.22, -42),
     ),
 }
+_OVER_EARS = ("long", "bob", "afro", "curly")
 _HAIR_SLOTS = max(map(len, _HAIR_TABLE.values()))
 
 # Clothes and hats: (head frame?, material, centre, radii, tilt). Hats move with the head and hide nothing of the face.
@@ -238,11 +243,12 @@ def build(genes: dict[str, Tensor], face: Face, clothings: list[str]) -> Parts:
     for side in (-1, 1):
         ear = 0.75 + 0.6 * genes["ear_size"]
         rows.append(((side * (w + 0.02), -0.02 * one, -0.08 * one), (0.10 * ear, 0.20 * ear, 0.13 * ear), EAR, True))
-    for side in (-1, 1):
-        eye = face.eye_r
-        rows.append(
-            ((side * face.eye_x, face.eye_y, 0.86 - 0.95 * eye - 0.30 * face.eye_x), (eye, eye, eye), EYE, True)
-        )
+    skin_centre, skin_radii = skin_volumes(genes, face)
+    # Eyeballs are flat and stand out from the skin by a little, wherever on the face they lie.
+    where = torch.stack((face.eye_x, face.eye_y), 1).unsqueeze(1)
+    eye_z = surface_z(where, skin_centre, skin_radii).squeeze(1) + 0.02 - 0.5 * face.eye_r
+    eye_radii = (0.8 * face.eye_r, 0.8 * face.eye_r, 0.5 * face.eye_r)
+    rows += [((side * face.eye_x, face.eye_y, eye_z), eye_radii, EYE, True) for side in (-1, 1)]
     rows.append(
         ((0 * one, -0.95 * one, -0.14 * one), (0.34 + 0.05 * genes["kind=man"], 0.7 * one, 0.36 * one), NECK, False)
     )
@@ -252,7 +258,6 @@ def build(genes: dict[str, Tensor], face: Face, clothings: list[str]) -> Parts:
         rows.append(
             ((side * 0.80 * body, -1.72 * one, -0.12 * one), (0.42 * one, 0.46 * one, 0.44 * one), CLOTH, False)
         )
-    skin_centre, skin_radii = skin_volumes(genes, face)
     centre = torch.cat((skin_centre, torch.stack([torch.stack(c, 1) for c, *_ in rows], 1)), 1)
     radii = torch.cat((skin_radii, torch.stack([torch.stack(r, 1) for _, r, *_ in rows], 1)), 1)
     material = torch.tensor([SKIN] * skin_centre.shape[1] + [m for *_, m, _ in rows], device=device).expand(people, -1)
@@ -275,6 +280,10 @@ def build(genes: dict[str, Tensor], face: Face, clothings: list[str]) -> Parts:
     hatted = (hats[:, :, 0] >= 0).any(1)
     hair = table[style]
     hair_active = used[style] & ~(hatted[:, None] & (hair[:, :, 1] > 0.5))
+    # Hair that falls over the ears hides them whole, instead of growing through them.
+    over_ears = torch.tensor([name in _OVER_EARS for name in HAIR_STYLES], device=device)[style]
+    afro = style == HAIR_STYLES.index("afro")
+    active &= (material != EAR) | ~(over_ears & ~(afro & hatted)).unsqueeze(1)
     stretch = torch.stack((w, one, one), 1).unsqueeze(1)
     groups = [
         # centre, radii, tilt, material, active, in head frame
@@ -291,6 +300,17 @@ def build(genes: dict[str, Tensor], face: Face, clothings: list[str]) -> Parts:
         active=torch.cat((active, *(g[4] for g in groups)), 1),
         in_head=torch.cat((in_head, *(torch.full((g[0].shape[1],), g[5], device=device) for g in groups))),
     )
+
+
+def lid_arch(along: Tensor) -> Tensor:
+    """How far the lids stand apart (1 in the middle) at `along` the eye, -1 to 1 from corner to corner: an almond."""
+    rest = (1 - along.square()).clamp(min=0)
+    return 0.5 * (rest + rest.sqrt())
+
+
+def eye_slant(tilt: Tensor) -> Tensor:
+    """The slope of the line through an eye's corners, > 0 where the outer one is higher, from the gene in [0, 1]."""
+    return 0.5 * (tilt - 0.5)
 
 
 def surface_z(points: Tensor, centre: Tensor, radii: Tensor) -> Tensor:
@@ -331,7 +351,10 @@ def landmarks(genes: dict[str, Tensor], face: Face) -> tuple[Tensor, Tensor]:
         for t in (-1.0, -0.5, 0.0, 0.5, 1.0):  # from the image's left to its right
             inner = -side * t  # +1 at the end next to the nose
             points.append(
-                at(side * face.eye_x + t * face.brow_half, face.brow_y - face.brow_slope * inner * face.brow_half)
+                at(
+                    side * face.eye_x + t * face.brow_half,
+                    face.brow_y - face.brow_slope * inner * face.brow_half - 0.03 * t * t,
+                )
             )
     for t in (0.0, 1 / 3, 2 / 3, 1.0):
         points.append(at(zero, face.eye_y + t * (face.nose_y - face.eye_y)))
@@ -340,7 +363,9 @@ def landmarks(genes: dict[str, Tensor], face: Face) -> tuple[Tensor, Tensor]:
     for side in (-1, 1):
         for dx, dy in ((-1, 0), (-0.4, 1), (0.4, 1), (1, 0), (0.4, -1), (-0.4, -1)):
             lid = face.lid_top if dy >= 0 else face.lid_low
-            points.append(at(side * face.eye_x + dx * face.eye_r * 0.95, face.eye_y + dy * lid * face.eye_r))
+            along = torch.full_like(lid, 0.95 * dx)
+            height = dy * lid * lid_arch(along) + eye_slant(genes["eye_tilt"]) * along * side
+            points.append(at(side * face.eye_x + along * face.eye_r, face.eye_y + height * face.eye_r))
     for scale, extra in ((1.0, face.lip), (0.8, zero)):
         steps = 7 if scale == 1.0 else 5
         xs = torch.linspace(-1, 1, steps).tolist()

@@ -77,13 +77,18 @@ def cast(centre: Tensor, axes: Tensor, radii: Tensor, image: Tensor, batch: int,
     pixel = (image.index_select(0, part) * size + row) * size + column
     slope_x, slope_y, a, z0 = (v.contiguous().index_select(0, part) for v in (q[:, 0, 2], q[:, 1, 2], a, centre[:, 2]))
     dz = (discriminant.sqrt() - slope_x * dx - slope_y * dy) / a
-    # A hair's breadth by part order settles ties, so that the winner never depends on the order of writes.
-    z = z0 + dz + part * 1e-7
-    buffer = torch.full((batch * size * size,), -torch.inf, device=device)
-    buffer.scatter_reduce_(0, pixel, z, "amax")
-    win = (z >= buffer.index_select(0, pixel)).nonzero().squeeze(1)
+    z = z0 + dz
+    # One number orders depth first and part second, so that no pixel ever has two winners: the bits of a float, as an
+    # integer that grows with it, above the index of the part.
+    bits = z.view(torch.int32)
+    key = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | part
+    buffer = torch.full((batch * size * size,), torch.iinfo(torch.int64).min, device=device)
+    buffer.scatter_reduce_(0, pixel, key, "amax")
+    win = (key == buffer.index_select(0, pixel)).nonzero().squeeze(1)
     part, pixel = part.index_select(0, win), pixel.index_select(0, win)
     delta = torch.stack([v.index_select(0, win) for v in (dx, dy, dz)], 1)
     gradient = (q.index_select(0, part) * delta.unsqueeze(1)).sum(2)  # a GPU is slow at millions of small products
     normal = torch.nn.functional.normalize(gradient, dim=1)
-    return Hits(pixel, part, centre.index_select(0, part) + delta, normal, buffer.view(batch, size, size))
+    depth = torch.full((batch * size * size,), -torch.inf, device=device)
+    depth[pixel] = z.index_select(0, win)
+    return Hits(pixel, part, centre.index_select(0, part) + delta, normal, depth.view(batch, size, size))

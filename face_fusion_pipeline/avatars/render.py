@@ -114,7 +114,8 @@ def render(scenes: list[Scene], size: int = 128, device: torch.device | str = "c
     local = (offset.unsqueeze(2) * frame).sum(1)
 
     normal = hits.normal.clone()
-    skin = (material == head.SKIN).nonzero().squeeze(1)
+    # Eyeballs share the face's smooth normals: light must not show where the two meet.
+    skin = ((material == head.SKIN) | (material == head.EYE)).nonzero().squeeze(1)
     owner_of_skin = person.index_select(0, skin)
     smooth = shade.skin_normals(local.index_select(0, skin), *head.skin_volumes(genes, face), owner_of_skin)
     normal[skin] = (turned.index_select(0, owner_of_skin) * smooth.unsqueeze(1)).sum(2)

@@ -5,7 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .head import CLOTH, EAR, EYE, GOLD, GREY, HAIR, NECK, SKIN, SUIT_GLASS, TIE, WHITE_CLOTH, Face
+from .head import (
+    CLOTH,
+    EAR,
+    EYE,
+    GOLD,
+    GREY,
+    HAIR,
+    NECK,
+    SKIN,
+    SUIT_GLASS,
+    TIE,
+    WHITE_CLOTH,
+    Face,
+    eye_slant,
+    lid_arch,
+)
 from .identity import SKIN_TONES
 from .scene import SHIRT_COLOURS
 
@@ -26,7 +41,7 @@ _FIXED = {
 }
 
 # Strength and power of highlights.
-_GLOSS = {SKIN: (0.10, 18.0), EYE: (0.25, 40.0), HAIR: (0.22, 14.0), GOLD: (0.7, 20.0), SUIT_GLASS: (0.7, 30.0)}
+_GLOSS = {SKIN: (0.10, 18.0), EYE: (0.10, 18.0), HAIR: (0.22, 14.0), GOLD: (0.7, 20.0), SUIT_GLASS: (0.7, 30.0)}
 
 
 def skin_tone(genes: dict[str, Tensor]) -> Tensor:
@@ -79,7 +94,8 @@ def _band(distance: Tensor, half: Tensor | float, soft: float = 0.012) -> Tensor
     return ((half - distance.abs()) / soft + 0.5).clamp(0, 1)
 
 
-def _glasses(colour: Tensor, p: Tensor, r: _Row) -> Tensor:
+def paint_glasses(colour: Tensor, p: Tensor, r: _Row) -> Tensor:
+    """`colour` (M, 3) of faces at head-frame points `p` (M, 3) with rims and tinted lenses on top."""
     side = p[:, 0].abs() - r["eye_x"]
     up = p[:, 1] - r["eye_y"]
     size = torch.minimum(1.75 * r["eye_r"] + 0.03, r["eye_x"] - 0.02)
@@ -99,14 +115,11 @@ def _glasses(colour: Tensor, p: Tensor, r: _Row) -> Tensor:
 
 
 def paint_face(p: Tensor, r: _Row) -> Tensor:
-    """Colour (M, 3) of face skin at head-frame points `p` (M, 3): mouth, brows, beard, freckles, hairline, glasses."""
+    """Colour (M, 3) of face skin at head-frame points `p` (M, 3): mouth, brows, beard, freckles, hairline."""
     x, y, z = p.unbind(1)
     ax = x.abs()
     front = (z > 0.15).float()
     skin = r.colour("skin")
-    skin = _mix(
-        skin, torch.stack((0.75 * skin[:, 0] + 0.25, 0.55 * skin[:, 1], 0.50 * skin[:, 2]), 1), 0.75 * r["flush"]
-    )
     colour = skin.clone()
     hair = r.colour("hair")
     dark_hair = hair * 0.75
@@ -114,19 +127,24 @@ def paint_face(p: Tensor, r: _Row) -> Tensor:
 
     # Complexion: cheeks, freckles, lines of age, a mole.
     blush = torch.exp(-((ax - 0.42).square() + (y + 0.22).square()) / 0.03)
-    colour = _mix(colour, skin * torch.tensor((1.05, 0.72, 0.70), device=p.device), 0.35 * blush * front)
-    spots = (torch.sin(x * 61.0) * torch.sin(y * 57.0 + 1.3) * torch.sin((x + y) * 23.0)).abs()
+    rosy = (0.35 + 0.5 * r["flush"]) * blush * front
+    colour = _mix(colour, skin * torch.tensor((1.05, 0.72, 0.70), device=p.device), rosy)
+    # Freckles: one round dot somewhere in each cell of a grid, by a hash of the cell.
+    u, v = x / 0.062, y / 0.062
+    mixed = 437.5 * torch.sin(12.99 * u.floor() + 78.23 * v.floor())
+    right, high = 0.3 + 0.4 * (mixed - mixed.floor()), 0.3 + 0.4 * (3.7 * mixed - (3.7 * mixed).floor())
+    dot = ((u - u.floor() - right).square() + (v - v.floor() - high).square()).sqrt()
+    spots = _band(dot, 0.08 + 0.3 * high, 0.15)
     where = torch.exp(-((y + 0.10).square() / 0.03 + (ax - 0.25).square() / 0.09)) * front
-    colour = _mix(
-        colour, skin * 0.55, 0.9 * (spots > 0.42) * where * (r["freckles"] > 0) * (0.5 + 0.5 * r["freckles"])
-    )
+    colour = _mix(colour, skin * 0.55, 0.9 * spots * where * (r["freckles"] > 0) * (0.5 + 0.5 * r["freckles"]))
     old = ((r["age"] - 0.45) / 0.55).clamp(0, 1) * front
     lines = _band((y - 0.40).remainder(0.10) - 0.05, 0.010) * (y > 0.38) * (y < 0.68) * (ax < 0.42)
     t = ((r["nose_y"] - y) / (r["nose_y"] - r["mouth_y"] + 0.05)).clamp(0, 1)
-    fold = _band(ax - (0.16 + t * (r["mouth_half"] - 0.08)), 0.014) * (y < r["nose_y"]) * (y > r["mouth_y"] - 0.06)
-    bags = _band(
-        (((ax - r["eye_x"]) / 0.16).square() + ((y - r["eye_y"]) / (1.5 * r["eye_r"])).square()).sqrt() - 1, 0.09
-    ) * (y < r["eye_y"])
+    fold = (
+        _band(ax - (0.16 + t * (r["mouth_half"] - 0.08)), 0.012, 0.02) * (y < r["nose_y"]) * (y > r["mouth_y"] - 0.06)
+    )
+    aside, above = (ax - r["eye_x"]) / r["eye_r"], (y - r["eye_y"]) / r["eye_r"]
+    bags = _band((aside.square() + (0.8 * above).square()).sqrt() - 1, 0.05, 0.1) * (above < -0.7)
     colour = _mix(colour, skin * 0.62, (torch.maximum(lines, fold) + 0.6 * bags) * old)
     mole_x, mole_y = 1.1 * r["mole_x"] - 0.55, 0.6 * r["mole_y"] - 0.6
     mole = _band(((x - mole_x).square() + (y - mole_y).square()).sqrt(), 0.035) * (r["mole_x"] > 0) * front
@@ -168,8 +186,8 @@ def paint_face(p: Tensor, r: _Row) -> Tensor:
     colour = _mix(colour, torch.full_like(colour, 0.95), teeth)
 
     # Eye sockets, brows, tears.
-    socket = ((ax - r["eye_x"]).square() + (y - r["eye_y"]).square()).sqrt() - r["eye_r"]
-    colour = _mix(colour, skin * 0.6, _band(socket, 0.03) * 0.55 * front)
+    socket = torch.exp(-(aside.square() + (above - 0.3).square()) / 1.6)
+    colour = _mix(colour, skin * 0.72, 0.45 * socket * front)
     t = (ax - r["eye_x"]) / r["brow_half"]
     brow = _band(
         y - (r["brow_y"] + r["brow_slope"] * t * r["brow_half"] - 0.03 * t * t),
@@ -177,12 +195,12 @@ def paint_face(p: Tensor, r: _Row) -> Tensor:
     )
     colour = _mix(colour, dark_hair * 0.85, brow * (t.abs() < 1) * front * 0.95)
     streak = (
-        _band(ax - r["eye_x"] - 0.03, 0.055)
+        _band(ax - r["eye_x"] - 0.02, 0.038, 0.02)
         * (y < r["eye_y"] - 0.5 * r["eye_r"])
         * (y > r["mouth_y"] - 0.05)
         * r["tears"]
     )
-    colour = _mix(colour, torch.stack((0.45 + 0 * y, 0.75 + 0 * y, 1.0 + 0 * y), 1), 0.95 * streak * front)
+    colour = _mix(colour, torch.stack((0.50 + 0 * y, 0.78 + 0 * y, 1.0 + 0 * y), 1), 0.85 * streak * front)
 
     # Scalp: skin above the hairline is hair, whatever volume lies on it.
     front_line = 0.66 - 0.30 * (ax / r["width"]).square() + 0.24 * (r["hairline"] - 0.5)
@@ -190,30 +208,31 @@ def paint_face(p: Tensor, r: _Row) -> Tensor:
     blend = ((z - 0.10) / 0.35).clamp(0, 1)
     scalp = ((y - (back_line + (front_line - back_line) * blend)) / 0.03).clamp(0, 1) * (1 - r["hair=bald"])
     scalp = scalp * (1 - 0.45 * r["hair=buzz"] - 0.45 * r["hair=mohawk"])
-    colour = _mix(colour, hair, scalp)
-    return _glasses(colour, p, r)
+    return _mix(colour, hair, scalp)
 
 
-def paint_eye(p: Tensor, r: _Row) -> Tensor:
-    """Colour (M, 3) of eyeballs at head-frame points: lids, white, iris, pupil and a glint, looking straight ahead."""
-    sign = p[:, 0].sign()
-    dx = (p[:, 0] - sign * r["eye_x"]) / r["eye_r"]
-    dy = (p[:, 1] - r["eye_y"]) / r["eye_r"]
-    dy = dy - (r["eye_tilt"] - 0.5) * 0.5 * dx * sign
-    width = (1 - dx.square()).clamp(min=0.02).sqrt()
+def paint_eye(p: Tensor, r: _Row, colour: Tensor) -> Tensor:
+    """`colour` (M, 3) of faces at head-frame points `p` (M, 3) with eyes on top, looking straight ahead.
+
+    White, iris, pupil and a glint between the lids, the line of the lashes, the crease of the upper lid. An eye is
+    painted on whatever lies there, eyeball or skin, so that it is whole for every shape of face.
+    """
     skin = r.colour("skin")
-    colour = torch.full_like(skin, 0.96)
-    away = (dx.square() + dy.square()).sqrt()
-    colour = _mix(colour, r.colour("eye"), _band(away, 0.56, 0.08))
-    colour = _mix(colour, torch.full_like(skin, 0.03), _band(away, 0.27, 0.08))
-    glint = ((dx - 0.16).square() + (dy - 0.18).square()).sqrt()
-    colour = _mix(colour, torch.ones_like(skin), _band(glint, 0.13, 0.06))
-    upper, lower = dy - r["lid_top"] * width, -dy - r["lid_low"] * width
-    lid = torch.maximum(upper, lower)
-    colour = _mix(colour, skin * 0.90, (lid / 0.08 + 0.5).clamp(0, 1))
-    colour = _mix(colour, torch.full_like(skin, 0.06), _band(upper, 0.11, 0.06))
-    colour = _mix(colour, skin * 0.5, _band(lower, 0.06, 0.06))
-    return _glasses(colour, p, r)
+    out = (p[:, 0].abs() - r["eye_x"]) / r["eye_r"]  # > 0 away from the nose
+    up = (p[:, 1] - r["eye_y"]) / r["eye_r"] - eye_slant(r["eye_tilt"]) * out
+    arch, between = lid_arch(out), _band(out, 1.0, 0.06)
+    upper, lower = up - r["lid_top"] * arch, -up - r["lid_low"] * arch
+    iris, away = r.colour("eye"), (out.square() + up.square()).sqrt()
+    ball = _mix(torch.full_like(skin, 0.97), iris * (1 - 0.25 * up).unsqueeze(1), _band(away, 0.53, 0.08))
+    ball = _mix(ball, iris * 0.4, _band(away - 0.50, 0.05, 0.08))
+    ball = _mix(ball, torch.full_like(skin, 0.03), _band(away, 0.25, 0.08))
+    glint = ((out * p[:, 0].sign() - 0.16).square() + (up - 0.18).square()).sqrt()
+    ball = _mix(ball, torch.ones_like(skin), _band(glint, 0.12, 0.06))
+    ball = ball * (1 - 0.25 * (1 + upper / 0.3).clamp(0, 1)).unsqueeze(1)  # the lid's shadow
+    colour = _mix(colour, skin * 0.62, 0.6 * _band(upper - 0.26, 0.04, 0.07) * between)
+    colour = _mix(colour, ball, (0.5 - torch.maximum(upper, lower) / 0.07).clamp(0, 1) * between)
+    colour = _mix(colour, skin * 0.45, 0.8 * _band(lower, 0.04, 0.07) * between)
+    return _mix(colour, torch.full_like(skin, 0.06), _band(upper, 0.09, 0.07) * _band(out, 0.97, 0.04))
 
 
 def skin_normals(p: Tensor, centre: Tensor, radii: Tensor, person: Tensor) -> Tensor:
@@ -246,10 +265,14 @@ def paint(material: Tensor, local: Tensor, person: Tensor, table: Tensor, names:
         chosen = torch.stack([material == kind for kind in kinds]).any(0).nonzero().squeeze(1)
         return chosen, _Row(table, names, person.index_select(0, chosen))
 
-    chosen, r = rows(SKIN)
-    colour[chosen] = paint_face(local[chosen], r)
-    chosen, r = rows(EYE)
-    colour[chosen] = paint_eye(local[chosen], r)
+    chosen, r = rows(SKIN, EYE)
+    p = local[chosen]
+    face = paint_face(p, r)
+    beside, above = (p[:, 0].abs() - r["eye_x"]).abs(), (p[:, 1] - r["eye_y"]).abs()
+    near = ((torch.maximum(beside, above) < 1.6 * r["eye_r"]) & (p[:, 2] > 0.1)).nonzero().squeeze(1)
+    at_eyes = _Row(table, names, person.index_select(0, chosen.index_select(0, near)))
+    face[near] = paint_eye(p[near], at_eyes, face[near])
+    colour[chosen] = paint_glasses(face, p, r)
     skin = [names.index(f"skin_{c}") for c in "rgb"]
     cloth = [names.index(f"cloth_{c}") for c in "rgb"]
     hair = [names.index(f"hair_{c}") for c in "rgb"]
