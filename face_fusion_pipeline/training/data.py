@@ -24,7 +24,13 @@ from ..avatars.dataset import PER_IDENTITY, draw, plan
 from .loop import TrainingError, process_group
 
 
-BROWS_AND_MOUTH = (slice(17, 22), slice(22, 27), slice(48, 68))  # of the 68 landmarks in 300-W order
+FEATURES = (
+    slice(17, 22),
+    slice(22, 27),
+    slice(36, 42),
+    slice(42, 48),
+    slice(48, 68),
+)  # brows, eyes, mouth; 300-W order
 
 
 @dataclass
@@ -56,7 +62,7 @@ class AvatarImages:
     def face_emphasis(self, size: int, stride: int) -> Tensor:
         """How much of a face lies in cells (N, 1, size, size) of `stride` pixels, uint8.
 
-        2 in cells that brows or mouth of any person touch, which carry the expression; 1 elsewhere in a face box; 0.
+        2 in cells that brows, eyes or mouth of any person touch; 1 elsewhere in a face box; 0.
         """
         emphasis = np.zeros((len(self), 1, size, size), dtype=np.uint8)
 
@@ -68,7 +74,7 @@ class AvatarImages:
             for box in record["boxes"]:
                 mark(row, box, 1)
             for points in record["landmarks68"]:
-                for part in BROWS_AND_MOUTH:
+                for part in FEATURES:
                     xs, ys = zip(*points[part], strict=True)
                     mark(row, (min(xs), min(ys), max(xs), max(ys)), 2)
         return torch.from_numpy(emphasis)

@@ -238,7 +238,7 @@ class DiffusionLoss:
     """Noising and the weighted v-loss of the module's docstring.
 
     Args:
-        face_weight: m in face boxes; twice as much is added to 1 at brows and mouth.
+        face_weight: m in face boxes; twice as much is added to 1 at brows, eyes and mouth.
         timestep_power: timesteps are drawn as T·u^power, u uniform; below 1 the noisy ones come more often.
     """
 

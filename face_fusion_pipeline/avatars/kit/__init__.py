@@ -1,1 +1,1 @@
-"""The avatar model trained in minutes on one GPU: scenes are drawn and encoded on the device, and learned from there."""
+"""The avatar model trained in minutes on one GPU: scenes are drawn, encoded and learned from on the device."""

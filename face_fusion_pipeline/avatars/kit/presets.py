@@ -65,7 +65,7 @@ KIT_PRESETS = {
         loops={"base": _cpu(16, 1e-3), "faces": _cpu(8, 1e-3), "depth": _cpu(8, 8e-4)},
     ),
     "tiny": KitPreset(
-        size=32,
+        size=64,
         widths=(32, 32, 32),
         head_size=32,
         text_width=32,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ...face_images import CROP_ENLARGE
-from ...training.data import BROWS_AND_MOUTH, stretched
+from ...training.data import FEATURES, stretched
 from ..render import render
 from ..scene import MAX_PEOPLE
 from .plans import Planned
@@ -151,7 +151,7 @@ def face_crops(images: Tensor, boxes: Tensor, enlarge: float = CROP_ENLARGE) -> 
 
 
 def emphasis(boxes: Tensor, landmarks68: Tensor, size: int, stride: int) -> Tensor:
-    """Cells (B, 1, size, size) uint8: 2 where brows or mouth are, 1 elsewhere in a face, 0.
+    """Cells (B, 1, size, size) uint8: 2 where brows, eyes or mouth are, 1 elsewhere in a face, 0.
 
     The same as `AvatarImages.face_emphasis`, for boxes (B, MAX_PEOPLE, 4) and landmarks (B, MAX_PEOPLE, 68, 2).
     """
@@ -163,7 +163,7 @@ def emphasis(boxes: Tensor, landmarks68: Tensor, size: int, stride: int) -> Tens
         return (rows[..., :, None] & columns[..., None, :]).any(1, keepdim=True)
 
     strong = torch.zeros(len(boxes), 1, size, size, dtype=torch.bool, device=boxes.device)
-    for part in BROWS_AND_MOUTH:
+    for part in FEATURES:
         points = landmarks68[:, :, part]
         strong |= touched(torch.cat((points.amin(2), points.amax(2)), -1))
     return torch.where(strong, 2, touched(boxes).int()).byte()
