@@ -169,7 +169,9 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
         from ..training.clip import ClipTask, create_clip, load_clip
         from ..training.tokenizer import load_tokenizer, train_tokenizer
 
-        tokenizer = load_tokenizer(source) if source else train_tokenizer(data.captions)
+        known = source or args.out  # a model folder that has a tokenizer keeps it
+        has_one = (known / "tokenizer").is_dir()
+        tokenizer = load_tokenizer(known) if has_one else train_tokenizer(data.captions)
         clip = load_clip(source) if source else create_clip(tokenizer, data.pixels.shape[-1], **preset.network)
         return ClipTask(clip, tokenizer, data, validation)
     if args.stage == "unet":

@@ -88,6 +88,8 @@ class ControlNetTask(Task):
     """Trains the ControlNet with the UNet's own loss; captions are dropped as often as in its training."""
 
     name = "controlnet"
+    data: Any  # `LatentData`, or what else has rows: latents, text and faces of indices
+    held_out: Any
 
     def __init__(
         self,

@@ -303,6 +303,8 @@ class UnetTask(Task):
     """Trains the UNet with one caption in ten dropped for classifier-free guidance."""
 
     name = "unet"
+    data: Any  # `LatentData`, or what else has rows: latents, text and faces of indices
+    held_out: Any
 
     def __init__(
         self,

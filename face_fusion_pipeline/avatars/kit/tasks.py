@@ -132,7 +132,7 @@ class DepthTask(ControlNetTask):
         self.controlnet = controlnet.requires_grad_(True)
         self.unet, self.frozen, self.key = unet.requires_grad_(False).eval(), frozen, key
         self.vae, self.text_encoder = frozen.vae, frozen.text_encoder.requires_grad_(False).eval()
-        self.data, self.held_out, self.size = train, held_out, len(train)  # type: ignore[assignment]
+        self.data, self.held_out, self.size = train, held_out, len(train)
         self.loss = DiffusionLoss(face_weight=1.0)
         self.empty = empty_tokens(frozen).to(train.tokens.device)
 
@@ -165,7 +165,7 @@ class DepthTask(ControlNetTask):
         """Rows: depth, drawn with it, true picture; and the held-out loss with the right and with another depth."""
         from diffusers import StableDiffusionControlNetPipeline
 
-        data: Any = self.held_out
+        data = self.held_out
         rows = torch.arange(min(len(data), 8), device=self.empty.device)
         parts = self.frozen.pipeline(self.unet).components
         pipe = StableDiffusionControlNetPipeline(**parts, controlnet=self.controlnet, requires_safety_checker=False)
