@@ -150,7 +150,7 @@ def paint_face(p: Tensor, r: _Row) -> Tensor:
     mole = _band(((x - mole_x).square() + (y - mole_y).square()).sqrt(), 0.035) * (r["mole_x"] > 0) * front
     colour = _mix(colour, torch.full_like(colour, 0.12), mole)
 
-    # Beard: sideburns to chin, a moustache, a goatee; stubble is a thin full beard. One curve bounds the full beard: it
+    # Beard: sideburns to chin, a moustache, a goatee; stubble is a thin full beard. One curve bounds a full beard: it
     # falls from the sideburns along the cheek and rises again to the moustache; the mouth is painted over it later.
     lip_top = r["mouth_y"] + r["mouth_open"] + r["lip"] + 0.005
     beside = ax / r["mouth_half"]
@@ -240,13 +240,14 @@ def skin_normals(p: Tensor, centre: Tensor, radii: Tensor, person: Tensor) -> Te
     """
     total = torch.zeros_like(p)
     inverse = 1 / radii
+    round_scale = radii / (radii.square() + 0.012)
     for k in range(centre.shape[1]):
         scale = inverse[:, k].index_select(0, person)
         u = (p - centre[:, k].index_select(0, person)) * scale
         norm = u.square().sum(1).clamp(min=1e-6).sqrt()
-        distance = (norm - 1) * radii[:, k].amin(1).index_select(0, person)
-        weight = torch.sigmoid(-16 * distance)
-        gradient = u * scale
+        distance = (norm - 1) * norm / (u * scale).square().sum(1).clamp(min=1e-6).sqrt()  # to first order
+        weight = torch.sigmoid(-18 * distance)
+        gradient = u * round_scale[:, k].index_select(0, person)  # thin volumes turn as slowly as round ones
         total += gradient * (weight / gradient.square().sum(1).clamp(min=1e-12).sqrt()).unsqueeze(1)
     return torch.nn.functional.normalize(total, dim=1)
 
