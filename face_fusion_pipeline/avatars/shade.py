@@ -118,7 +118,7 @@ def paint_face(p: Tensor, r: _Row) -> Tensor:
     """Colour (M, 3) of face skin at head-frame points `p` (M, 3): mouth, brows, beard, freckles, hairline."""
     x, y, z = p.unbind(1)
     ax = x.abs()
-    front = (z > 0.15).float()
+    front = ((z - 0.05) / 0.2).clamp(0, 1)  # paint fades out towards the sides
     skin = r.colour("skin")
     colour = skin.clone()
     hair = r.colour("hair")
@@ -150,24 +150,22 @@ def paint_face(p: Tensor, r: _Row) -> Tensor:
     mole = _band(((x - mole_x).square() + (y - mole_y).square()).sqrt(), 0.035) * (r["mole_x"] > 0) * front
     colour = _mix(colour, torch.full_like(colour, 0.12), mole)
 
-    # Beard: sideburns to chin, a moustache, a goatee; stubble is a thin full beard.
-    edge = -0.36 + 0.42 * (ax / r["width"]).square() - 0.12 * (r["beard_length"] - 0.5)
-    full = ((edge - y) / 0.03).clamp(0, 1) * (
-        (r["mouth_half"] + 0.08 - ax) / 0.03 + (r["mouth_y"] + 0.02 - y) / 0.03 + 1
-    ).clamp(0, 1).clamp(min=0)
-    full = torch.maximum(full, ((edge - y) / 0.03).clamp(0, 1) * (ax > r["mouth_half"] + 0.04))
+    # Beard: sideburns to chin, a moustache, a goatee; stubble is a thin full beard. One curve bounds a full beard: it
+    # falls from the sideburns along the cheek and rises again to the moustache; the mouth is painted over it later.
     lip_top = r["mouth_y"] + r["mouth_open"] + r["lip"] + 0.005
-    moustache = (
-        _band(ax, r["mouth_half"] * 1.08, 0.03)
-        * ((y - lip_top + 0.05 * ax) / 0.015).clamp(0, 1)
-        * ((r["nose_y"] - 0.075 - 0.25 * ax - y) / 0.02).clamp(0, 1)
-    )
-    goatee = torch.maximum(
-        moustache, _band(ax, 0.19, 0.03) * ((r["mouth_y"] - r["lip"] - 0.02 - y) / 0.02).clamp(0, 1)
-    )
-    beard = r["beard=full"] * torch.maximum(full, moustache) + r["beard=stubble"] * 0.45 * torch.maximum(
-        full, moustache
-    )
+    beside = ax / r["mouth_half"]
+    top = torch.minimum(r["nose_y"] - 0.09, lip_top + 0.13)
+    top = torch.maximum(top, lip_top + 0.05) - 0.07 * beside.square()
+    edge = -0.36 + 0.42 * (ax / r["width"]).square() - 0.12 * (r["beard_length"] - 0.5)
+    near = (1.45 - 0.5 * beside).clamp(0, 1)
+    near = near * near * (3 - 2 * near)
+    full = ((edge + (top - edge) * near - y) / 0.07 + 0.5).clamp(0, 1)
+    moustache = torch.minimum((top - y) / 0.04 + 0.5, (y - lip_top + 0.03 + 0.05 * beside.square()) / 0.04 + 0.5)
+    moustache = torch.minimum(moustache, (1.12 - beside) / 0.3).clamp(0, 1)
+    chin_top = r["mouth_y"] - r["lip"] - 0.01
+    goatee = ((chin_top - 0.25 * ax - y) / 0.05).clamp(0, 1) * _band(ax, 0.19, 0.08)
+    goatee = torch.maximum(moustache, goatee)
+    beard = (r["beard=full"] + 0.45 * r["beard=stubble"]) * full
     beard = beard + r["beard=moustache"] * moustache + r["beard=goatee"] * goatee
     colour = _mix(colour, beard_colour, beard * (z > -0.25))
 
@@ -242,13 +240,14 @@ def skin_normals(p: Tensor, centre: Tensor, radii: Tensor, person: Tensor) -> Te
     """
     total = torch.zeros_like(p)
     inverse = 1 / radii
+    round_scale = radii / (radii.square() + 0.012)
     for k in range(centre.shape[1]):
         scale = inverse[:, k].index_select(0, person)
         u = (p - centre[:, k].index_select(0, person)) * scale
         norm = u.square().sum(1).clamp(min=1e-6).sqrt()
-        distance = (norm - 1) * radii[:, k].amin(1).index_select(0, person)
-        weight = torch.exp(-20 * distance.clamp(min=-0.05)).clamp(max=3.0)
-        gradient = u * scale
+        distance = (norm - 1) * norm / (u * scale).square().sum(1).clamp(min=1e-6).sqrt()  # to first order
+        weight = torch.sigmoid(-18 * distance)
+        gradient = u * round_scale[:, k].index_select(0, person)  # thin volumes turn as slowly as round ones
         total += gradient * (weight / gradient.square().sum(1).clamp(min=1e-12).sqrt()).unsqueeze(1)
     return torch.nn.functional.normalize(total, dim=1)
 
