@@ -1,4 +1,7 @@
-"""Face detectors behind one small protocol: YuNet (comes with the package), OpenCV's Haar cascades, insightface.
+"""Face detectors behind one small protocol: YuNet (fetched at first use), OpenCV's Haar cascades, insightface.
+
+YuNet finds the faces of photographs and of avatars. The cascades, which need no file, are as good on frontal
+photographs and find 72 of 100 near-frontal avatars where YuNet finds 99: docs/detectors.md.
 
 Box convention, whatever the detector: XYXY in float pixels of the image given to `detect`, upright, as YuNet draws it:
 from the hair line to the chin, about 0.72 as wide as high. Haar windows are squares; on photographs YuNet's box
@@ -6,16 +9,20 @@ around the same face is 0.84 as wide, 1.16 as high and 0.03 lower (medians in un
 are converted. A box may reach beyond the image.
 """
 
+import functools
+import hashlib
 import importlib
 import logging
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from PIL import Image
 
 from .face_errors import FaceFusionError, ModelNotFoundError
@@ -24,7 +31,10 @@ from .face_errors import FaceFusionError, ModelNotFoundError
 logger = logging.getLogger(__name__)
 
 YUNET_REPO, YUNET_FILE = "opencv/face_detection_yunet", "face_detection_yunet_2023mar.onnx"
-YUNET_BESIDE = Path(__file__).parent / "yunet" / YUNET_FILE  # not there in a custom pipeline from the Hub
+YUNET_SHA256 = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
+YUNET_WAYS = (
+    f"run `hf download {YUNET_REPO} {YUNET_FILE}` where there is a network, or set FACE_FUSION_YUNET to the file"
+)
 DetectorName = Literal["auto", "yunet", "haar", "insightface"]
 
 
@@ -57,6 +67,23 @@ class Face:
         return Face((x0, y0, x1, y1), self.score, points)
 
 
+def faces_on_picture(faces: Iterable[Face], size: tuple[int, int]) -> list[Face]:
+    """Those of the faces that can be faces of a picture of this (width, height): numbers, of which none is nonsense.
+
+    The centre lies on the picture, and no side is above three times the longer side of the picture.
+    """
+    kept = []
+    for face in faces:
+        x0, y0, x1, y1 = face.box
+        numbers = [*face.box, face.score, *([] if face.landmarks5 is None else face.landmarks5.flat)]
+        if not all(map(math.isfinite, numbers)) or min(face.width, face.height) <= 0:
+            continue
+        on_it = 0 <= (x0 + x1) / 2 <= size[0] and 0 <= (y0 + y1) / 2 <= size[1]
+        if on_it and max(face.width, face.height) <= 3 * max(size):
+            kept.append(face)
+    return kept
+
+
 @runtime_checkable
 class FaceDetector(Protocol):
     """Anything with these three members is a detector.
@@ -79,26 +106,29 @@ class YuNetDetector:
 
     name = "yunet"
     sizes: tuple[int, ...] = (640, 320, 1280)
+    smallest = 64  # pixels a side: of narrower pictures its boxes are no numbers, and not the same ones twice
 
     def __init__(self, model: str | Path, threshold: float = 0.6) -> None:
         if not Path(model).is_file():
-            raise ModelNotFoundError(
-                f"no YuNet model at {model}: fetch it with `hf download {YUNET_REPO} {YUNET_FILE}`"
-            )
+            raise ModelNotFoundError(f"no YuNet model at {model}: {YUNET_WAYS}")
         try:
             self._net = cv2.FaceDetectorYN.create(str(model), "", (320, 320), threshold, 0.3, 5000)
         except cv2.error as error:
             raise ModelNotFoundError(f"{model} is not a YuNet model that OpenCV {cv2.__version__} can read") from error
 
     def detect(self, image: Image.Image) -> list[Face]:
-        self._net.setInputSize(image.size)
-        _, rows = self._net.detect(np.asarray(image)[:, :, ::-1].copy())  # OpenCV wants BGR
+        pixels = np.asarray(image)[:, :, ::-1]  # OpenCV wants BGR
+        beyond = [(0, max(0, self.smallest - side)) for side in pixels.shape[:2]]
+        pixels = np.ascontiguousarray(np.pad(pixels, [*beyond, (0, 0)], mode="edge"))
+        self._net.setInputSize(pixels.shape[1::-1])
+        _, rows = self._net.detect(pixels)
         # a row: x, y, w, h, five points (its left is the image's left), score
-        return [
+        faces = [
             Face((x, y, x + w, y + h), float(row[14]), row[4:14].reshape(5, 2).astype(np.float64))
             for row in ([] if rows is None else rows)
             for x, y, w, h in [map(float, row[:4])]
         ]
+        return faces_on_picture(faces, image.size)
 
 
 class HaarDetector:
@@ -217,32 +247,63 @@ class InsightFaceDetector:
 
 
 def find_yunet(model: str | Path | None = None, download: bool = False) -> Path | None:
-    """Path of YuNet's model: `model`, else $FACE_FUSION_YUNET, else the package's own.
+    """Path of YuNet's model: `model`, else $FACE_FUSION_YUNET, else the one in the Hugging Face cache, else None.
 
-    Where only single files of the package are, the Hugging Face cache, filled if `download`.
+    Args:
+        download: fetch it into the cache if it is nowhere. Nothing is fetched where HF_HUB_OFFLINE=1.
+
+    Raises:
+        ModelNotFoundError: it cannot be fetched, or the file in the cache is not the one that is known by its hash.
     """
     if given := model or os.environ.get("FACE_FUSION_YUNET"):
         return Path(given)
-    if YUNET_BESIDE.is_file():
-        return YUNET_BESIDE
-    if isinstance(cached := try_to_load_from_cache(YUNET_REPO, YUNET_FILE), str):
-        return Path(cached)
-    if not download:
-        return None
-    try:
-        return Path(hf_hub_download(YUNET_REPO, YUNET_FILE))
-    except Exception as error:  # offline, proxies, rate limits: many types, one way out
+    cached = try_to_load_from_cache(YUNET_REPO, YUNET_FILE)
+    if not isinstance(cached, str):
+        if not download:
+            return None
+        cached, reason = _fetch_yunet()
+        if reason:
+            raise ModelNotFoundError(f"the YuNet model is not here and cannot be fetched ({reason}): {YUNET_WAYS}")
+    if hashlib.sha256(Path(cached).read_bytes()).hexdigest() != YUNET_SHA256:
         raise ModelNotFoundError(
-            f"the YuNet model is not here and cannot be fetched ({type(error).__name__}): give its path, set "
-            "FACE_FUSION_YUNET, or take detector 'haar', which needs no file"
-        ) from error
+            f"{cached} is not the YuNet model that is known by its hash: delete it, then {YUNET_WAYS}"
+        )
+    return Path(cached)
+
+
+@functools.cache  # one try for each process: every picture may ask
+def _fetch_yunet() -> tuple[str, str]:
+    """Path of the model in the cache, or "" and why it cannot be fetched."""
+    if constants.HF_HUB_OFFLINE:
+        return "", "HF_HUB_OFFLINE=1"
+    try:
+        # Without a network this fails within seconds, where a download would try for half a minute.
+        get_session().head(hf_hub_url(YUNET_REPO, YUNET_FILE), timeout=3)
+        return hf_hub_download(YUNET_REPO, YUNET_FILE), ""
+    except Exception as error:  # offline, proxies, rate limits, a full disk: many types, one way out
+        return "", type(error).__name__
+
+
+def best_detector(model: str | Path | None = None) -> tuple[FaceDetector, str]:
+    """What "auto" means here and now, and why: YuNet where its model is at hand or can be fetched, else the cascades.
+
+    Raises:
+        ModelNotFoundError: a model that is named (`model`, $FACE_FUSION_YUNET) is missing or broken.
+    """
+    try:
+        path = find_yunet(model, download=True)
+    except ModelNotFoundError as error:
+        return HaarDetector(), f"{error}"
+    assert path is not None
+    return YuNetDetector(path), f"{path}"
 
 
 def load_detector(detector: DetectorName | FaceDetector = "auto", model: str | Path | None = None) -> FaceDetector:
     """A detector by name; an instance is returned as it is.
 
     Args:
-        detector: "auto" takes YuNet where its model is at hand and the Haar cascades otherwise, and logs which.
+        detector: "auto" takes YuNet where its model is at hand or can be fetched and the Haar cascades otherwise, and
+            logs which and why.
         model: model file for "yunet" (and "auto"), model pack for "insightface".
 
     Raises:
@@ -253,13 +314,16 @@ def load_detector(detector: DetectorName | FaceDetector = "auto", model: str | P
             raise FaceFusionError(f"a face detector has `name`, `sizes` and `detect`, got {detector!r}")
         return detector
     chosen: FaceDetector
+    why = "as asked"
     if detector == "auto":
-        path = find_yunet(model)
-        chosen = HaarDetector() if path is None else YuNetDetector(path)
+        chosen, why = best_detector(model)
     elif detector == "yunet":
-        path = find_yunet(model, download=True)
+        try:
+            path = find_yunet(model, download=True)
+        except ModelNotFoundError as error:
+            raise ModelNotFoundError(f"{error}, or take detector 'haar', which needs no file") from error
         assert path is not None
-        chosen = YuNetDetector(path)
+        chosen, why = YuNetDetector(path), f"{path}"
     elif detector == "haar":
         chosen = HaarDetector()
     elif detector == "insightface":
@@ -267,5 +331,5 @@ def load_detector(detector: DetectorName | FaceDetector = "auto", model: str | P
         chosen = InsightFaceDetector(model)
     else:
         raise FaceFusionError(f"unknown face detector {detector!r}: take 'auto', 'yunet', 'haar' or 'insightface'")
-    logger.info("face detector: %s", chosen.name)
+    logger.info("face detector: %s (%s)", chosen.name, why)
     return chosen

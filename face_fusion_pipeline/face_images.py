@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .face_detectors import DetectorName, Face, FaceDetector, load_detector
+from .face_detectors import YUNET_WAYS, DetectorName, Face, FaceDetector, faces_on_picture, load_detector
 from .face_errors import FaceTooSmallError, NoFaceError, SeveralFacesError, UnreadableImageError
 from .face_pictures import upright_rgb
 
@@ -92,10 +92,11 @@ def detect_faces(image: Image.Image, detector: FaceDetector) -> list[Face]:
     """
     best: list[Face] = []
     for view, scale, border in _views(image, detector.sizes):
-        found = detector.detect(view)
+        moved = (face.moved(1 / scale, -border, -border) for face in detector.detect(view))
+        found = faces_on_picture(moved, image.size)
         surest = max((face.score for face in found), default=0.0)
         if surest > max((face.score for face in best), default=0.0):
-            best = [face.moved(1 / scale, -border, -border) for face in found]
+            best = found
         if surest >= SURE:
             break
     return sorted(best, key=lambda face: face.box[0] + face.box[2])
@@ -129,9 +130,11 @@ def find_face(
     """
     faces = detect_faces(image, detector)
     if not faces:
+        better = f". YuNet finds more faces than haar: {YUNET_WAYS}" if detector.name == "haar" else ""
         raise NoFaceError(
             f"no face found in the {image.width}x{image.height} picture (detector: {detector.name}): take a photo "
             "that shows the face larger, sharper and more frontal, or skip detection for a face crop (--no-detect)"
+            f"{better}"
         )
     listing = ", ".join(f"{i}: ({', '.join(f'{v:.0f}' for v in face.box)})" for i, face in enumerate(faces))
     if face_index is not None:

@@ -13,12 +13,15 @@ import torch  # noqa: E402  after the environment that it and the Hub read at im
 
 torch.set_num_threads(1)  # several times faster for tiny models
 
+# $FACE_FUSION_TEST_DATA, else shared/data beside the checkout
+TEST_DATA = Path(os.environ.get("FACE_FUSION_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+if (yunet := TEST_DATA / "models" / "face_detection_yunet_2023mar.onnx").is_file():
+    os.environ.setdefault("FACE_FUSION_YUNET", str(yunet))  # the detector of all tests; without it the Haar cascades
+
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """Folder with photos/ and models/ of real faces. $FACE_FUSION_TEST_DATA, else shared/data beside the checkout."""
-    default = Path(__file__).parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("FACE_FUSION_TEST_DATA", default))
-    if not (folder / "photos").is_dir():
+    """Folder with photos/ and models/ of real faces."""
+    if not (TEST_DATA / "photos").is_dir():
         pytest.skip("no photographs and detector models: set FACE_FUSION_TEST_DATA to a folder that has them")
-    return folder
+    return TEST_DATA

@@ -209,7 +209,7 @@ def test_variants_of_the_method_generate_what_its_pipeline_does(name: str, base:
     faces = [photo(1).face, photo(2).face]
     expected = tiny_models.generate(pipe, face_image=faces, face_scale=2.0, face_mode=None)
     pipe.unload_face_fusion_adapter()
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)  # ten times the rounding of any processor
     assert not torch.allclose(found, tiny_models.generate(pipe), atol=1e-2)
 
 

@@ -1,16 +1,19 @@
 """Choosing a face detector: what is picked is said, what cannot work is refused, and insightface by a stand-in."""
 
+import hashlib
 import logging
+import re
 import sys
-from pathlib import Path
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from face_fusion_pipeline import face_detectors
 from face_fusion_pipeline.cli import main
-from face_fusion_pipeline.face_detectors import InsightFaceDetector, load_detector
+from face_fusion_pipeline.face_detectors import InsightFaceDetector, find_yunet, load_detector
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
 
 
@@ -18,7 +21,7 @@ from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
 def no_yunet(monkeypatch):
     monkeypatch.delenv("FACE_FUSION_YUNET", raising=False)
     monkeypatch.setattr("face_fusion_pipeline.face_detectors.try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr("face_fusion_pipeline.face_detectors.YUNET_BESIDE", Path("absent"))
+    face_detectors._fetch_yunet.cache_clear()
 
 
 @pytest.mark.parametrize("wrong", ["mtcnn", None, 5, Image.new("RGB", (8, 8))])
@@ -30,7 +33,94 @@ def test_what_is_no_detector_is_refused(wrong):
 def test_the_detector_picked_is_said(no_yunet, caplog):
     with caplog.at_level(logging.INFO, "face_fusion_pipeline"):
         load_detector("auto")
-    assert "face detector: haar" in caplog.text
+    (line,) = caplog.messages
+    assert re.match(r"face detector: haar \(the YuNet model .* cannot be fetched \(HF_HUB_OFFLINE=1\): run `hf", line)
+
+
+def test_nothing_is_fetched_offline(no_yunet, monkeypatch):
+    for name in ("get_session", "hf_hub_download"):
+        monkeypatch.setattr(face_detectors, name, lambda *_, **__: pytest.fail("asked the network"))
+    assert load_detector("auto").name == "haar"
+    assert find_yunet() is None
+    with pytest.raises(ModelNotFoundError, match="HF_HUB_OFFLINE=1.*FACE_FUSION_YUNET.*'haar'") as caught:
+        load_detector("yunet")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def hub(no_yunet, tmp_path, monkeypatch):
+    """A network with one file, which is not YuNet; `asked` counts how often it is asked for what."""
+    asked = Counter()
+    (tmp_path / "fetched.onnx").write_bytes(b"no YuNet")
+
+    def head(url, timeout):
+        assert timeout <= 5
+        asked["head"] += 1
+
+    def download(repo, file):
+        asked[repo, file] += 1
+        return str(tmp_path / "fetched.onnx")
+
+    monkeypatch.setattr(face_detectors.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(face_detectors, "get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setattr(face_detectors, "hf_hub_download", download)
+    yield asked
+    face_detectors._fetch_yunet.cache_clear()
+
+
+def test_yunet_is_fetched_at_first_use_and_known_by_its_hash(hub, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "face_fusion_pipeline")
+    with pytest.raises(ModelNotFoundError, match="fetched.onnx is not the YuNet model that is known by its hash"):
+        load_detector("yunet")
+    assert load_detector("auto").name == "haar" and "fetched.onnx is not" in caplog.text
+    assert hub == {"head": 1, ("opencv/face_detection_yunet", "face_detection_yunet_2023mar.onnx"): 1}
+    content = (tmp_path / "fetched.onnx").read_bytes()
+    monkeypatch.setattr(face_detectors, "YUNET_SHA256", hashlib.sha256(content).hexdigest())
+    assert find_yunet(download=True) == tmp_path / "fetched.onnx"
+    monkeypatch.setattr(face_detectors, "try_to_load_from_cache", lambda *_: str(tmp_path / "cached.onnx"))
+    (tmp_path / "cached.onnx").write_bytes(b"another")
+    with pytest.raises(ModelNotFoundError, match="cached.onnx is not"):
+        find_yunet()
+
+
+def test_the_file_with_that_hash_is_yunet(test_data):
+    file = test_data / "models" / face_detectors.YUNET_FILE
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == face_detectors.YUNET_SHA256
+
+
+def test_a_network_that_is_not_there_is_noticed_once(hub, monkeypatch):
+    def head(url, timeout):
+        hub["head"] += 1
+        raise OSError("no route")
+
+    monkeypatch.setattr(face_detectors, "get_session", lambda: SimpleNamespace(head=head))
+    assert [load_detector("auto").name for _ in range(3)] == ["haar"] * 3
+    assert hub == {"head": 1}
+    with pytest.raises(ModelNotFoundError, match="cannot be fetched \\(OSError\\)"):
+        load_detector("yunet")
+
+
+def test_a_file_that_is_named_is_what_is_taken(hub, tmp_path, monkeypatch, caplog):
+    """By whatever name it is called: one that is missing or broken is a mistake, not a reason for another detector."""
+    for name, content in (("absent.onnx", None), ("broken.onnx", b"no model")):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        for detector in ("auto", "yunet"):
+            with pytest.raises(ModelNotFoundError, match=name):
+                load_detector(detector, tmp_path / name)
+            monkeypatch.setenv("FACE_FUSION_YUNET", str(tmp_path / name))
+            with pytest.raises(ModelNotFoundError, match=name):
+                load_detector(detector)
+            monkeypatch.delenv("FACE_FUSION_YUNET")
+    assert not hub
+
+
+def test_the_detector_that_was_named_by_a_file_is_said(test_data, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "face_fusion_pipeline")
+    file = test_data / "models" / face_detectors.YUNET_FILE
+    monkeypatch.setenv("FACE_FUSION_YUNET", str(file))
+    assert load_detector().name == "yunet"
+    assert caplog.messages == [f"face detector: yunet ({file})"]
 
 
 def test_the_command_shows_which_detector_it_picked(no_yunet, tmp_path, caplog, capsys):

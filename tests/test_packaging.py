@@ -64,3 +64,16 @@ def test_flat_modules_are_those_that_the_pipelines_need() -> None:
 def test_embedded_files_are_package_data() -> None:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert {"embedded/**/*", "publishing/*.md"} <= set(data["face_fusion_pipeline"])
+
+
+def test_every_asset_is_named_with_its_origin() -> None:
+    notice, _, _ = (ROOT / "NOTICE").read_text().partition("What is used but is not part of it")
+    assert "NOTICE" in PROJECT["license-files"]
+    named = re.findall(r"^  (\w+/[\w./]*)(?:, ([\w./]+))? ", notice, re.M)
+    folders = tuple(place for row in named for place in row if place)
+    assert len(folders) >= 8 and all((ROOT / place).exists() for place in folders)
+    written = {".py", ".md", ".typed", ".pyc"}
+    for top in ("face_fusion_pipeline", "docs", "weights_card", "benchmarks", "examples"):
+        for file in (path for path in (ROOT / top).rglob("*") if path.is_file() and "." not in path.parent.name):
+            place = file.relative_to(ROOT).as_posix()
+            assert file.suffix in written or place.startswith(folders), f"{place} is not named in NOTICE"

@@ -159,7 +159,7 @@ def test_unconditional_rows_are_bit_for_bit_the_stock_ones():
 
 def test_a_face_given_twice_equals_once_and_order_does_not_matter(pipe):
     a, b = face(0), face(1)
-    close = {"rtol": 1e-4, "atol": 1e-4}
+    close = {"rtol": 1e-3, "atol": 1e-3}  # ten times the rounding, which differs between processors
     torch.testing.assert_close(generate(pipe, face_image=[a, a]), generate(pipe, face_image=a), **close)
     both = generate(pipe, face_image=[a, b], face_weights=[1, 3])
     torch.testing.assert_close(generate(pipe, face_image=[b, a], face_weights=[3, 1]), both, **close)

@@ -544,35 +544,39 @@ def test_a_unet_is_fitted_to_another_number_of_latent_channels(model):
 
 
 def test_a_unet_keeps_reading_text_after_a_change_of_its_encoder(model):
-    """States that are a linear map of the former ones: the refitted UNet answers as before."""
+    """States that are a linear map of the former ones: the refitted UNet answers as before.
+
+    In double precision, where the map is exact: a UNet after two steps of training enlarges the rounding of single
+    precision, by how much depends on the processor.
+    """
     from face_fusion_pipeline.training.text_change import change_text, text_map
     from face_fusion_pipeline.training.unet import load_frozen, load_unet, load_unet_for
 
     captions = ["a red shirt", "a blue shirt", "a red blue shirt", ""]
     frozen, generator = load_frozen(model), torch.Generator().manual_seed(0)
-    states = frozen.text_states(captions).float()
+    states = frozen.text_states(captions).double()
     width = states.shape[-1]
     mixing = torch.eye(width) + torch.randn(width, width, generator=generator) / (4 * width**0.5)
-    solution, explained = text_map(states.flatten(0, 1), states.flatten(0, 1) @ mixing)
-    torch.testing.assert_close(states.double() @ mixing.double() @ solution, states.double(), rtol=0, atol=1e-5)
+    mixed = states @ mixing.double()
+    solution, explained = text_map(states.flatten(0, 1), mixed.flatten(0, 1))
+    torch.testing.assert_close(mixed @ solution, states, rtol=0, atol=1e-9)
     assert explained == pytest.approx(1.0, abs=1e-8)
-    unet, fitted = load_unet(model), load_unet(model)
+    unet, fitted = load_unet(model).double(), load_unet(model).double()
     change_text(fitted, solution)
-    noisy = torch.randn(4, unet.config.in_channels, 4, 4, generator=generator)
+    noisy = torch.randn(4, unet.config.in_channels, 4, 4, generator=generator).double()
     with torch.no_grad():
-        before, after = unet(noisy, 500, states).sample, fitted(noisy, 500, states @ mixing).sample
-    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
+        before, after = unet(noisy, 500, states).sample, fitted(noisy, 500, mixed).sample
+        unfitted = unet(noisy, 500, mixed).sample
+    assert (after - before).abs().max() < 1e-6 * (unfitted - before).abs().max()
     _, lost = text_map(states.flatten(0, 1), torch.randn(states.flatten(0, 1).shape, generator=generator))
     assert lost < 0.9
 
     norm = frozen.text_encoder.get_submodule("final_layer_norm")
     norm.weight.data, norm.bias.data = norm.weight * 2, norm.bias * 2  # another encoder: all states are doubled
-    unet, fitted = load_unet(model), load_unet_for(frozen, model, captions)
-    noisy = torch.randn(4, unet.config.in_channels, 4, 4, generator=generator)
+    doubled = load_unet_for(frozen, model, captions).double()
     with torch.no_grad():
-        before, after = unet(noisy, 500, states).sample, fitted(noisy, 500, 2 * states).sample
-        unfitted = unet(noisy, 500, 2 * states).sample
-    assert (after - before).abs().max() < 0.1 * (unfitted - before).abs().max()
+        after, unfitted = doubled(noisy, 500, 2 * states).sample, unet(noisy, 500, 2 * states).sample
+    assert (after - before).abs().max() < 0.01 * (unfitted - before).abs().max()
 
 
 def test_timesteps_are_stratified_and_may_lean_to_noise():

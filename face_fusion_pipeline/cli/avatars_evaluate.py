@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..avatar_model import GUIDANCE, LATE_GUIDANCE, embedded_model
+from ..face_errors import ModelNotFoundError
 from ..generation.arguments import guidance_scales
 
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from ..evaluation.recognisers import Recogniser
     from ..evaluation.scoring import Panel
     from ..face_detectors import FaceDetector
+
+logger = logging.getLogger(__name__)
 
 HELP = "measure avatars, the avatar model and Face Fusion on it"
 
@@ -160,12 +164,17 @@ def _add_judges(parser: argparse.ArgumentParser) -> None:
 
 
 def _detector(args: argparse.Namespace) -> FaceDetector | None:
-    """YuNet if its model is at hand, also among the recognisers; else none."""
+    """YuNet if its model is at hand, also among the recognisers, or can be fetched; else none."""
     from ..face_detectors import YuNetDetector, find_yunet
 
     beside = sorted(args.recognisers.glob("*yunet*.onnx")) if args.recognisers else []
-    path = args.detector or find_yunet() or (beside[0] if beside else None)
-    return None if path is None else YuNetDetector(path)
+    try:
+        path = args.detector or find_yunet() or (beside[0] if beside else find_yunet(download=True))
+    except ModelNotFoundError as error:
+        logger.info("no face detector looks at the pictures: %s", error)
+        return None
+    assert path is not None
+    return YuNetDetector(path)
 
 
 def _panel(args: argparse.Namespace) -> Panel:
@@ -221,13 +230,16 @@ def _adapter(args: argparse.Namespace) -> str | None:
 def _table(args: argparse.Namespace) -> tuple[dict, str]:
     from ..evaluation.avatar_table import as_markdown, compare
     from ..evaluation.generation import METHODS, pipeline_of
-    from ..evaluation.trials import plan_trials
+    from ..evaluation.trials import TRUE_BOX, plan_trials
+    from ..face_detectors import load_detector
     from ..face_errors import FaceFusionError
 
     adapter = _adapter(args)
     methods = args.methods or [method for method in METHODS if method != "adapter" or adapter]
     if adapter is None and any(method.startswith("adapter") for method in methods):
         raise FaceFusionError("--methods adapter: no adapter beside the model, name one with --adapter")
+    if args.cut_out != TRUE_BOX:
+        load_detector(args.cut_out)  # that it is missing is said before any work
     scales = {"face_scale": args.scale, "training_free_scale": args.training_free_scale}
     settings = _settings(args, adapter=adapter, cut_out=args.cut_out, **scales)
     exclude = _training_captions(args.training_data)

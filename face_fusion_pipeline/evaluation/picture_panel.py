@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from ..face_detectors import FaceDetector
+from ..face_detectors import YUNET_WAYS, FaceDetector
 from ..face_errors import ModelNotFoundError
 from .clip_score import CLIP_ID, ClipScore
 from .faces import FaceFinder
@@ -29,10 +29,7 @@ EXPRESSION = (
     "--expression FILE.onnx, such as facial_expression_recognition_mobilefacenet_2022july.onnx of "
     "`hf download opencv/facial_expression_recognition`"
 )
-LANDMARKS = (
-    "the detector gives no landmarks: set FACE_FUSION_YUNET to the file of "
-    "`hf download opencv/face_detection_yunet face_detection_yunet_2023mar.onnx`"
-)
+LANDMARKS = f"the detector gives no landmarks, as YuNet does: {YUNET_WAYS}"
 COMPARED = "face recognition, pose, expression, PSNR and SSIM"
 
 

@@ -14,14 +14,14 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 from tqdm import tqdm
 
-from ..face_detectors import FaceDetector, find_yunet, load_detector
+from ..face_detectors import FaceDetector, load_detector
 from ..face_errors import FaceFusionError
 from ..face_images import CROP_ENLARGE
 from .selection import REASONS, RefusedPhotoError, SelectionOptions, differences, select
@@ -39,7 +39,7 @@ Row = dict[str, Any]
 class PrepareOptions:
     """`detector` and `detector_model` as for `face_detectors.load_detector`; `workers` is a number of processes.
 
-    What "auto" means here and now is part of the settings: a folder is not prepared by two detectors.
+    What "auto" means here and now is decided at the start: a folder is not prepared by two detectors.
     """
 
     selection: SelectionOptions = field(default_factory=SelectionOptions)
@@ -49,10 +49,13 @@ class PrepareOptions:
 
     def settings(self) -> dict[str, Any]:
         """What one folder must be prepared with from its first to its last piece."""
-        detector = self.detector
-        if detector == "auto":
-            detector = "haar" if find_yunet(self.detector_model) is None else "yunet"
-        return {**asdict(self.selection), "detector": detector, "face_crop": CROP_ENLARGE}
+        return {**asdict(self.selection), "detector": self.detector, "face_crop": CROP_ENLARGE}
+
+    def decided(self) -> PrepareOptions:
+        """These options with a detector in place of "auto"."""
+        if self.detector != "auto":
+            return self
+        return replace(self, detector=load_detector("auto", self.detector_model).name)
 
 
 def prepare(pieces: Iterable[Piece], out: Path, options: PrepareOptions, progress: bool = True) -> dict[str, Any]:
@@ -65,7 +68,7 @@ def prepare(pieces: Iterable[Piece], out: Path, options: PrepareOptions, progres
         DataError: `out` was begun with other settings, or no photo is left.
         ModelNotFoundError: no such detector.
     """
-    out = Path(out)
+    out, options = Path(out), options.decided()
     _stamp(out / "settings.json", options.settings())
     for name in ("images", "faces", "parts"):
         (out / name).mkdir(parents=True, exist_ok=True)
