@@ -82,6 +82,8 @@ def explicit(layer, hidden, context, faces, visible):
 @pytest.mark.parametrize("own", [SelfAttentionReference(), SelfAttentionReference(2.0, 300, 7, (0.9, 0.5))])
 def test_both_attentions_equal_the_explicit_softmax_with_people_in_their_places(pipe, own):
     """Two references of one person, weighted, and another person; strengths, regions and noise all at once."""
+    metadata = {"resolution": 16, "token_count_bias": True}
+    pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata=metadata))
     pipe.to(dtype=torch.float64)
     people, weights, scales = [[A, B], [face(2)]], [[3.0, 1.0], [1.0]], [0.5, 2.0]
     identities = [
@@ -115,6 +117,7 @@ def test_both_attentions_equal_the_explicit_softmax_with_people_in_their_places(
             for state, proportion in zip(refs, proportions, strict=True):
                 h_f = state[name][0][chosen].to(dtype)
                 bias = math.log(strength) + math.log(proportion / sum(proportions))
+                bias -= math.log(len(h_f) / len(text)) if kind == "attn2" else 0.0
                 faces.append((keys(h_f).double(), values(h_f).double(), torch.full((len(h_f),), bias)))
         of_person = [0] * len(people[0]) + [1] * len(people[1])
         expected = explicit(layer, hidden, hidden if text is None else text, faces, visible[of_person[: len(faces)]])
@@ -218,7 +221,15 @@ def test_both_is_more_than_either_and_its_part_can_be_switched_off(pipe):
     assert torch.equal(generate(pipe, face_image=A, face_self_scale=0, **BOTH), adapter)
     free = {"face_image": A, "face_mode": "training-free"}
     assert torch.equal(generate(pipe, **free, face_self_scale=0), generate(pipe))
-    assert torch.equal(generate(pipe, **PLACED, face_self_scale=[0, 0], **BOTH), generate(pipe, **PLACED))
+    installed = []
+
+    def count(pipe, step, timestep, tensors):
+        found = [name for name, p in pipe.unet.attn_processors.items() if hasattr(p, "is_face_fusion_processor")]
+        installed.append(sum("attn1" in name for name in found))
+        return tensors
+
+    off = generate(pipe, **PLACED, face_self_scale=[0, 0], **BOTH, callback_on_step_end=count)
+    assert torch.equal(off, generate(pipe, **PLACED)) and installed == [0, 0, 0]
 
 
 def test_scale_multiplies_the_self_scale(pipe):
