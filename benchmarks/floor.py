@@ -6,6 +6,9 @@ Extra work of one image, for references of N_f tokens and pictures of N_h tokens
 * once for each reference: the VAE's encoder, the UNet up to the input of its last attention layer with a single row,
   and W_kf h_f, W_vf h_f, which cost 4 N_f C^2 a layer.
 
+At the self-attention (modes training-free and both) N_f are the cells of the reference that are seen, in the layers
+that see them; its noise asks for a pass of its own.
+
 The rest is plain Stable Diffusion: two texts, a UNet pass of two rows a step, the VAE's decoder. Bytes are weights and
 keys and values, each read once a pass; what fits into caches in between is not counted.
 """
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from face_fusion_pipeline.face_attention import attention_layers
+from face_fusion_pipeline.face_self_attention import SelfAttentionReference
 
 from .shapes import SHAPES, Model
 
@@ -54,6 +58,7 @@ class Use:
         share: of the picture's queries that attend to one reference: less than all where people have regions.
         size: side of the picture in pixels, by default the shape's.
         batch: images at once.
+        mode: `"adapter"`, `"training-free"` or `"both"`.
     """
 
     references: int = 1
@@ -62,6 +67,7 @@ class Use:
     share: float = 1.0
     size: int | None = None
     batch: int = 1
+    mode: str = "adapter"
 
 
 def flop_counter() -> FlopCounterMode:
@@ -143,26 +149,41 @@ class Arithmetic:
         decode = Cost(count_flops(lambda: self.vae.decode(latents)), self._weights(self.vae.decoder))
         return text * 2 + decode, self.unet_pass(size, 2 * batch)[0]
 
-    def reference(self, side: int) -> dict[str, Cost]:
+    def face_keys(self, side: int, mode: str) -> list[tuple[str, int, int]]:
+        """Of each layer that sees a face: its block's cross-attention, the keys of one reference, its width."""
+        tokens, keys = self.unet_pass(side, 1)[1], {}
+        if mode != "training-free":
+            keys |= tokens
+        if mode != "adapter":
+            own = {name: torch.empty(1, tokens[beside(name)], 1) for name in attention_layers(self.unet, "attn1")}
+            keys |= {name: seen.shape[1] for name, seen in SelfAttentionReference().chosen(own)[0].items()}
+        layer = self.unet.get_submodule
+        return [(beside(name), count, layer(name).to_q.out_features) for name, count in keys.items()]
+
+    def reference(self, side: int, mode: str = "adapter") -> dict[str, Cost]:
         """What encoding one reference takes, by part."""
         pixels = torch.empty(1, 3, side, side, device="meta")
-        unet_pass, tokens = self.unet_pass(side, 1, stop=True)
-        widths = {name: layer.to_q.in_features for name, layer in attention_layers(self.unet, "attn2").items()}
+        unet_pass = self.unet_pass(side, 1, stop=True)[0] * (2 if mode == "both" else 1)
+        found = self.face_keys(side, mode)
         projections = Cost(
-            sum(4.0 * tokens[name] * width**2 for name, width in widths.items()),
-            sum(2.0 * width**2 for width in widths.values()) * self.itemsize,
+            sum(4.0 * count * width**2 for _, count, width in found),
+            sum(2.0 * width**2 for _, _, width in found) * self.itemsize,
         )
         encoder = Cost(count_flops(lambda: self.vae.encode(pixels)), self._weights(self.vae.encoder))
         return {"VAE encoder": encoder, "UNet, one row": unet_pass, "face keys and values": projections}
 
-    def attention(self, size: int, side: int) -> Cost:
+    def attention(self, size: int, side: int, mode: str = "adapter") -> Cost:
         """What the keys and values of one reference add to the conditional row of one step."""
-        queries, keys = self.unet_pass(size, 1)[1], self.unet_pass(side, 1)[1]
-        widths = {name: layer.to_q.out_features for name, layer in attention_layers(self.unet, "attn2").items()}
+        queries, found = self.unet_pass(size, 1)[1], self.face_keys(side, mode)
         return Cost(
-            sum(4.0 * queries[name] * keys[name] * width for name, width in widths.items()),
-            sum(2.0 * keys[name] * width for name, width in widths.items()) * self.itemsize,
+            sum(4.0 * queries[name] * count * width for name, count, width in found),
+            sum(2.0 * count * width for _, count, width in found) * self.itemsize,
         )
+
+
+def beside(name: str) -> str:
+    """The cross-attention layer of the same block: as many queries enter it."""
+    return name.removesuffix("attn1") + "attn2" if name.endswith("attn1") else name
 
 
 @cache
@@ -178,10 +199,10 @@ def image_floor(shape: str, use: Use, itemsize: int = 2) -> Cost:
     size, side = use.size or SHAPES[shape].size, use.side or SHAPES[shape].reference
     once, step = parts.plain(size, use.batch)
     if use.references:
-        added = parts.attention(size, side)
+        added = parts.attention(size, side, use.mode)
         step += Cost(added.flops * use.share * use.batch, added.bytes) * use.references
         if not use.saved:
-            for cost in parts.reference(side).values():
+            for cost in parts.reference(side, use.mode).values():
                 once += Cost(cost.flops * use.references, cost.bytes)  # one pass, whatever the number
     return once + step * STEPS
 

@@ -262,7 +262,7 @@ def controlnet(model: Model, side: int | None = None) -> Job:
 def comparison(shape: Shape) -> list[Variant]:
     """The rows of the main table. "plain, again" is what equal things differ by on this machine."""
     large, small = shape.reference, shape.small
-    free = partial(face, side=small, mode="training-free")
+    free, both = (partial(face, side=small, mode=mode) for mode in ("training-free", "both"))
 
     def ours(label: str, build: Callable[[Model], Job], use: Use, goal: float | None = None) -> Variant:
         return Variant(label, build, use=use, goal=goal if shape.name == "sd15" else None)
@@ -277,7 +277,8 @@ def comparison(shape: Shape) -> list[Variant]:
         ours(f"saved identity, {small} px", partial(face, side=small, saved=True), Use(1, small, saved=True), 1.03),
         ours(f"2 people, {small} px", partial(people, side=small, count=2), people_use(small, 2), 1.09),
         ours(f"3 people, {small} px", partial(people, side=small, count=3), people_use(small, 3)),
-        ours(f"training-free, {small} px", free, Use(1, small), 1.05),
+        ours(f"training-free, {small} px", free, Use(1, small, mode="training-free"), 1.05),
+        ours(f"both attentions, {small} px", both, Use(1, small, mode="both"), 1.08),
         Variant("IP-Adapter plus", partial(ip_adapter, kind="plus")),
         Variant("IP-Adapter FaceID", partial(ip_adapter, kind="faceid")),
         Variant("reference pipeline", reference_pipeline),

@@ -22,6 +22,7 @@ _EXPORTS = {
     "FaceIdentity": "face_identity",
     "capture_hidden_states": "face_identity",
     "LateGuidance": "late_guidance",
+    "SelfAttentionReference": "face_self_attention",
     "StableDiffusionFaceFusionPipeline": "pipeline",
 }
 

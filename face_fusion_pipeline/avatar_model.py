@@ -7,6 +7,7 @@ from .face_errors import ModelNotFoundError
 
 
 GUIDANCE, LATE_GUIDANCE = 4.0, 2.0  # the latter in the clear half of the timesteps; figures in docs/figures.md
+FACE_MODE = "both"  # likeness in docs/method.md
 
 
 def embedded_model() -> Path:

@@ -147,6 +147,8 @@ class PersonKeys:
         token_count_bias: see [`constant_bias`].
         places: number of queries -> bool `(B, N_h)`, which of them see this face; None for all. This is the dense
             mask of Eq. 7, for batches in which it differs from row to row (training); `Cast.regions` is cheaper.
+        cells: bool `(h_f, w_f)`, which cells of a reference the N_f keys are; None for all of a square. Attention does
+            not ask for it, those who draw it do.
     """
 
     def __init__(
@@ -157,8 +159,9 @@ class PersonKeys:
         scale: float = 1.0,
         token_count_bias: bool = False,
         places: Mapping[int, Tensor] | None = None,
+        cells: Tensor | None = None,
     ) -> None:
-        self.places = places
+        self.places, self.cells = places, cells
         self.tokens_per_reference = key.shape[2]
         self.key, self.value = key.flatten(1, 2), value.flatten(1, 2)
         self.reference_bias = (
@@ -231,7 +234,7 @@ class Cast:
 class FaceFusionAttnProcessor:
     """Attention whose keys and values are joined by those of faces; drop-in for `AttnProcessor2_0`.
 
-    At `attn2` the faces join the text (the paper); at `attn1` they join the image itself (training-free). It holds no
+    At `attn2` the faces join the text (the paper), at `attn1` the image itself (ours, without training). It holds no
     weights: keys and values are projected once, before the denoising loop, so nothing can leak into a saved UNet.
 
     Args:

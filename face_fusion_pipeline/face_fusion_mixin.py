@@ -12,7 +12,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from .face_adapter import unet_fingerprint
+from .face_adapter import KeysAndValues, unet_fingerprint
 from .face_attention import (
     Cast,
     FaceFusionAttnProcessor,
@@ -25,11 +25,14 @@ from .face_attention import (
 from .face_axes import face_axes, is_identity, per_person, weights_per_person
 from .face_errors import FaceAxesError, FaceFusionError, IdentityMismatchError, InvalidPromptError
 from .face_identity import (
+    FACE_MODES,
+    MODE_WITH_WEIGHTS,
     FaceIdentity,
     capture_hidden_states,
     encode_latents,
     face_tensors,
     noise_latents,
+    reference_passes,
     self_attention_projections,
 )
 from .face_layout import (
@@ -47,6 +50,7 @@ from .face_layout import (
 )
 from .face_loader_mixin import FaceLoaderMixin, check_scale, check_window
 from .face_ownership import own_thread, sole_use
+from .face_self_attention import SelfAttentionReference
 
 
 logger = logging.getLogger(__name__)
@@ -87,27 +91,37 @@ class FaceFusionMixin(FaceLoaderMixin):
         weights: Any = None,
         face_mode: str | None = None,
         face_resolution: int | None = None,
+        self_attention: SelfAttentionReference | None = None,
     ) -> FaceIdentity:
         """Encode one or several face crops of one person into an identity that any later call can take.
 
         Args:
             images: see `face_identity.face_tensors`; already cropped to the face.
             weights: one number >= 0 for each image, equal by default; only ratios matter (a morph slider).
-            face_mode: `"adapter"`, `"training-free"`, or `None`: with the adapter if one is loaded.
+            face_mode: `"adapter"`, trained weights at the cross-attention (the paper); `"training-free"`, the model's
+                own at the self-attention; `"both"`; or `None`, with the adapter if one is loaded.
             face_resolution: side in pixels, default the adapter's, else the UNet's own.
+            self_attention: what the self-attention sees of the face in the latter two modes, and how strongly.
 
         Raises:
             FaceFusionError: bad image, weight, mode or resolution; or the UNet is in use by another call with faces.
         """
         with sole_use(self.unet):
-            return self._encode_face(images, weights, face_mode, face_resolution)
+            return self._encode_face(images, weights, face_mode, face_resolution, self_attention)
 
     @torch.no_grad()
     def _encode_face(
-        self, images: Any, weights: Any, face_mode: str | None, face_resolution: int | None
+        self,
+        images: Any,
+        weights: Any,
+        face_mode: str | None,
+        face_resolution: int | None,
+        self_attention: SelfAttentionReference | None = None,
     ) -> FaceIdentity:
         mode = self._face_mode(face_mode)
-        metadata = self._face_adapter.metadata if mode == "adapter" and self._face_adapter else None
+        adapter = self._face_adapter if mode != "training-free" else None
+        metadata = adapter.metadata if adapter else None
+        own = (self_attention or SelfAttentionReference()) if mode != "adapter" else None
         resolution: Any = face_resolution
         if resolution is None:
             resolution = metadata.resolution if metadata else self._default_resolution()
@@ -115,20 +129,27 @@ class FaceFusionMixin(FaceLoaderMixin):
             raise FaceFusionError(
                 f"face_resolution {resolution!r} must be a positive multiple of {self.vae_scale_factor}"
             )
-        timestep = metadata.reference_timestep if metadata else 0
+        passes = reference_passes(metadata.reference_timestep if metadata else None, own)
         check_unet(self.unet)
         device, dtype = self._execution_device, self.unet.dtype
         text_states = self._empty_prompt_states(device)
-        references = []
+        references: list[KeysAndValues] = []
+        cells: dict[str, Tensor] = {}
         # One by one, for an image encodes the same in any company; first all through the VAE: where models take turns
         # on a GPU, each of them comes once.
         encoded = [encode_latents(self.vae, pixels.to(device)) for pixels in face_tensors(images, int(resolution))]
         for latents in encoded:
-            latents = noise_latents(latents.to(dtype), self.scheduler.alphas_cumprod, timestep)
-            sample = unet_input(latents, self.unet.config.in_channels)
-            kind = "attn2" if mode == "adapter" else "attn1"
-            hidden_states = capture_hidden_states(self.unet, sample, timestep, text_states, kind)
-            references.append(self._project(hidden_states, mode))
+            keys_and_values: KeysAndValues = {}
+            for (timestep, seed), kinds in passes.items():
+                noised = noise_latents(latents.to(dtype), self.scheduler.alphas_cumprod, timestep, seed)
+                sample = unet_input(noised, self.unet.config.in_channels)
+                states = capture_hidden_states(self.unet, sample, timestep, text_states, kinds)
+                if adapter and "attn2" in kinds:
+                    keys_and_values |= adapter.to(next(iter(states.values())).device)(states)
+                if own and "attn1" in kinds:
+                    seen, cells = own.chosen({name: h for name, h in states.items() if name.endswith(".attn1")})
+                    keys_and_values |= self_attention_projections(self.unet, seen)
+            references.append(keys_and_values)
         self.maybe_free_model_hooks()
         identity = FaceIdentity(
             keys={name: torch.cat([r[name][0] for r in references]) for name in references[0]},
@@ -136,23 +157,18 @@ class FaceFusionMixin(FaceLoaderMixin):
             weights=torch.ones(len(references)),
             mode=mode,
             base_fingerprint=unet_fingerprint(self.unet),
-            adapter_fingerprint=self._adapter_fingerprint() if mode == "adapter" else "",
+            adapter_fingerprint=self._adapter_fingerprint() if adapter else "",
+            self_attention=own,
+            cells=cells,
         )
         return identity.with_weights(weights)
 
-    def _project(self, hidden_states: dict[str, Tensor], mode: str) -> dict[str, tuple[Tensor, Tensor]]:
-        if mode == "training-free":
-            return self_attention_projections(self.unet, hidden_states)
-        assert self._face_adapter is not None
-        first = next(iter(hidden_states.values()))
-        return self._face_adapter.to(first.device)(hidden_states)
-
     def _face_mode(self, face_mode: str | None) -> str:
-        if face_mode not in (None, "adapter", "training-free"):
-            raise FaceFusionError(f"face_mode must be 'adapter', 'training-free' or None, got {face_mode!r}")
-        if face_mode == "adapter" and self._face_adapter is None:
-            raise FaceFusionError("face_mode='adapter' needs weights; call `load_face_fusion_adapter(...)` first")
-        return face_mode or ("training-free" if self._face_adapter is None else "adapter")
+        if face_mode not in (None, *FACE_MODES):
+            raise FaceFusionError(f"face_mode must be one of {', '.join(FACE_MODES)} or None, got {face_mode!r}")
+        if face_mode in ("adapter", "both") and self._face_adapter is None:
+            raise FaceFusionError(f"face_mode={face_mode!r} needs weights; call `load_face_fusion_adapter(...)` first")
+        return face_mode or ("training-free" if self._face_adapter is None else MODE_WITH_WEIGHTS)
 
     def _default_resolution(self) -> int:
         return min(self._default_size())
@@ -167,17 +183,21 @@ class FaceFusionMixin(FaceLoaderMixin):
         """Text states `(1, N_c, width)` of the reference pass."""
         return self.encode_prompt("", device, 1, False)[0]
 
-    def _identity(self, face: Any, weights: Any, face_mode: str | None, resolution: int | None) -> FaceIdentity:
+    def _identity(
+        self, face: Any, weights: Any, face_mode: str | None, resolution: int | None, self_scale: float | None
+    ) -> FaceIdentity:
         if not is_identity(face):
-            return self._encode_face(face, weights, face_mode, resolution)
+            identity = self._encode_face(face, weights, face_mode, resolution)
+            return identity if self_scale is None else identity.with_self_scale(self_scale)
         if face_mode is not None and face_mode != face.mode:
             raise IdentityMismatchError(f"the identity was encoded for {face.mode!r}, not {face_mode!r}")
-        if face.mode == "adapter" and self._face_adapter is None:
+        if face.needs_adapter and self._face_adapter is None:
             raise IdentityMismatchError(
                 "this identity needs the adapter it was encoded with; call `load_face_fusion_adapter(...)` first"
             )
         face.check(unet_fingerprint(self.unet), self._adapter_fingerprint())
-        return face if weights is None else face.with_weights(weights)
+        face = face if weights is None else face.with_weights(weights)
+        return face if self_scale is None else face.with_self_scale(self_scale)
 
     # --- Generation ----------------------------------------------------------------------------------------------
 
@@ -187,6 +207,7 @@ class FaceFusionMixin(FaceLoaderMixin):
         *args: Any,
         face_image: Any = None,
         face_scale: float | Sequence[float] = 1.0,
+        face_self_scale: float | Sequence[float] | None = None,
         face_weights: Any = None,
         face_start: float = 0.0,
         face_end: float = 1.0,
@@ -209,6 +230,8 @@ class FaceFusionMixin(FaceLoaderMixin):
                 [`encode_face`]), or a list of these for several people: `[[ada_1, ada_2], [bob]]`. One level deeper,
                 each prompt has its own people. See `face_axes`.
             face_scale: strength in [0, 100]: 1 is the paper, 0 is exactly the plain pipeline. One, or one a person.
+            face_self_scale: of the modes `"training-free"` and `"both"`: strength at the self-attention in [0, 100],
+                which `face_scale` multiplies. Default: that of the identity, see `SelfAttentionReference`.
             face_weights: one number for each image, see [`encode_face`]; of several people one such list each.
             face_start, face_end: step i of n sees the faces where face_start <= i / n < face_end.
             face_mode, face_resolution: see [`encode_face`].
@@ -244,6 +267,7 @@ class FaceFusionMixin(FaceLoaderMixin):
         prompts = prompt_count(bound.arguments)
         faces = [] if face_image is None else face_axes(face_image, prompts)
         scales = per_person(face_scale, faces, "face_scale", check_scale)
+        self_scales = per_person(face_self_scale, faces, "face_self_scale", check_self_scale)
         layer_scales = self._face_layer_scales
         off = not any(layer_scales.values() if isinstance(layer_scales, dict) else [layer_scales])
         if not faces or off or not any(map(any, scales)):
@@ -257,8 +281,8 @@ class FaceFusionMixin(FaceLoaderMixin):
         with sole_use(self.unet):
             weights = weights_per_person(face_weights, faces)
             people = [
-                [self._identity(f, w, face_mode, face_resolution) for f, w in zip(cast, cast_weights, strict=True)]
-                for cast, cast_weights in zip(faces, weights, strict=True)
+                [self._identity(f, w, face_mode, face_resolution, s) for f, w, s in zip(*cast, strict=True)]
+                for cast in zip(faces, weights, self_scales, strict=True)
             ]
             layouts = self._layouts(placement, [len(cast) for cast in people], bound, plain)
             casts = self._casts(people, scales, layouts, placement, bound.arguments)
@@ -407,7 +431,12 @@ class FaceFusionMixin(FaceLoaderMixin):
             [self._person_at_layers(person.to(device, dtype), scale) for person, scale in zip(cast, s, strict=True)]
             for cast, s in zip(people, scales, strict=True)
         ]
-        names = dict.fromkeys(name for cast in at_layers for person in cast for name in person)
+        if len({frozenset(person) for cast in at_layers for person in cast}) > 1:
+            raise IdentityMismatchError(
+                "people of one call must be seen at the same layers: encode them again with one `self_attention`"
+            )
+        seen = {name for cast in at_layers for person in cast for name, keys in person.items() if keys.seen}
+        names = [name for name in at_layers[0][0] if name in seen]
         return {
             name: [
                 Cast(
@@ -425,15 +454,16 @@ class FaceFusionMixin(FaceLoaderMixin):
         log_weights = reference_log_weights(identity.weights[used])
         if log_weights is not None:
             log_weights = log_weights.to(self._execution_device)
-        adapter = self._face_adapter if identity.mode == "adapter" else None
+        adapter = self._face_adapter if identity.needs_adapter else None
         token_count_bias = adapter is not None and adapter.metadata.token_count_bias
         return {
             name: PersonKeys(
                 key=key[used.to(key.device)][None],
                 value=identity.values[name][used.to(key.device)][None],
                 log_weights=log_weights,
-                scale=scale * self._layer_scale(name),
-                token_count_bias=token_count_bias,
+                scale=scale * identity.scale_at(name) * self._layer_scale(name),
+                token_count_bias=token_count_bias and name.endswith(".attn2"),
+                cells=identity.cells.get(name),
             )
             for name, key in identity.keys.items()
             if self._layer_scale(name) > 0
@@ -493,6 +523,11 @@ def unet_input(latents: Tensor, channels: int) -> Tensor:
         f"this UNet takes {channels} channels, the latents of its VAE have {own}: only UNets for text ({own}) "
         f"and for inpainting ({2 * own + 1}) can look at a face"
     )
+
+
+def check_self_scale(scale: Any, name: str) -> float | None:
+    """As [`check_scale`]; None is the identity's own."""
+    return None if scale is None else check_scale(scale, name)
 
 
 def check_names(bound: inspect.BoundArguments) -> None:

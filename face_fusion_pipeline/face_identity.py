@@ -1,9 +1,9 @@
 """Reference faces: one pass through the frozen UNet, and the identity (keys and values) that is kept of it."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,16 @@ from .face_attention import (
     is_ip_adapter_processor,
     reference_log_weights,
 )
-from .face_errors import IdentityMismatchError, InvalidScaleError, UnreadableImageError
+from .face_errors import FaceFusionError, IdentityMismatchError, InvalidScaleError, UnreadableImageError
 from .face_ownership import OwnThread, own_thread
 from .face_pictures import upright_rgb
+from .face_self_attention import WHOLE_AND_CLEAN, SelfAttentionReference
 
 
 IDENTITY_FORMAT = "face-fusion-identity"
-IDENTITY_FORMAT_VERSION = 1
+WITHOUT_SELF_ATTENTION, WITH_SELF_ATTENTION = "1", "2"  # format versions; all of an adapter alone is in the first
+FACE_MODES = ("adapter", "training-free", "both")
+MODE_WITH_WEIGHTS = "adapter"  # the mode where weights are loaded and none is asked for: the paper
 NOISE_SEED = 0
 
 
@@ -97,11 +100,17 @@ def encode_latents(vae: Any, pixels: Tensor) -> Tensor:
     return (latents - shift) * vae.config.scaling_factor
 
 
-def noise_latents(latents: Tensor, alphas_cumprod: Tensor, timestep: int) -> Tensor:
-    """Latents `(B, c, h, w)` noised to `timestep` (unchanged at 0) with the same seeded noise for every sample."""
+def noise_latents(latents: Tensor, alphas_cumprod: Tensor, timestep: int, seed: int = NOISE_SEED) -> Tensor:
+    """Latents `(B, c, h, w)` noised to `timestep` (unchanged at 0) with the same seeded noise for every sample.
+
+    Raises:
+        FaceFusionError: a timestep that the schedule does not have.
+    """
     if timestep == 0:
         return latents
-    noise = torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(NOISE_SEED))
+    if timestep >= len(alphas_cumprod):
+        raise FaceFusionError(f"a reference cannot be noised to {timestep} of {len(alphas_cumprod)} timesteps")
+    noise = torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(seed))
     alpha = float(alphas_cumprod[timestep])
     noised = alpha**0.5 * latents + (1 - alpha) ** 0.5 * noise.to(latents.device)
     return noised.to(latents.dtype)
@@ -172,7 +181,7 @@ def capture_hidden_states(
     latents: Tensor,
     timestep: int | Tensor,
     encoder_hidden_states: Tensor,
-    kind: str = "attn2",
+    kind: str | Sequence[str] = "attn2",
     **unet_kwargs: Any,
 ) -> dict[str, Tensor]:
     """h_f of Eq. 2: what enters every attention layer when the UNet sees the reference.
@@ -181,7 +190,7 @@ def capture_hidden_states(
         latents: `(B, c, h, w)`, scaled.
         timestep: of the reference pass.
         encoder_hidden_states: `(B or 1, N_c, text width)`, of the empty prompt.
-        kind: `"attn2"` for a trained adapter, `"attn1"` for the training-free mode.
+        kind: `"attn2"` for a trained adapter, `"attn1"` for the training-free mode, or both of one pass.
         unet_kwargs: further arguments of the UNet, such as `added_cond_kwargs`.
 
     Returns:
@@ -192,7 +201,8 @@ def capture_hidden_states(
     """
     check_idle(unet)
     thread = own_thread()
-    layers = attention_layers(unet, kind)
+    kinds = [kind] if isinstance(kind, str) else kind
+    layers = {name: layer for each in kinds for name, layer in attention_layers(unet, each).items()}
     captures = {name: _CaptureProcessor(thread) for name in layers}
     cross = attention_layers(unet, "attn2")
     bystanders = {name: _CaptureProcessor(thread) for name in cross if name not in layers}
@@ -201,6 +211,23 @@ def capture_hidden_states(
     with _without_ip_adapter(unet, thread), installed_processors(unet, {**captures, **ip_adapter}):
         unet(quick_format(latents), timestep, encoder_hidden_states=text, return_dict=False, **unet_kwargs)
     return {name: capture.hidden_states for name, capture in captures.items() if capture.hidden_states is not None}
+
+
+def reference_passes(
+    adapter_timestep: int | None, own: SelfAttentionReference | None
+) -> dict[tuple[int, int], list[str]]:
+    """(timestep, seed) of the noise -> kinds of attention that read that pass: one, where one level serves both.
+
+    Args:
+        adapter_timestep: that of a trained adapter, None without.
+        own: of the self-attention, None without.
+    """
+    passes: dict[tuple[int, int], list[str]] = {}
+    if adapter_timestep is not None:
+        passes.setdefault((adapter_timestep, NOISE_SEED if adapter_timestep else 0), []).append("attn2")
+    if own is not None:
+        passes.setdefault(own.noise, []).append("attn1")
+    return passes
 
 
 def self_attention_projections(unet: Any, hidden_states: Mapping[str, Tensor]) -> KeysAndValues:
@@ -219,8 +246,10 @@ class FaceIdentity:
     Attributes:
         keys, values: layer name -> `(n_refs, N_f, inner)`.
         weights: `(n_refs,)`, >= 0; only their ratios matter.
-        mode: `"adapter"` or `"training-free"`.
+        mode: `"adapter"` (layers are `attn2`), `"training-free"` (`attn1`) or `"both"`.
         base_fingerprint, adapter_fingerprint: the models it was made with (see `face_adapter.fingerprint`).
+        self_attention: what its `attn1` layers see of the references and how strongly; None in mode `"adapter"`.
+        cells: layer name -> bool `(h_f, w_f)`, the cells of a reference that N_f are; all where a name is missing.
     """
 
     keys: dict[str, Tensor]
@@ -229,6 +258,13 @@ class FaceIdentity:
     mode: str
     base_fingerprint: str = ""
     adapter_fingerprint: str = ""
+    self_attention: SelfAttentionReference | None = None
+    cells: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def needs_adapter(self) -> bool:
+        """Whether it was projected by trained weights, and so goes with these alone."""
+        return self.mode != "training-free"
 
     @property
     def n_refs(self) -> int:
@@ -253,13 +289,29 @@ class FaceIdentity:
         reference_log_weights(tensor)  # raises on negative or all-zero weights
         return replace(self, weights=tensor)
 
+    def with_self_scale(self, scale: float) -> "FaceIdentity":
+        """The same with another strength at the self-attention, in [0, 100].
+
+        Raises:
+            InvalidScaleError: out of range, or an identity of mode `"adapter"`, which has no such part.
+        """
+        if self.self_attention is None:
+            raise InvalidScaleError(
+                f"face_self_scale={scale:g} is of the modes 'both' and 'training-free': this face is in 'adapter'"
+            )
+        return replace(self, self_attention=self.self_attention.with_scale(scale))
+
+    def scale_at(self, name: str) -> float:
+        """Strength at a layer, which the strengths of the call multiply."""
+        return self.self_attention.scale if self.self_attention and name.endswith(".attn1") else 1.0
+
     def check(self, base_fingerprint: str, adapter_fingerprint: str) -> None:
         """Raise [`IdentityMismatchError`] unless the models are those the identity was made with."""
         if not same_fingerprint(self.base_fingerprint, base_fingerprint):
             raise IdentityMismatchError(
                 "this identity was encoded with another base model; encode the face again with `pipe.encode_face(...)`"
             )
-        if self.mode == "adapter" and not same_fingerprint(self.adapter_fingerprint, adapter_fingerprint):
+        if self.needs_adapter and not same_fingerprint(self.adapter_fingerprint, adapter_fingerprint):
             raise IdentityMismatchError(
                 "this identity was encoded with other adapter weights; load those, or encode the face again"
             )
@@ -268,12 +320,14 @@ class FaceIdentity:
         """Write a safetensors file with the fingerprints as metadata."""
         tensors = {f"{name}.key": key for name, key in self.keys.items()}
         tensors |= {f"{name}.value": value for name, value in self.values.items()}
+        tensors |= {f"{name}.cells": cells for name, cells in self.cells.items()}
         metadata = {
             "format": IDENTITY_FORMAT,
-            "format_version": str(IDENTITY_FORMAT_VERSION),
+            "format_version": WITHOUT_SELF_ATTENTION if self.self_attention is None else WITH_SELF_ATTENTION,
             "mode": self.mode,
             "base_fingerprint": self.base_fingerprint,
             "adapter_fingerprint": self.adapter_fingerprint,
+            **({} if self.self_attention is None else self.self_attention.to_strings()),
         }
         save_tensors(path, {"weights": self.weights, **tensors}, metadata)
 
@@ -286,15 +340,15 @@ class FaceIdentity:
             IdentityMismatchError: not an identity, damaged, or of another format version.
         """
         tensors, metadata = read_tensors(path, IdentityMismatchError)
-        found = (metadata.get("format"), metadata.get("format_version"))
-        if found != (IDENTITY_FORMAT, str(IDENTITY_FORMAT_VERSION)):
+        form, version = metadata.get("format"), metadata.get("format_version")
+        if form != IDENTITY_FORMAT or version not in (WITHOUT_SELF_ATTENTION, WITH_SELF_ATTENTION):
             raise IdentityMismatchError(
-                f"{path} has format {found[0]!r} version {found[1]!r}, "
-                f"expected {IDENTITY_FORMAT!r} version {IDENTITY_FORMAT_VERSION}"
+                f"{path} has format {form!r} version {version!r}, expected {IDENTITY_FORMAT!r} version "
+                f"{WITHOUT_SELF_ATTENTION} or {WITH_SELF_ATTENTION}"
             )
-        keys, values = (
+        keys, values, cells = (
             {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
-            for suffix in (".key", ".value")
+            for suffix in (".key", ".value", ".cells")
         )
         lacking = [name for name in ("mode", "base_fingerprint", "adapter_fingerprint") if name not in metadata]
         lacking += [] if "weights" in tensors else ["weights"]
@@ -303,5 +357,12 @@ class FaceIdentity:
             raise IdentityMismatchError(
                 f"{path} lacks {', '.join(lacking)}: it is damaged; encode the face again with `pipe.encode_face(...)`"
             )
-        fingerprints = metadata["base_fingerprint"], metadata["adapter_fingerprint"]
-        return cls(keys, values, tensors["weights"], metadata["mode"], *fingerprints)
+        mode, fingerprints = metadata["mode"], (metadata["base_fingerprint"], metadata["adapter_fingerprint"])
+        if mode not in FACE_MODES:
+            raise IdentityMismatchError(f"{path} has mode {mode!r}, expected one of {', '.join(FACE_MODES)}")
+        own = None
+        if version == WITH_SELF_ATTENTION:
+            own = SelfAttentionReference.from_strings(metadata)
+        elif mode == "training-free":
+            own = WHOLE_AND_CLEAN
+        return cls(keys, values, tensors["weights"], mode, *fingerprints, own, cells)

@@ -24,7 +24,8 @@ CROP = 1.75  # side of what is drawn again over the longer side of the face box:
 WORTH = 1.25  # faces that would be enlarged less are large enough
 # Chosen on avatars: about .55 where faces are enlarged 1.45 times, .8 where 2.06 times.
 DEFAULT_STRENGTH, MOST_STRENGTH = 0.48, 0.8  # at the least enlargement, and ever
-PER_PERSON = {"face_scale", "generator", "negative_prompt"}  # one for all, or a list with one for each person
+# One for all, or a list with one for each person:
+PER_PERSON = {"face_scale", "face_self_scale", "generator", "negative_prompt"}
 SOFT_EDGE = 0.06  # standard deviation of the edge of what is put back, over the longer side of the face box
 
 

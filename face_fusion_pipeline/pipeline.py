@@ -25,6 +25,7 @@ from .face_layout import layer_regions
 from .face_loader_mixin import FaceLoaderMixin
 from .face_ownership import sole_use
 from .face_pictures import upright_rgb
+from .face_self_attention import SelfAttentionReference
 from .late_guidance import LateGuidance
 
 
@@ -42,6 +43,7 @@ __all__ = [
     "FaceIdentity",
     "FaceLoaderMixin",
     "LateGuidance",
+    "SelfAttentionReference",
     "StableDiffusionFaceFusionPipeline",
     "capture_hidden_states",
     "create_adapter",

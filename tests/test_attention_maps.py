@@ -9,6 +9,8 @@ from tiny_models import face, generate, tiny_pipeline
 from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_attention import FaceFusionAttnProcessor, attention_layers, joint_attention
 from face_fusion_pipeline.face_errors import FaceFusionError, InvalidLayoutError
+from face_fusion_pipeline.face_identity import FACE_MODES
+from face_fusion_pipeline.face_self_attention import ellipse
 from face_fusion_pipeline.inspection import attention_maps
 from face_fusion_pipeline.inspection.attention_maps import attention_weights, record_attention
 
@@ -74,17 +76,19 @@ def spy(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("mode", ["adapter", "training-free"])
+@pytest.mark.parametrize("mode", FACE_MODES)
 def test_maps_are_sums_of_the_weights_that_the_layers_use(pipe, mode, monkeypatch):
     seen = spy(monkeypatch)
     boxes = {"corner": (0, 0, 3, 2), "all": (0, 0, 16, 16)}
-    kind = "attn2" if mode == "adapter" else "attn1"
+    layers = set(attention_layers(pipe.unet, "attn2")) if mode != "training-free" else set()
+    if mode != "adapter":
+        layers |= {name for name in attention_layers(pipe.unet, "attn1") if name.startswith("up_blocks")}
     with record_attention(pipe, boxes=boxes) as record:
         generate(pipe, face_image=[A, B], face_weights=[3, 1], face_scale=0.7, face_mode=mode)
-    assert set(record.layers) == set(attention_layers(pipe.unet, kind)) and record.steps == [0, 1, 2]
+    assert set(record.layers) == layers and record.steps == [0, 1, 2]
     assert len(record.maps) == len(seen) == 3 * len(record.layers)
     masses = []
-    for (query, text_key, face_key, bias), images in zip(seen, record.maps.values(), strict=True):
+    for (query, text_key, face_key, bias), ((name, _), images) in zip(seen, record.maps.items(), strict=True):
         keys = torch.cat([text_key, face_key], 1).double()
         logits = torch.einsum("bqhd,bkhd->bhqk", query.double(), keys) / math.sqrt(query.shape[-1])
         logits[..., text_key.shape[1] :] += bias.double()
@@ -93,10 +97,12 @@ def test_maps_are_sums_of_the_weights_that_the_layers_use(pipe, mode, monkeypatc
         side = math.isqrt(query.shape[1])
         torch.testing.assert_close(maps.mass, weights.sum(-1).reshape(1, side, side))
         (everywhere,), (corner,) = maps.reference["all"], maps.reference["corner"]
-        face_side = math.isqrt(face_key.shape[1] // 2)
-        torch.testing.assert_close(everywhere, weights.mean(0).reshape(2, face_side, face_side))
-        if side == 8:  # two pixels a query: one row, two columns
-            torch.testing.assert_close(corner, weights[:2].mean(0).reshape(2, 8, 8))
+        cells = torch.ones(side, side, dtype=torch.bool) if name.endswith("attn2") else ellipse(side, (0.75, 0.75))
+        assert face_key.shape[1] == 2 * cells.sum()
+        for seen_from, expected in ((everywhere, weights.mean(0)), (corner, weights[:2].mean(0))):
+            if seen_from is everywhere or side == 8:  # two pixels a query: one row, two columns
+                torch.testing.assert_close(seen_from[:, cells], expected.reshape(2, -1))
+                assert (seen_from[:, ~cells] == 0).all()
         torch.testing.assert_close(everywhere.sum(), maps.mass.mean())
         masses.append(maps.mass)
     everything = torch.cat([mass.flatten() for mass in masses])
@@ -226,7 +232,7 @@ def test_another_kind_of_attention_is_refused(pipe, monkeypatch):
 # --- The call does not notice --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["adapter", "training-free"])
+@pytest.mark.parametrize("mode", FACE_MODES)
 def test_images_are_unchanged_and_the_pipeline_is_left_as_found(pipe, mode):
     def hooks():
         return [len(module._forward_pre_hooks) for module in pipe.unet.modules()]

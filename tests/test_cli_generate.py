@@ -16,6 +16,8 @@ from PIL import Image
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter, save_adapter
 from face_fusion_pipeline.cli import commands, main
 from face_fusion_pipeline.cli import generate as generate_command
+from face_fusion_pipeline.face_identity import FACE_MODES
+from face_fusion_pipeline.generation import arguments as generate_arguments
 from face_fusion_pipeline.generation.contact_sheet import contact_sheet, save_png
 
 
@@ -132,9 +134,13 @@ def test_the_avatars_are_asked_as_they_were_measured(
     args = parser.parse_args(["--face=f.png", "--prompt=a cat", "--out=out", *words])
     generate_command.set_defaults(args)
     assert (args.guidance, args.late_guidance) == guidance and args.mirror is mirror
+    assert args.mode == (None if args.model else "both")
     args = parser.parse_args(["--face=f.safetensors", "--prompt=a cat", "--out=out"])
     generate_command.set_defaults(args)
-    assert args.mirror is False  # encoded already
+    assert args.mirror is False and args.mode is None  # encoded already
+    args = parser.parse_args(["--face=f.png", "--prompt=a cat", "--out=out", "--mode=adapter"])
+    generate_command.set_defaults(args)
+    assert args.mode == "adapter"
 
 
 def test_small_faces_are_drawn_again(generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +217,27 @@ def test_adapter_and_saved_identity(generate: Any, model: Path, face: Path, tmp_
     assert np.abs(difference).max() <= 1
     status, _, err = generate(**{**options, "adapter": None})
     assert status == 2 and "adapter" in err
+    status, _, err = generate(**{**options, "mode": "both"})
+    assert status == 2 and "this identity was saved in mode adapter" in err
+
+
+def test_modes(generate: Any, tmp_path: Path) -> None:
+    adapter = create_adapter(tiny_models.tiny_pipeline().unet, "xavier", metadata={"resolution": 16})
+    save_adapter(adapter, tmp_path / "adapter" / "face_fusion_adapter.safetensors")
+    made = {}
+    for mode, self_scale, used in (("adapter", None, None), ("both", None, 4.0), ("both", 0, 0.0), ("both", 2, 2.0)):
+        out = tmp_path / f"{mode}-{self_scale}"
+        options = {"adapter": tmp_path / "adapter", "mode": mode, "self_scale": self_scale, "out": out}
+        status, text, err = generate("--no-detect", "--json", "--no-sheet", **options)
+        assert status == 0, err
+        assert json.loads(text)["face_mode"] == mode and json.loads(text)["face_self_scale"] == used
+        made[mode, self_scale] = pixels(out / "image_000.png")
+    assert np.array_equal(made["adapter", None], made["both", 0])
+    assert not np.array_equal(made["adapter", None], made["both", None])
+    assert not np.array_equal(made["both", 2], made["both", None])
+    status, _, err = generate("--no-detect", mode="both")
+    assert status == 2 and "face_mode='both' needs weights" in err
+    assert generate_arguments.MODES == FACE_MODES
 
 
 def test_detected_face(generate: Any, tmp_path: Path, test_data: Path) -> None:

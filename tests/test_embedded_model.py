@@ -72,7 +72,7 @@ def test_generate_command_on_a_rendered_portrait(tmp_path, capsys):
     options = ["--num-images", "2", "--steps", "4", "--out", str(tmp_path / "out"), "--json"]
     assert main(["generate", "--face", str(tmp_path / "face.png"), "--prompt", PROMPT, *options]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["face_mode"] == "adapter" and len(answer["files"]) == 3
+    assert answer["face_mode"] == "both" and len(answer["files"]) == 3
     with Image.open(tmp_path / "out" / "image_000.png") as image:
         assert image.size == (128, 128) and image.text["prompt"] == PROMPT
 

@@ -355,15 +355,15 @@ def test_table_end_to_end_resumes(
     settings = Settings(model="tiny", steps=1, batch=2)
     trials = plan_trials(2, 2, style="photo")
     panel = Panel(untrained)
-    methods = [*METHODS, "adapter-mirrored"]
+    methods = [*METHODS, "adapter-mirrored", "both"]
     result = compare(pipe, trials, methods, panel, settings, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 * 6 and {row["method"] for row in rows} == {*methods, CEILING, FLOOR}
+    assert len(rows) == 4 * 7 and {row["method"] for row in rows} == {*methods, CEILING, FLOOR}
     assert result["methods"][CEILING]["similarity"]["avatar recogniser"]["closed"] == 1
     assert "| adapter |" in (tmp_path / "table.md").read_text() == as_markdown(result, panel.names)
     assert (tmp_path / "sheet.png").is_file()
     faces = [read_image(image_path(tmp_path, trials[0], method)).numpy().tobytes() for method in methods]
-    assert len(set(faces)) == 4  # the face changes the image, the modes differ, and so does a second reference
+    assert len(set(faces)) == 5  # the face changes the image, the modes differ, and so does a second reference
 
     lost = [image_path(tmp_path, trial, "adapter") for trial in trials[2:]]  # one batch
     before = [path.read_bytes() for path in lost]

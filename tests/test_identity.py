@@ -21,7 +21,7 @@ from face_fusion_pipeline.face_errors import (
     ModelNotFoundError,
     UnreadableImageError,
 )
-from face_fusion_pipeline.face_identity import encode_latents, face_tensors, noise_latents
+from face_fusion_pipeline.face_identity import FACE_MODES, encode_latents, face_tensors, noise_latents
 from face_fusion_pipeline.face_images import FacePhoto, load_image
 
 
@@ -37,7 +37,7 @@ def pipe():
     return adapted_pipeline()
 
 
-@pytest.mark.parametrize("mode", ["adapter", "training-free"])
+@pytest.mark.parametrize("mode", FACE_MODES)
 def test_saved_and_loaded_identity_generates_the_same(pipe, tmp_path, mode):
     identity = pipe.encode_face([face(0), face(1)], weights=[1, 2], face_mode=mode)
     identity.save(tmp_path / "someone.safetensors")
@@ -47,23 +47,29 @@ def test_saved_and_loaded_identity_generates_the_same(pipe, tmp_path, mode):
     assert torch.equal(generate(pipe, face_image=loaded), direct)
 
 
-@pytest.mark.parametrize(("mode", "layer"), [("adapter", "attn2"), ("training-free", "attn1")])
-def test_a_file_holds_keys_and_values_and_no_picture(pipe, tmp_path, mode, layer):
+@pytest.mark.parametrize("mode", FACE_MODES)
+def test_a_file_holds_keys_and_values_and_no_picture(pipe, tmp_path, mode):
     identity = pipe.encode_face([face(0, 32), face(1, 32)], face_mode=mode, face_resolution=32)
     identity.save(tmp_path / "someone.safetensors")
     expected = {"weights": (2,)}
-    for name in attention_layers(pipe.unet, layer):
+    for name in attention_layers(pipe.unet, "attn2") if mode != "training-free" else ():
         tokens, width = (256, 16) if "mid_block" not in name else (64, 32)  # 16x16 and 8x8 latents
         expected |= {f"{name}.key": (2, tokens, width), f"{name}.value": (2, tokens, width)}
+    for name in attention_layers(pipe.unet, "attn1") if mode != "adapter" else ():
+        if name.startswith("up_blocks"):
+            expected |= {f"{name}.{part}": (2, 112, 16) for part in ("key", "value")}  # in the ellipse
+            expected |= {f"{name}.cells": (16, 16)}
     tensors = load_file(tmp_path / "someone.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
     with safe_open(tmp_path / "someone.safetensors", "pt") as file:
-        assert file.metadata() == {
+        metadata = {name: value for name, value in file.metadata().items() if not name.startswith("self_")}
+        assert (len(file.metadata()) > len(metadata)) == (mode != "adapter")
+        assert metadata == {
             "format": "face-fusion-identity",
-            "format_version": "1",
+            "format_version": "1" if mode == "adapter" else "2",
             "mode": mode,
             "base_fingerprint": unet_fingerprint(pipe.unet),  # numbers of the model, not of the face
-            "adapter_fingerprint": pipe._adapter_fingerprint() if mode == "adapter" else "",
+            "adapter_fingerprint": pipe._adapter_fingerprint() if mode != "training-free" else "",
         }
 
 
@@ -89,7 +95,7 @@ def test_shapes_follow_the_layers(pipe):
     assert {tuple(key.shape) for key in identity.keys.values()} == {(3, 64, 16), (3, 16, 32)}
     assert all(name.endswith("attn2") for name in identity.keys)
     free = pipe.encode_face(face(), face_mode="training-free", face_resolution=32)
-    assert {tuple(key.shape) for key in free.keys.values()} == {(1, 256, 16), (1, 64, 32)}
+    assert {tuple(key.shape) for key in free.keys.values()} == {(1, 112, 16)}
     assert all(name.endswith("attn1") for name in free.keys)
 
 

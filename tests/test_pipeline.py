@@ -7,7 +7,7 @@ import torch
 from diffusers import HeunDiscreteScheduler, StableDiffusionPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor
-from tiny_models import TEXT_WIDTH, face, generate, one_face, tiny_components, tiny_pipeline
+from tiny_models import TEXT_WIDTH, face, generate, in_mode, one_face, tiny_components, tiny_pipeline
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
 from face_fusion_pipeline.face_adapter import create_adapter, face_fused_unet
@@ -18,16 +18,12 @@ from face_fusion_pipeline.face_attention import (
     installed_processors,
 )
 from face_fusion_pipeline.face_errors import FaceFusionError, InvalidPromptError, InvalidScaleError
-from face_fusion_pipeline.face_identity import capture_hidden_states, encode_latents, face_tensors
+from face_fusion_pipeline.face_identity import FACE_MODES, capture_hidden_states, encode_latents, face_tensors
 
 
-@pytest.fixture(params=["adapter", "training-free"])
-def pipe(request):
-    pipe = tiny_pipeline()
-    if request.param == "adapter":
-        torch.manual_seed(1)
-        pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata={"resolution": 16}))
-    return pipe
+@pytest.fixture(params=FACE_MODES)
+def pipe(request, monkeypatch):
+    return in_mode(tiny_pipeline(), request.param, monkeypatch)
 
 
 @pytest.fixture
@@ -43,6 +39,10 @@ def assert_untouched(pipe, before):
     after = processors(pipe)
     assert after.keys() == before.keys()
     assert all(after[name] is before[name] for name in before)
+
+
+def layers_with_faces(pipe):
+    return {"adapter": 4, "training-free": 2, "both": 6}[pipe.encode_face(face()).mode]
 
 
 # --- Without a face ------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_processors_are_restored(pipe):
         return tensors
 
     generate(pipe, face_image=face(), callback_on_step_end=look)
-    assert [sum(flags) for flags in seen] == [4, 4, 4]
+    assert [sum(flags) for flags in seen] == [layers_with_faces(pipe)] * 3
     assert_untouched(pipe, before)
 
 
@@ -198,14 +198,15 @@ def test_layer_scales(pipe):
     assert torch.equal(generate_with_scale(pipe, {"down_blocks": 1.0, "mid_block": 1.0, "up_blocks.1": 1.0}), full)
     before = processors(pipe)
     some = []
-    pipe.set_face_fusion_scale({"down_blocks.0": 1.0})
+    pipe.set_face_fusion_scale({"up_blocks.1.attentions.0": 1.0})
 
     def look(pipe, step, timestep, tensors):
         some.append([name for name, p in processors(pipe).items() if p is not before[name]])
         return tensors
 
     generate(pipe, face_image=face(), callback_on_step_end=look)
-    assert [len(names) for names in some] == [1, 1, 1] and some[0][0].startswith("down_blocks.0")
+    assert [len(names) for names in some] == [2 if pipe.encode_face(face()).mode == "both" else 1] * 3
+    assert all(name.startswith("up_blocks.1.attentions.0") for name in some[0])
     for bad in ({"left_blocks": 1.0}, {"up": {"block_7": 1.0}}, {"up": "strong"}, -1.0, True):
         with pytest.raises(InvalidScaleError):
             pipe.set_face_fusion_scale(bad)
@@ -230,7 +231,7 @@ def test_time_window(pipe, order):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FaceFusionAttnProcessor, "_attend", spy)
         generate(pipe, face_image=face(), num_inference_steps=4, face_start=0.25, face_end=0.75)
-    steps = active[::4]
+    steps = active[:: layers_with_faces(pipe)]
     total = 4 if order == 1 else 7
     assert steps == [0.25 <= i / total < 0.75 for i in range(total)]
     options = {"face_image": face(), "num_inference_steps": 4}

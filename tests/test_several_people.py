@@ -4,24 +4,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import face, generate, tiny_pipeline
+from tiny_models import face, generate, in_mode, tiny_pipeline
 
 from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_detectors import Face
 from face_fusion_pipeline.face_errors import FaceAxesError, IdentityMismatchError, InvalidLayoutError
+from face_fusion_pipeline.face_identity import FACE_MODES
 
 
 LEFT, RIGHT = (1, 4, 6, 12), (10, 4, 15, 12)  # of 16x16 images
 A, B, C = face(0), face(1), face(2)
 
 
-@pytest.fixture(params=["adapter", "training-free"])
-def pipe(request):
-    pipe = tiny_pipeline()
-    if request.param == "adapter":
-        torch.manual_seed(1)
-        pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata={"resolution": 16}))
-    return pipe
+@pytest.fixture(params=FACE_MODES)
+def pipe(request, monkeypatch):
+    return in_mode(tiny_pipeline(), request.param, monkeypatch)
 
 
 class FakeDetector:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, face_fusion_mixin
 from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_attention import Cast, FaceFusionAttnProcessor, FusionSwitch, PersonKeys
 
@@ -119,6 +119,12 @@ def with_adapter(pipe: Any) -> Any:
     torch.manual_seed(1)
     pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata={"resolution": 16}))
     return pipe
+
+
+def in_mode(pipe: Any, mode: str, monkeypatch: Any) -> Any:
+    """`pipe` in which faces are encoded in `mode` where nothing else is said."""
+    monkeypatch.setattr(face_fusion_mixin, "MODE_WITH_WEIGHTS", mode)
+    return pipe if mode == "training-free" else with_adapter(pipe)
 
 
 def one_face(

@@ -33,6 +33,7 @@ from ..face_attention import (
     reference_log_weights,
 )
 from ..face_identity import capture_hidden_states, face_tensors, noise_latents, self_attention_projections
+from ..face_self_attention import SelfAttentionReference
 from ..finetuning.base_model import BaseModel
 from ..finetuning.latent_cache import read_picture
 from ..finetuning.pairs import Pairs
@@ -103,16 +104,20 @@ def create_conditioning(base: BaseModel, variant: Variant, data: Path, recognise
 
 
 class UNetFeatures:
-    """Face Fusion, with what a variant changes in it: attention, layers, region, noise, initial weights."""
+    """Face Fusion, with what a variant changes in it: attention, layers, region, noise, initial weights.
+
+    Without training it is the mode of that name: `SelfAttentionReference` says what is seen, and how strongly.
+    """
 
     def __init__(self, base: BaseModel, variant: Variant, data: Path) -> None:
         settings = read_report(data)["settings"]
         self.base, self.unet, self.variant = base, base.unet, variant
         self.kind = "attn2" if variant.trained else "attn1"
+        self.own = None if variant.trained else SelfAttentionReference()
         self.layers = chosen_layers(list(attention_layers(self.unet, self.kind)), variant.layers)
         self.resolution: int = settings["reference_resolution"]
         self.face_crop: float = settings["face_crop"]
-        self.timestep = round(variant.reference_noise * len(base.schedule))
+        self.timestep = self.own.timestep if self.own else round(variant.reference_noise * len(base.schedule))
         self.empty = base.conditions([""])["text"]
         metadata = {
             "reference_mode": "noised" if self.timestep else "clean",
@@ -140,6 +145,8 @@ class UNetFeatures:
 
     def chosen(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of the states of all layers (B, N_f, C) those of the variant's layers and region."""
+        if self.own:
+            return self.own.chosen(states)[0]
         states = {name: states[name] for name in self.layers}
         if self.variant.region == "face":
             states = {
@@ -162,6 +169,7 @@ class UNetFeatures:
         added, switch = self.variant.attention == "added", FusionSwitch(guided=guided)
         processor = AddedFaceAttnProcessor if added else FaceFusionAttnProcessor
         bias = trained and self.variant.token_count_bias
+        scale = scale * self.own.scale if self.own else scale
         people = {name: PersonKeys(key, value, weights, scale, bias) for name, (key, value) in projected.items()}
         with installed_processors(
             self.unet, {name: processor([Cast((person,))], switch) for name, person in people.items()}

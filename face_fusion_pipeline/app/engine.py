@@ -128,7 +128,7 @@ class Engine:
                 f"this is no identity that can be read: {str(error).replace(str(file), 'it')}"
             ) from None
         adapter = self.pipe._adapter_fingerprint()
-        if identity.mode == "adapter" and not adapter:
+        if identity.needs_adapter and not adapter:
             raise FaceFusionError("this identity needs the adapter it was made with: start the app with --adapter")
         identity.check(unet_fingerprint(self.pipe.unet), adapter)
         return identity

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..avatar_model import GUIDANCE, LATE_GUIDANCE, embedded_model
 from ..face_errors import ModelNotFoundError
-from ..generation.arguments import guidance_scales
+from ..generation.arguments import METHODS, guidance_scales
 
 
 if TYPE_CHECKING:
@@ -31,12 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     table = actions.add_parser("table", help="likeness and obedience: no face, training-free, trained Face Fusion")
     _add_generation(table)
     _add_adapter(table)
-    table.add_argument("--methods", nargs="+", choices=("none", "training-free", "adapter", "adapter-mirrored"),
-                       metavar="METHOD", help="none, training-free, adapter (default: those that the model allows), "
-                       "adapter-mirrored (the mirrored reference is a second one)")  # fmt: skip
+    table.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD",
+                       help="none, training-free, adapter (default: those that the model allows), both, and the last "
+                       "three with -mirrored (the mirrored reference is a second one)")  # fmt: skip
     table.add_argument("--identities", type=_positive, default=50, help="test people (default: 50)")
     table.add_argument("--prompts", type=_positive, default=4, help="prompts for each of them (default: 4)")
     table.add_argument("--training-free-scale", type=float, default=1.0, help="scale without adapter (default: 1)")
+    table.add_argument("--self-scale", type=float, default=4.0, help="scale at the self-attention (default: 4)")
 
     table.add_argument(
         "--cut-out",
@@ -229,18 +230,19 @@ def _adapter(args: argparse.Namespace) -> str | None:
 
 def _table(args: argparse.Namespace) -> tuple[dict, str]:
     from ..evaluation.avatar_table import as_markdown, compare
-    from ..evaluation.generation import METHODS, pipeline_of
+    from ..evaluation.generation import METHODS, needs_adapter, pipeline_of
     from ..evaluation.trials import TRUE_BOX, plan_trials
     from ..face_detectors import load_detector
     from ..face_errors import FaceFusionError
 
     adapter = _adapter(args)
-    methods = args.methods or [method for method in METHODS if method != "adapter" or adapter]
-    if adapter is None and any(method.startswith("adapter") for method in methods):
+    methods = args.methods or [method for method in METHODS if adapter or not needs_adapter(method)]
+    if adapter is None and any(map(needs_adapter, methods)):
         raise FaceFusionError("--methods adapter: no adapter beside the model, name one with --adapter")
     if args.cut_out != TRUE_BOX:
         load_detector(args.cut_out)  # that it is missing is said before any work
-    scales = {"face_scale": args.scale, "training_free_scale": args.training_free_scale}
+    scales = {"training_free_scale": args.training_free_scale, "self_scale": args.self_scale}
+    scales["face_scale"] = args.scale
     settings = _settings(args, adapter=adapter, cut_out=args.cut_out, **scales)
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")

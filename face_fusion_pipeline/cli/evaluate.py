@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..avatar_model import embedded_model
 from ..face_errors import FaceFusionError
-from ..generation.arguments import check_model, guidance_scales
+from ..generation.arguments import METHODS, check_model, guidance_scales
 from ..generation.loading import ADAPTER_FILE
 
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..evaluation.pictures import Picture
 
 HELP = "measure likeness, copying, prompt and quality on people of your own, with tables and plots"
-METHODS = ("none", "training-free", "adapter")  # the usual ones
 PACKAGES = ("matplotlib", "pyarrow", "scipy", "torchmetrics")
 
 
@@ -57,10 +56,10 @@ def _add_generation(group: Any) -> None:
     group.add_argument(
         "--methods",
         nargs="+",
-        choices=(*METHODS, "adapter-mirrored"),
+        choices=METHODS,
         metavar="METHOD",
-        help="of none, training-free, adapter (default: all that can be), and adapter-mirrored, where the mirrored "
-        "reference is a second one",
+        help="of none, training-free, adapter (default: all that can be), both, and the last three with -mirrored, "
+        "where the mirrored reference is a second one",
     )
     group.add_argument("--people", type=int, default=1, metavar="N", help="people in each picture")
     group.add_argument("--images-per-prompt", type=int, default=1, metavar="N")
@@ -69,6 +68,7 @@ def _add_generation(group: Any) -> None:
     group.add_argument("--late-guidance", type=float, help="in the clear half of the timesteps; default: as before")
     group.add_argument("--scale", type=float, default=1.0, help="strength of the face with the adapter")
     group.add_argument("--training-free-scale", type=float, default=1.0, help="strength of the face without it")
+    group.add_argument("--self-scale", type=float, default=4.0, help="strength at the self-attention, times these")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--batch-size", type=int, default=4, help="pictures denoised together (memory)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -145,7 +145,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace, model: str) -> Settings:
-    from ..evaluation.generation import Settings, keep_settings
+    from ..evaluation.generation import Settings, keep_settings, needs_adapter
     from ..face_loader_mixin import check_scale
     from ..training.loop import process_group
 
@@ -159,10 +159,11 @@ def _settings(args: argparse.Namespace, model: str) -> Settings:
         late_guidance=args.late_guidance,
         face_scale=check_scale(args.scale, "--scale"),
         training_free_scale=check_scale(args.training_free_scale, "--training-free-scale"),
+        self_scale=check_scale(args.self_scale, "--self-scale"),
         seed=args.seed,
         batch=args.batch_size,
     )
-    if settings.adapter is None and any(method.startswith("adapter") for method in args.methods or ()):
+    if settings.adapter is None and any(map(needs_adapter, args.methods or ())):
         raise FaceFusionError(f"--methods adapter: {model} has no {ADAPTER_FILE}, name one with --adapter")
     with process_group().main_process_first():
         keep_settings(args.out, settings)
@@ -171,12 +172,14 @@ def _settings(args: argparse.Namespace, model: str) -> Settings:
 
 def _pictures(args: argparse.Namespace, people: list[Person], settings: Settings | None) -> list[Picture]:
     """Those to be made, then those that exist; the first are listed, so that `--images` can read them too."""
+    from ..evaluation.generation import METHODS as USUAL
+    from ..evaluation.generation import needs_adapter
     from ..evaluation.pictures import list_pictures, plan_pictures, read_pictures, read_prompts
     from ..training.loop import process_group
 
     pictures: list[Picture] = []
     if settings is not None:
-        methods = args.methods or [m for m in METHODS if m != "adapter" or settings.adapter is not None]
+        methods = args.methods or [m for m in USUAL if settings.adapter is not None or not needs_adapter(m)]
         folder = args.out / "images"
         pictures = plan_pictures(
             people,

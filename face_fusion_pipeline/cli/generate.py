@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..avatar_model import GUIDANCE, LATE_GUIDANCE
+from ..avatar_model import FACE_MODE, GUIDANCE, LATE_GUIDANCE
 from ..face_errors import FaceFusionError
 from ..generation.arguments import (
     MAX_IMAGES,
     MAX_SEED,
+    MODES,
     add_version_arguments,
     check_model,
     check_prompt,
@@ -50,7 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR_OR_FILE_OR_HUB_ID",
         help=f"trained Face Fusion weights; default: {ADAPTER_FILE} in the model's folder, else training-free mode",
     )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        help="where the face joins: trained weights at the cross-attention (the paper), the model's own at the "
+        f"self-attention, or both; default: {FACE_MODE} of the avatars, else the adapter, if there is one",
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the face: 0 off, 1 as in the paper")
+    parser.add_argument(
+        "--self-scale", type=float, help="strength at the self-attention, times --scale; default: of the identity (4)"
+    )
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
     parser.add_argument(
         "--guidance",
@@ -93,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
         from ..generation.watermark import add_watermark, check_size
 
         check_size(args.width or pipe._default_resolution(), args.height or pipe._default_resolution())
-    references, identity = encode(pipe, faces, args.mirror)
-    settings = settings_of(args, pipe, identity.mode)
+    references, identity = encode(pipe, faces, args.mirror, args.mode)
+    settings = settings_of(args, pipe, identity)
 
     from ..generation.contact_sheet import contact_sheet, save_png
 
@@ -156,8 +166,11 @@ def set_defaults(args: argparse.Namespace) -> None:
     """What goes with the model, where nothing was said: the avatars are asked as they were measured best."""
     embedded = args.model is None
     args.guidance, args.late_guidance = guidance_scales(args.guidance, args.late_guidance, avatars=embedded)
+    saved = args.face[0].endswith(".safetensors")
     if args.mirror is None:
-        args.mirror = embedded and len(args.face) == 1 and not args.face[0].endswith(".safetensors")
+        args.mirror = embedded and len(args.face) == 1 and not saved
+    if args.mode is None and embedded and not saved:
+        args.mode = FACE_MODE
 
 
 def denoising(args: argparse.Namespace) -> dict[str, Any]:
@@ -186,6 +199,8 @@ def load_model(args: argparse.Namespace) -> Any:
     from ..face_loader_mixin import check_scale
 
     check_scale(args.scale, "--scale")
+    if args.self_scale is not None:
+        check_scale(args.self_scale, "--self-scale")
     args.adapter = args.adapter or adapter_beside(args.model)
     pipe = load_pipeline(
         args.model, args.adapter, args.device, args.dtype, revision=args.revision, variant=args.variant
@@ -198,14 +213,21 @@ def load_model(args: argparse.Namespace) -> Any:
     return pipe
 
 
-def encode(pipe: Any, faces: "list[FacePhoto] | Any", mirror: bool = False) -> "tuple[list[Image.Image], Any]":
-    """The reference crops and the identity made of them; no crops where the identity was read from a file."""
+def encode(
+    pipe: Any, faces: "list[FacePhoto] | Any", mirror: bool = False, mode: str | None = None
+) -> "tuple[list[Image.Image], Any]":
+    """The reference crops and the identity made of them; no crops where the identity was read from a file.
+
+    Raises [`FaceFusionError`] for a saved identity of another mode.
+    """
     if not isinstance(faces, list):
+        if mode not in (None, faces.mode):
+            raise FaceFusionError(f"--mode {mode} is for photos: this identity was saved in mode {faces.mode}")
         return [], faces
     from ..face_images import with_mirrored
 
     crops = reference_crops(pipe, faces)
-    return crops, pipe.encode_face(with_mirrored(crops) if mirror else crops)
+    return crops, pipe.encode_face(with_mirrored(crops) if mirror else crops, face_mode=mode)
 
 
 def next_number(folder: Path) -> int:
@@ -228,6 +250,7 @@ def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[Im
             negative_prompt=args.negative_prompt,
             face_image=identity,
             face_scale=args.scale,
+            face_self_scale=args.self_scale,
             **denoising(args),
             num_images_per_prompt=count,
             height=args.height,
@@ -252,6 +275,7 @@ def refined(pipe: Any, args: argparse.Namespace, identity: Any, picture: "Image.
             args.prompt,
             face_image=identity,
             face_scale=args.scale,
+            face_self_scale=args.self_scale,
             negative_prompt=args.negative_prompt,
             **denoising(args),
             generator=torch.Generator("cpu").manual_seed(seed),
@@ -262,13 +286,15 @@ def refined(pipe: Any, args: argparse.Namespace, identity: Any, picture: "Image.
     return again
 
 
-def settings_of(args: argparse.Namespace, pipe: Any, mode: str) -> dict[str, object]:
+def settings_of(args: argparse.Namespace, pipe: Any, identity: Any) -> dict[str, object]:
     """What made the pictures, for PNG text chunks and --json."""
+    own = identity.self_attention
     settings: dict[str, object] = {
         "prompt": args.prompt,
         "negative_prompt": args.negative_prompt,
         "face_scale": args.scale,
-        "face_mode": mode,
+        "face_self_scale": args.self_scale if args.self_scale is not None or own is None else own.scale,
+        "face_mode": identity.mode,
         "steps": args.steps,
         "guidance": args.guidance,
         "late_guidance": args.late_guidance,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .generation import Settings, denoising, generate, image_path
+from .generation import MIRRORED, Settings, denoising, generate, image_path
 from .judges import IMAGE_SIZE
 from .metrics import bootstrap_mean, closed_share
 from .renders import read_image, to_pil, write_image
@@ -134,6 +134,7 @@ def _sheet(trials: list[Trial], methods: list[str], settings: Settings, out: Pat
         "none": "without a face",
         "training-free": "training-free",
         "adapter": "Face Fusion",
-        "adapter-mirrored": "mirrored, too",
+        "both": "both attentions",
     }
-    return contact_sheet(["reference", "same person", *(titles[m] for m in methods)], rows)
+    names = [titles[m.removesuffix(MIRRORED)] + (", mirrored" if m.endswith(MIRRORED) else "") for m in methods]
+    return contact_sheet(["reference", "same person", *names], rows)

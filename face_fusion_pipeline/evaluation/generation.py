@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..face_errors import FaceFusionError
 from ..face_images import with_mirrored
+from ..face_self_attention import SelfAttentionReference
 from ..generation.contact_sheet import save_png
 from ..generation.loading import load_pipeline
 from ..generation.provenance import DISCLOSURE, SOURCE_TYPE
@@ -34,6 +35,7 @@ _LATER = {
     "dtype": "float32",
     "cut_out": TRUE_BOX,
     "late_guidance": None,
+    "self_scale": 1.0,
 }  # settings that older folders do not name
 
 
@@ -53,6 +55,7 @@ class Settings:
     dtype: str = "float32"
     cut_out: CutOut = TRUE_BOX  # or the detector whose box the reference of an avatar is cut out by
     late_guidance: float | None = None  # guidance in the clear half of the timesteps; None: as before
+    self_scale: float = SelfAttentionReference.scale  # of training-free and both, at the self-attention
     weights_hash: str | None = None  # of local files, which may be trained on under the same name
 
     @classmethod
@@ -75,6 +78,11 @@ def denoising(settings: Mapping[str, Any]) -> str:
     late = settings.get("late_guidance")
     words = f"{settings['steps']} steps, guidance {settings['guidance_scale']}"
     return words if late is None else f"{words} ({late} in the clear half)"
+
+
+def needs_adapter(method: str) -> bool:
+    """Whether pictures of a method cannot be made without trained weights."""
+    return method.removesuffix(MIRRORED) in ("adapter", "both")
 
 
 def hash_weights(model: str, adapter: str | None = None, controlnet: str | None = None) -> str | None:
@@ -175,8 +183,9 @@ def _face_arguments(pipe: Any, faces: list[Image.Image], method: str, settings: 
     mode = method.removesuffix(MIRRORED)
     references = [[face] if mode == method else with_mirrored([face]) for face in faces]
     people = [pipe.encode_face(images, face_mode=mode) for images in references]
-    scale = settings.face_scale if mode == "adapter" else settings.training_free_scale
-    return {"face_image": people if len(people) > 1 else people[0], "face_scale": scale}
+    scale = settings.training_free_scale if mode == "training-free" else settings.face_scale
+    strength = {"face_scale": scale} | ({} if mode == "adapter" else {"face_self_scale": settings.self_scale})
+    return {"face_image": people if len(people) > 1 else people[0], **strength}
 
 
 @torch.inference_mode()

@@ -9,6 +9,8 @@ from ..face_errors import FaceFusionError, InvalidPromptError, ModelNotFoundErro
 
 
 MAX_IMAGES, MAX_SEED = 1000, 2**63 - 1
+MODES = ("adapter", "training-free", "both")  # `face_identity.FACE_MODES`, which would import torch
+METHODS = ("none", *MODES, *(f"{mode}-mirrored" for mode in MODES))  # of the evaluations
 
 
 def check_prompt(text: str, name: str) -> None:

@@ -15,7 +15,14 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from ..face_attention import Cast, FaceFusionAttnProcessor, attention_layers, join_people, split_heads
+from ..face_attention import (
+    Cast,
+    FaceFusionAttnProcessor,
+    PersonKeys,
+    attention_layers,
+    join_people,
+    split_heads,
+)
 from ..face_errors import FaceFusionError
 from ..face_layout import Box, Region, box_masks, layer_sizes, pool
 
@@ -29,9 +36,9 @@ class FaceMaps:
 
     Attributes:
         mass: `(people, h, w)` in [0, 1], the share of each query's attention that goes to each person's face; the
-            rest goes to the text (in the training-free mode: to the image itself).
+            rest goes to the text (at an `attn1`: to the image itself).
         reference: box name -> for each person `(n_refs, h_f, w_f)`, the mean attention of the queries in the box to
-            every token of the references. It sums to the mean mass in the box.
+            every cell of the references; 0 where a cell has no key. It sums to the mean mass in the box.
     """
 
     mass: Tensor
@@ -88,8 +95,8 @@ def record_attention(
 ) -> Iterator[AttentionRecord]:
     """Within the block, a call of `pipe` with faces is recorded; its images are the same, bit for bit.
 
-    Only the half of the batch that has faces is looked at. Both modes are recorded: with an adapter the layers are
-    the `attn2`, training-free the `attn1`. Of several calls in the block the last one is kept.
+    Only the half of the batch that has faces is looked at. All modes are recorded: with an adapter the layers are the
+    `attn2`, training-free the `attn1`. Of several calls in the block the last one is kept.
 
     Args:
         pipe: any Face Fusion pipeline, not compiled.
@@ -229,14 +236,23 @@ def _look(
                 mass[index][:, some] = face.sum(-1)
                 for name, inside in level.boxes.items():
                     reference[name][index] += torch.einsum("bqk,q->bk", face, inside[some]) / inside.sum()
-    sides = [math.isqrt(person.tokens_per_reference) for person in cast.people]  # references are square
     return [
         FaceMaps(
             mass[:, image].unflatten(-1, level.size),
             {
-                name: tuple(m[image].reshape(-1, s, s) for m, s in zip(by_person, sides, strict=True))
+                name: tuple(on_cells(m[image], person) for m, person in zip(by_person, cast.people, strict=True))
                 for name, by_person in reference.items()
             },
         )
         for image in range(batch)
     ]
+
+
+def on_cells(attention: Tensor, person: PersonKeys) -> Tensor:
+    """Attention to all keys of a person `(n_refs * N_f,)` as maps `(n_refs, h_f, w_f)` of the references."""
+    side = math.isqrt(person.tokens_per_reference)  # references are square
+    cells = torch.ones(side, side, dtype=torch.bool) if person.cells is None else person.cells
+    attention = attention.unflatten(0, (-1, person.tokens_per_reference))
+    maps = attention.new_zeros(len(attention), *cells.shape)
+    maps[:, cells] = attention
+    return maps
