@@ -16,6 +16,7 @@ from face_fusion_pipeline.avatars import (
     caption,
     dataset,
     full_caption,
+    identity,
     raycast,
     render,
     sample_identity,
@@ -33,6 +34,49 @@ from face_fusion_pipeline.avatars.identity import (
     HAIR_STYLES,
     SKIN_TONES,
 )
+
+
+# Means of 16 x 16 pixels of one scene of the first world, by channel, as of the release that its weights came with.
+FIRST_WORLD = [
+    [
+        [86.2, 101.1, 95.9, 88.9],
+        [76.6, 108.8, 102.6, 79.0],
+        [84.1, 104.3, 98.4, 87.7],
+        [77.4, 68.4, 68.4, 82.5],
+    ],
+    [
+        [100.5, 63.2, 59.4, 110.4],
+        [77.5, 75.5, 69.0, 85.5],
+        [121.0, 72.4, 73.3, 127.7],
+        [116.5, 82.7, 87.4, 123.8],
+    ],
+    [
+        [171.8, 129.7, 124.9, 184.7],
+        [139.7, 102.5, 97.5, 150.3],
+        [191.4, 59.5, 68.4, 202.2],
+        [195.1, 151.3, 159.4, 203.3],
+    ],
+]
+
+
+@pytest.fixture(autouse=True)
+def second_world(monkeypatch):
+    """What is tested is the world that weights to come are made for."""
+    monkeypatch.setattr(identity, "WORLD", 2)
+
+
+def test_the_first_world_stays_as_the_shipped_weights_know_it():
+    """Pixels of a scene as they were when the weights were trained, and everybody's colours."""
+    person = sample_identity(7, 1)
+    assert person.world == 1 and sample_identity(7).world == 2
+    drawn = render([sample_scene(3, [7], 1, style="photo", background="plain blue", expression="sad")], 64)
+    found = (drawn.images[0] * 255).round().reshape(3, 4, 16, 4, 16).mean((2, 4))
+    expected = torch.tensor(FIRST_WORLD)
+    assert torch.allclose(found, expected, atol=0.5)
+    with pytest.raises(ValueError, match="world is 3"):
+        sample_identity(7, 3)
+    with pytest.raises(ValueError, match=r"worlds \[1, 2\]"):
+        render([sample_scene(1, [sample_identity(1, 1), sample_identity(2, 2)])], 64)
 
 
 def test_identity_is_a_function_of_its_seed_and_splits_are_disjoint():

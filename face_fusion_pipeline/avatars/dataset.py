@@ -24,7 +24,7 @@ PER_IDENTITY = 5  # single portraits of each person in a row
 _CHUNK = 100  # pictures that one worker renders and writes at a time
 
 
-def plan(split: str, index: int, per_identity: int) -> Scene:
+def plan(split: str, index: int, per_identity: int, world: int | None = None) -> Scene:
     """Picture `index` of a split: which people, in which scene; a pure function of its arguments.
 
     Out of every ten pictures seven are single portraits, two show two people, one shows three. Single portraits walk
@@ -38,7 +38,7 @@ def plan(split: str, index: int, per_identity: int) -> Scene:
         people = [seeds[(tens * 7 + ones) // per_identity % len(seeds)]]
     else:
         people = rng.sample(seeds, 2 if ones < 9 else 3)
-    return sample_scene(scene_seed, people)
+    return sample_scene(scene_seed, people, world)
 
 
 def describe(scenes: list[Scene], rendered: Rendered) -> list[dict[str, Any]]:

@@ -64,6 +64,11 @@ DYED_HAIR = {
     "pink": (0.80, 0.32, 0.52),
     "teal": (0.12, 0.45, 0.38),
 }
+# The worlds: of the first are the weights in `embedded/`, and what is drawn unless something else is asked for; the
+# second is made for 256 pixels, has more natural hair, and eyes that are whole.
+WORLDS = (1, 2)
+WORLD = 1
+
 _DYED_SHARE = 0.28  # of people before age turns hair white: about three quarters keep a natural colour
 HAIR_COLOURS = {**NATURAL_HAIR, **DYED_HAIR, "white": (0.78, 0.78, 0.80)}
 EYE_COLOURS = {
@@ -93,10 +98,11 @@ SKIN_TONES = {
 
 @dataclass(frozen=True)
 class Identity:
-    """One person. `vector` has shape (len(GENES),), values in [0, 1]; categories are one-hot."""
+    """One person of a world. `vector` has shape (len(GENES),), values in [0, 1]; categories are one-hot."""
 
     seed: int
     vector: Tensor
+    world: int = 1
 
     @property
     def kind(self) -> str:
@@ -113,9 +119,15 @@ def split_of(seed: int) -> str:
     raise ValueError(f"identity seed {seed} is outside every split: use 0 to {SPLITS['test'].stop - 1}")
 
 
-def sample_identity(seed: int) -> Identity:
-    """The identity of a seed: always the same vector for the same seed, on every machine."""
+def sample_identity(seed: int, world: int | None = None) -> Identity:
+    """The identity of a seed in a world (default: `WORLD`): always the same vector, on every machine.
+
+    Raises ValueError for a seed outside every split or an unknown world.
+    """
     split_of(seed)
+    world = WORLD if world is None else world
+    if world not in WORLDS:
+        raise ValueError(f"world is {world}: choose one of {', '.join(map(str, WORLDS))}")
     rng = random.Random(f"identity {seed}")
     genes = {name: rng.random() for name in CONTINUOUS}
     kind = rng.choices(KINDS, (0.45, 0.40, 0.15))[0]
@@ -134,7 +146,9 @@ def sample_identity(seed: int) -> Identity:
     if kind == "child":
         genes["age"] = 0.0
     grey = genes["age"] > 0.8 and rng.random() < 0.7
-    names = list(DYED_HAIR if rng.random() < _DYED_SHARE else NATURAL_HAIR)
+    names = [*NATURAL_HAIR, *DYED_HAIR]
+    if world != 1:
+        names = list(DYED_HAIR if rng.random() < _DYED_SHARE else NATURAL_HAIR)
     hair = HAIR_COLOURS["white" if grey else rng.choice(names)]
     eye, rim = (rng.choice(list(colours.values())) for colours in (EYE_COLOURS, RIM_COLOURS))
     for prefix, colour in (("hair", hair), ("eye", eye), ("rim", rim)):
@@ -145,7 +159,7 @@ def sample_identity(seed: int) -> Identity:
     if rng.random() < 0.7:
         genes["mole_x"] = genes["mole_y"] = 0.0
     one_hot = [float(choice[name] == value) for name, values in CATEGORICAL.items() for value in values]
-    return Identity(seed, torch.tensor([genes[name] for name in CONTINUOUS] + one_hot))
+    return Identity(seed, torch.tensor([genes[name] for name in CONTINUOUS] + one_hot), world)
 
 
 def traits(vectors: Tensor) -> dict[str, Tensor]:

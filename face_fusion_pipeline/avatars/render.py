@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -9,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backgrounds, head, raycast, shade, styles
+from .first_world import head as first_head
+from .first_world import shade as first_shade
 from .identity import traits
 from .scene import MAX_PEOPLE, Scene
 
 
 FAR = -2.0  # depth of the background
+_WORLDS: dict[int, tuple[ModuleType, ModuleType]] = {1: (first_head, first_shade), 2: (head, shade)}
 _SUPERSAMPLE = 2
 
 
@@ -68,15 +72,19 @@ def render(scenes: list[Scene], size: int = 128, device: torch.device | str = "c
     if size < 32 or size % 8:
         raise ValueError(f"size is {size}: choose a multiple of 8, at least 32")
     people = [(b, person) for b, scene in enumerate(scenes) for person in scene.people]
+    worlds = {person.identity.world for _, person in people}
+    if len(worlds) != 1:
+        raise ValueError(f"people of the worlds {sorted(worlds)} cannot be rendered together: one world at a time")
+    forms, paints = _WORLDS[worlds.pop()]
     batch, fine = len(scenes), size * _SUPERSAMPLE
 
     def column(*values: float) -> Tensor:
         return torch.tensor(values, device=device)
 
     genes = traits(torch.stack([p.identity.vector for _, p in people]).to(device))
-    face = head.measure(genes, [p.expression for _, p in people])
+    face = forms.measure(genes, [p.expression for _, p in people])
     clothings = [p.clothing for _, p in people]
-    parts = head.build(genes, face, clothings)
+    parts = forms.build(genes, face, clothings)
     yaw, pitch, roll, x, y, half = (
         column(*(v for _, p in people for v in (p.yaw, p.pitch, p.roll, p.x, p.y, p.scale))).view(-1, 6).unbind(1)
     )
@@ -114,10 +122,12 @@ def render(scenes: list[Scene], size: int = 128, device: torch.device | str = "c
     local = (offset.unsqueeze(2) * frame).sum(1)
 
     normal = hits.normal.clone()
-    # Eyeballs share the face's smooth normals: light must not show where the two meet.
-    skin = ((material == head.SKIN) | (material == head.EYE)).nonzero().squeeze(1)
+    smoothed = material == head.SKIN
+    if forms is head:  # eyeballs share the face's smooth normals: light must not show where the two meet
+        smoothed |= material == head.EYE
+    skin = smoothed.nonzero().squeeze(1)
     owner_of_skin = person.index_select(0, skin)
-    smooth = shade.skin_normals(local.index_select(0, skin), *head.skin_volumes(genes, face), owner_of_skin)
+    smooth = paints.skin_normals(local.index_select(0, skin), *forms.skin_volumes(genes, face), owner_of_skin)
     normal[skin] = (turned.index_select(0, owner_of_skin) * smooth.unsqueeze(1)).sum(2)
 
     lights = [scene.light for scene in scenes]
@@ -134,9 +144,9 @@ def render(scenes: list[Scene], size: int = 128, device: torch.device | str = "c
     along = -(offset * towards).sum(1)
     nearest = (offset + along.unsqueeze(1) * towards).norm(dim=1)
     shadow = ((1.02 - nearest) / 0.35).clamp(0, 1) * (along > 0.2) * ~in_head * 0.75
-    table, names = shade.columns(genes, face, clothings)
-    colour = shade.paint(material, local, person, table, names)
-    colour = shade.light_up(colour, normal, material, towards, ambient[where], warmth[where], shadow)
+    table, names = paints.columns(genes, face, clothings)
+    colour = paints.paint(material, local, person, table, names)
+    colour = paints.light_up(colour, normal, material, towards, ambient[where], warmth[where], shadow)
 
     canvas = torch.zeros(batch * fine * fine, 4, device=device)
     canvas[hits.pixel] = torch.cat((colour, torch.ones_like(colour[:, :1])), 1)
@@ -154,7 +164,7 @@ def render(scenes: list[Scene], size: int = 128, device: torch.device | str = "c
     shares = F.avg_pool2d(instance.view(batch, fine, fine, MAX_PEOPLE).permute(0, 3, 1, 2), _SUPERSAMPLE)
     masks = shares > 0.5  # a pixel shared half and half belongs to nobody
 
-    five, all68 = head.landmarks(genes, face)
+    five, all68 = forms.landmarks(genes, face)
     points = torch.cat((five, all68, _face_box_points(genes, face)), 1)
     world = origin.unsqueeze(1) + scale * (points @ turned.transpose(1, 2))
     pixels = torch.stack(((world[..., 0] + 1) * size / 2, (1 - world[..., 1]) * size / 2), 2)

@@ -83,11 +83,12 @@ def _checked(name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def sample_scene(seed: int, identities: Sequence[int | Identity], **fixed: Any) -> Scene:
+def sample_scene(seed: int, identities: Sequence[int | Identity], world: int | None = None, **fixed: Any) -> Scene:
     """A random scene for one to three identities (seeds or `Identity`), left to right.
 
     `fixed` holds any of expression, clothing (one word, or one per person), background, style, yaw, pitch, roll,
-    scale: what is not fixed is drawn from `seed`. Raises ValueError for an unknown name or value.
+    scale: what is not fixed is drawn from `seed`. `world` is that of people given by their seeds, see
+    `sample_identity`. Raises ValueError for an unknown name or value.
     """
     if not 1 <= len(identities) <= MAX_PEOPLE:
         raise ValueError(f"a scene holds 1 to {MAX_PEOPLE} people, not {len(identities)}")
@@ -109,7 +110,7 @@ def sample_scene(seed: int, identities: Sequence[int | Identity], **fixed: Any) 
     low, high = {1: (0.70, 0.76), 2: (0.48, 0.52), 3: (0.34, 0.36)}[count]
     people = []
     for index, identity in enumerate(identities):
-        person = identity if isinstance(identity, Identity) else sample_identity(identity)
+        person = identity if isinstance(identity, Identity) else sample_identity(identity, world)
         slot = (2 * index + 1) / count - 1  # centres of `count` equal columns
         drawn = {
             "yaw": max(-25.0, min(25.0, rng.gauss(0, 10))),

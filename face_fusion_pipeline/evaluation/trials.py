@@ -133,5 +133,7 @@ def true_renders(trials: list[Trial], *, person_shift: int = 0, batch: int = 16)
 
 
 def with_others(scene: Scene, shift: int) -> Scene:
-    people = tuple(replace(p, identity=sample_identity(p.identity.seed + shift)) for p in scene.people)
+    people = tuple(
+        replace(p, identity=sample_identity(p.identity.seed + shift, p.identity.world)) for p in scene.people
+    )
     return replace(scene, people=people)

@@ -150,14 +150,14 @@ def encoded_window(window: range, base: BaseModel) -> Encoded:
     return rows, encode_pictures(base, images), encode_pictures(base, faces)
 
 
-def scenes(window: range) -> Iterator[Scene]:
+def scenes(window: range, world: int | None = None) -> Iterator[Scene]:
     """Training scenes; those of several people with people of whom the same window has portraits."""
-    planned = [plan("train", index, PER_IDENTITY) for index in window]
+    planned = [plan("train", index, PER_IDENTITY, world) for index in window]
     known = sorted({scene.people[0].identity.seed for scene in planned if len(scene.people) == 1})
     for scene in planned:
         together = min(len(scene.people), len(known))
         if together > 1:
-            yield sample_scene(scene.seed, random.Random(f"together {scene.seed}").sample(known, together))
+            yield sample_scene(scene.seed, random.Random(f"together {scene.seed}").sample(known, together), world)
         elif len(scene.people) == 1:
             yield scene
 

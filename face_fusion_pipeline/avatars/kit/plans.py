@@ -20,6 +20,9 @@ from ..dataset import PER_IDENTITY, plan
 from ..scene import Scene
 
 
+WORLD = 2
+
+
 class Planned(NamedTuple):
     """A window of scenes and the tokens (n, 2, tokens) of each one's plain and full caption."""
 
@@ -50,7 +53,7 @@ def _planned(task: tuple[str, str, int]) -> tuple[bytes, np.ndarray]:
     if folder not in _tokenizers:
         _tokenizers[folder] = CLIPTokenizer.from_pretrained(folder)
     window = range(number * WINDOW, (number + 1) * WINDOW)
-    found = list(scenes(window)) if split == "train" else [plan(split, index, PER_IDENTITY) for index in window]
+    found = list(scenes(window, WORLD)) if split == "train" else [plan(split, i, PER_IDENTITY, WORLD) for i in window]
     captions = list(chain.from_iterable((caption(scene), full_caption(scene)) for scene in found))
     tokens = _tokenizers[folder](captions, padding="max_length", truncation=True, return_tensors="np").input_ids
     # Tensors would each pass through a file of their own.
