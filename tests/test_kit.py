@@ -1,7 +1,7 @@
 """The kit that trains the avatar model from scenes drawn on the device."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +178,25 @@ def test_pairs_show_another_photo_of_the_same_person(start):
     alone = (data.identities[indices] >= 0).sum(1) == 1
     assert batch["others"][alone].isnan().all() and not batch["boxes"].isnan().any()
     assert (~batch["others"].isnan()).any((1, 2))[~alone].all()
+
+
+def test_made_up_scenes_are_laid_out_as_drawn_ones(start):
+    """Another layout in memory would be compiled anew, which takes a minute on a GPU."""
+    parts = load_parts(start, TINY)
+    parts.vae.to(memory_format=torch.channels_last)
+    planned = next(plan_windows(start / "tokenizer", "train"))
+    window = planned._replace(scenes=planned.scenes[:6], tokens=planned.tokens[:6])
+    drawn = draw_scenes([window], parts.latents, TINY.size, torch.device("cpu"), 6)
+    made = made_up(parts, TINY, 6, torch.device("cpu"))
+    for field in fields(drawn):
+        one, other = getattr(drawn, field.name), getattr(made, field.name)
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride()), field.name
+
+
+def test_a_warmed_run_waits_for_what_is_compiled(start, tmp_path):
+    times = Times(draw=0, base=0.3, faces=0, depth=0)
+    run(start, tmp_path, TINY, times, scenes=40, workers=1, warm=True)
+    assert (tmp_path / "unet").is_dir()
 
 
 def test_warming_up_trains_nothing_that_stays(start, capsys):

@@ -103,8 +103,9 @@ def _encoded(window: Planned, encode: Encode, size: int, device: torch.device) -
     for row, scene in enumerate(window.scenes):
         identities[row, : len(scene.people)] = torch.tensor([person.identity.seed for person in scene.people])
     return SceneTensors(
-        latents=latents.half(),
-        crops=references.half(),
+        # In the usual memory format: what is compiled ahead on made-up scenes is of use only for the same strides.
+        latents=latents.half().contiguous(),
+        crops=references.half().contiguous(),
         tokens=window.tokens.to(device),
         boxes=boxes,
         landmarks5=landmarks5,

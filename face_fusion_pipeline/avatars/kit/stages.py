@@ -13,6 +13,7 @@ import multiprocessing
 import shutil
 import time
 from dataclasses import dataclass, replace
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,10 @@ def run(model: Path, out: Path, preset: KitPreset, times: Times, scenes: int, wo
     began = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = [stage for stage in STAGES if times.of(stage) > 0]
-    warmer = None
-    if warm:
-        warmer = multiprocessing.get_context("spawn").Process(target=warm_up, args=(model, preset, wanted))
+    context = multiprocessing.get_context("spawn")
+    compiled = context.Semaphore(0)  # released once for each stage whose graphs are in the cache
+    warmer = context.Process(target=warm_up, args=(model, preset, wanted, compiled)) if warm else None
+    if warmer is not None:
         warmer.start()
     frozen = load_parts(model, preset).to(device)
     train_scenes = drawn(frozen, model, preset, "train", scenes, device, workers, began + times.draw)
@@ -77,6 +79,8 @@ def run(model: Path, out: Path, preset: KitPreset, times: Times, scenes: int, wo
             task = create_task(stage, frozen, unet.to(device), train_scenes, held_out, model, preset)
             if device.type == "cuda":
                 torch._dynamo.reset()  # what was compiled for another stage
+            while warmer is not None and not compiled.acquire(timeout=1) and warmer.is_alive():
+                pass  # to compile the same twice at once takes longer than to wait
             source = model if (model / "training.json").is_file() else None
             options = replace(preset.loops[stage], minutes=times.of(stage) / 60, steps=None)
             record = train_or_eager(task, options, out, source)
@@ -222,8 +226,11 @@ def create_task(
 # --- Compiling ahead ---------------------------------------------------------------------------------------------
 
 
-def warm_up(model: Path, preset: KitPreset, stages: list[str]) -> None:
-    """Take two steps of each training on made-up scenes: what was compiled for them is found by another process."""
+def warm_up(model: Path, preset: KitPreset, stages: list[str], compiled: Semaphore | None = None) -> None:
+    """Take two steps of each training on made-up scenes: what was compiled for them is found by another process.
+
+    `compiled` is released after each stage.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     if device.type == "cuda":
@@ -240,6 +247,8 @@ def warm_up(model: Path, preset: KitPreset, stages: list[str]) -> None:
             train(task, replace(preset.loops[stage], steps=2, minutes=None, resume="never"), scratch)
             torch._dynamo.reset()
             logger.warning("%s compiled ahead in %.0f s", stage, time.monotonic() - began)
+            if compiled is not None:
+                compiled.release()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
