@@ -80,6 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recognition.add_argument("--identities", type=_positive, default=100, help="test people (default: 100)")
     recognition.add_argument("--portraits", type=_positive, default=4, help="portraits of each (default: 4)")
     recognition.add_argument("--seed", type=int, default=0)
+    recognition.add_argument("--size", type=int, default=128, help="pixels of a portrait's side (default: 128)")
+    recognition.add_argument("--world", type=int, choices=(1, 2), help="world of the avatars (default: the model's)")
 
     train = actions.add_parser("train-judges", help="train the classifiers and the recogniser that measure avatars")
     train.add_argument("--data", type=Path, required=True, help="dataset folder with train and validation")
@@ -334,9 +336,8 @@ def _recognition(args: argparse.Namespace) -> tuple[dict, str]:
     from ..evaluation.reports import markdown_table
 
     recognisers: list[Recogniser] = [*load_recognisers(args.recogniser, args.recognisers), load_judges()]
-    result = measure_recognition(
-        recognisers, _detector(args), identities=args.identities, portraits=args.portraits, seed=args.seed
-    )
+    asked = {name: getattr(args, name) for name in ("identities", "portraits", "seed", "size", "world")}
+    result = measure_recognition(recognisers, _detector(args), **asked)
     detected = result.get("auc_detected", {})
     rows = [[f"{name}: AUC", auc, detected.get(name)] for name, auc in result["auc"].items()]
     rows += [

@@ -27,6 +27,8 @@ def measure_recognition(
     identities: int = 100,
     portraits: int = 4,
     seed: int = 0,
+    size: int = 128,
+    world: int | None = None,
 ) -> dict[str, Any]:
     """AUC of same against different people, over near-frontal photographs with any expression, light and clothes.
 
@@ -34,18 +36,19 @@ def measure_recognition(
     finds none). "coarse": what is left of likeness when one of two pictures has a quarter of the resolution, as share
     of the way from different people to the same one; it says how fine the differences are that a recogniser goes by.
     For the detector: share of faces found, share of those with IoU >= 0.5 against the true box, mean IoU.
+    `size` is in pixels, `world` as for `sample_identity`.
     """
     rng = np.random.default_rng(seed)
     people = np.repeat(np.arange(FIRST_TEST_IDENTITY, FIRST_TEST_IDENTITY + identities), portraits)
     yaws = rng.uniform(-NEAR_FRONTAL, NEAR_FRONTAL, len(people))
     seeds = rng.integers(1 << 50, size=len(people))
     draws = zip(seeds.tolist(), people.tolist(), yaws.tolist(), strict=True)
-    scenes = [sample_scene(scene_seed, [person], style="photo", yaw=yaw) for scene_seed, person, yaw in draws]
-    parts = [render(scenes[start : start + 16]) for start in range(0, len(scenes), 16)]
+    scenes = [sample_scene(scene_seed, [person], world, style="photo", yaw=yaw) for scene_seed, person, yaw in draws]
+    parts = [render(scenes[start : start + 16], size) for start in range(0, len(scenes), 16)]
     images = torch.cat([part.images.cpu() for part in parts])
     landmarks = torch.stack([points[0].cpu() for part in parts for points in part.landmarks5])
     boxes = np.stack([box[0].cpu().numpy() for part in parts for box in part.boxes])
-    result: dict[str, Any] = {"identities": identities, "images": len(images), "seed": seed}
+    result: dict[str, Any] = {"identities": identities, "images": len(images), "seed": seed, "size": size}
     found = {r.name: r.embed(images, landmarks) for r in recognisers}
     result["auc"] = {name: verification_auc(rows, people) for name, rows in found.items()}
     blurred = coarse(images, COARSE)
