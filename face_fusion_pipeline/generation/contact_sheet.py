@@ -11,11 +11,12 @@ GAP, BAR = 8, 28  # pixels between cells, and of the bar above them that carries
 SMALLEST_CELL, LARGEST_CELL = 256, 512
 
 
-def contact_sheet(columns: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+def contact_sheet(columns: Mapping[str, Sequence[Image.Image]], rows: Sequence[str] = ()) -> Image.Image:
     """Labelled columns of pictures side by side, first picture on top.
 
     Args:
         columns: label -> pictures, of any sizes and numbers; cells are squares between 256 and 512 pixels.
+        rows: labels of the rows, written into the last column's pictures.
 
     Returns:
         RGB image on white.
@@ -24,14 +25,18 @@ def contact_sheet(columns: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
     if not pictures:
         raise ValueError("a contact sheet needs at least one picture")
     cell = min(max(SMALLEST_CELL, *(max(picture.size) for picture in pictures)), LARGEST_CELL)
-    rows = max(len(column) for column in columns.values())
-    sheet = Image.new("RGB", (GAP + len(columns) * (cell + GAP), BAR + rows * (cell + GAP)), "white")
+    count = max(len(column) for column in columns.values())
+    sheet = Image.new("RGB", (GAP + len(columns) * (cell + GAP), BAR + count * (cell + GAP)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
     for x, (label, column) in zip(range(GAP, sheet.width, cell + GAP), columns.items(), strict=False):
         draw.text((x + cell / 2, BAR / 2), label, fill="black", font=font, anchor="mm")
         for y, picture in zip(range(BAR, sheet.height, cell + GAP), column, strict=False):
             fitted = ImageOps.contain(picture.convert("RGB"), (cell, cell), Image.Resampling.LANCZOS)
             sheet.paste(fitted, (x + (cell - fitted.width) // 2, y + (cell - fitted.height) // 2))
+    for y, label in zip(range(BAR + cell, sheet.height, cell + GAP), rows, strict=False):
+        where = (sheet.width - GAP - 6, y - 6)
+        draw.rectangle(draw.textbbox(where, label, font=font, anchor="rd"), fill="white")
+        draw.text(where, label, fill="black", font=font, anchor="rd")
     return sheet
 
 
