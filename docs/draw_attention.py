@@ -39,6 +39,7 @@ def generate() -> tuple[Image.Image, Image.Image, dict[str, Any], AttentionRecor
     """Reference, result, the boxes XYXY that are looked from, and the record of the attention."""
     pipe = StableDiffusionFaceFusionPipeline.from_pretrained(embedded_model())
     pipe.load_face_fusion_adapter(embedded_model())
+    pipe.face_defaults = None  # one reference, in the attention that the paper is about
     pipe.set_progress_bar_config(disable=True)
     face = prepare_face(portrait(PERSON))
 

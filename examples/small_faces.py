@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from face_fusion_pipeline import LateGuidance, StableDiffusionFaceFusionPipeline, embedded_model, prepare_face
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model, prepare_face
 from face_fusion_pipeline.generation.contact_sheet import contact_sheet
 
 
@@ -24,8 +24,7 @@ def main(ada: str, bob: str, prompt: str, of_ada: str, of_bob: str, steps: int =
 
     faces = [prepare_face(ada), prepare_face(bob)]
     people = [pipe.encode_face(face) for face in faces]
-    common = {"face_image": people, "num_inference_steps": steps, "guidance_scale": 4.0}
-    common |= {"callback_on_step_end": LateGuidance(2.0), "generator": torch.Generator().manual_seed(0)}
+    common = {"face_image": people, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
     result = pipe(prompt, face_boxes=[LEFT, RIGHT], **common)
     again = pipe.refine_faces(result.images, [of_ada, of_bob], face_boxes=result.face_boxes, **common)
     columns = {"Ada": faces[:1], "Bob": faces[1:], "at once": result.images, "faces drawn again": again}

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 # Imported when first asked for: `import face_fusion_pipeline` stays instant for the command line.
 _EXPORTS = {
     "AdapterMetadata": "face_adapter",
+    "FaceDefaults": "face_defaults",
     "FaceFusionAdapter": "face_adapter",
     "create_adapter": "face_adapter",
     "embedded_model": "avatar_model",

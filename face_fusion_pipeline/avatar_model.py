@@ -1,13 +1,17 @@
-"""Where the avatar model that comes with the package lies, and how it is asked best."""
+"""Where the avatar model that comes with the package lies, and how models of avatars are asked best."""
 
 from importlib import resources
 from pathlib import Path
 
+from .face_defaults import FaceDefaults
 from .face_errors import ModelNotFoundError
 
 
-GUIDANCE, LATE_GUIDANCE = 4.0, 2.0  # the latter in the clear half of the timesteps; figures in docs/figures.md
-FACE_MODE = "both"  # likeness in docs/method.md
+# What `avatars-publish` writes into the folder of a model of avatars that says nothing itself. Figures of guidance are
+# in docs/figures.md, those of mode and mirrored photo in docs/method.md.
+AVATAR_DEFAULTS = FaceDefaults(
+    guidance_scale=4.0, late_guidance=2.0, num_inference_steps=25, face_mode="both", face_mirrored=True
+)
 
 
 def embedded_model() -> Path:

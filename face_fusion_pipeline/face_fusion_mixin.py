@@ -23,9 +23,9 @@ from .face_attention import (
     reference_log_weights,
 )
 from .face_axes import face_axes, is_identity, per_person, weights_per_person
+from .face_defaults import FACE_MODES
 from .face_errors import FaceAxesError, FaceFusionError, IdentityMismatchError, InvalidPromptError
 from .face_identity import (
-    FACE_MODES,
     MODE_WITH_WEIGHTS,
     FaceIdentity,
     capture_hidden_states,
@@ -51,6 +51,7 @@ from .face_layout import (
 from .face_loader_mixin import FaceLoaderMixin, check_scale, check_window
 from .face_ownership import own_thread, sole_use
 from .face_self_attention import SelfAttentionReference
+from .late_guidance import LateGuidance
 
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,9 @@ class FaceFusionMixin(FaceLoaderMixin):
 
     Put it before the pipeline class: `class Mine(FaceFusionMixin, StableDiffusionPipeline)`. Without a face, or with
     scale 0, a call is exactly the pipeline's own.
+
+    A model may recommend settings (`face_fusion_defaults.json` in its folder): `face_defaults` has them, and a call
+    uses them for what it is not told. None: there are none, or they are not wanted.
 
     One call with faces at a time uses a UNet; a second one is refused, in another thread and in a callback. Calls
     without faces in other threads, also of stock pipelines on the same UNet, go their own way.
@@ -92,6 +96,7 @@ class FaceFusionMixin(FaceLoaderMixin):
         face_mode: str | None = None,
         face_resolution: int | None = None,
         self_attention: SelfAttentionReference | None = None,
+        mirrored: bool | None = None,
     ) -> FaceIdentity:
         """Encode one or several face crops of one person into an identity that any later call can take.
 
@@ -99,15 +104,18 @@ class FaceFusionMixin(FaceLoaderMixin):
             images: see `face_identity.face_tensors`; already cropped to the face.
             weights: one number >= 0 for each image, equal by default; only ratios matter (a morph slider).
             face_mode: `"adapter"`, trained weights at the cross-attention (the paper); `"training-free"`, the model's
-                own at the self-attention; `"both"`; or `None`, with the adapter if one is loaded.
+                own at the self-attention; `"both"`; or `None`: as the model recommends, else with an adapter that is
+                loaded.
             face_resolution: side in pixels, default the adapter's, else the UNet's own.
             self_attention: what the self-attention sees of the face in the latter two modes, and how strongly.
+            mirrored: show each image mirrored as well, with the same weight. Default: a single image, if the model
+                recommends that.
 
         Raises:
             FaceFusionError: bad image, weight, mode or resolution; or the UNet is in use by another call with faces.
         """
         with sole_use(self.unet):
-            return self._encode_face(images, weights, face_mode, face_resolution, self_attention)
+            return self._encode_face(images, weights, face_mode, face_resolution, self_attention, mirrored)
 
     @torch.no_grad()
     def _encode_face(
@@ -117,6 +125,7 @@ class FaceFusionMixin(FaceLoaderMixin):
         face_mode: str | None,
         face_resolution: int | None,
         self_attention: SelfAttentionReference | None = None,
+        mirrored: bool | None = None,
     ) -> FaceIdentity:
         mode = self._face_mode(face_mode)
         adapter = self._face_adapter if mode != "training-free" else None
@@ -137,7 +146,11 @@ class FaceFusionMixin(FaceLoaderMixin):
         cells: dict[str, Tensor] = {}
         # One by one, for an image encodes the same in any company; first all through the VAE: where models take turns
         # on a GPU, each of them comes once.
-        encoded = [encode_latents(self.vae, pixels.to(device)) for pixels in face_tensors(images, int(resolution))]
+        pictures = face_tensors(images, int(resolution))
+        if mirrored is None:
+            mirrored = len(pictures) == 1 and self.face_defaults is not None and bool(self.face_defaults.face_mirrored)
+        pictures += [pixels.flip(-1) for pixels in pictures] if mirrored else []
+        encoded = [encode_latents(self.vae, pixels.to(device)) for pixels in pictures]
         for latents in encoded:
             keys_and_values: KeysAndValues = {}
             for (timestep, seed), kinds in passes.items():
@@ -161,13 +174,15 @@ class FaceFusionMixin(FaceLoaderMixin):
             self_attention=own,
             cells=cells,
         )
-        return identity.with_weights(weights)
+        return identity.with_weights(weights if weights is None or not mirrored else twice(weights))
 
     def _face_mode(self, face_mode: str | None) -> str:
         if face_mode not in (None, *FACE_MODES):
             raise FaceFusionError(f"face_mode must be one of {', '.join(FACE_MODES)} or None, got {face_mode!r}")
         if face_mode in ("adapter", "both") and self._face_adapter is None:
             raise FaceFusionError(f"face_mode={face_mode!r} needs weights; call `load_face_fusion_adapter(...)` first")
+        if face_mode is None and self._face_adapter is not None and self.face_defaults is not None:
+            face_mode = self.face_defaults.face_mode
         return face_mode or ("training-free" if self._face_adapter is None else MODE_WITH_WEIGHTS)
 
     def _default_resolution(self) -> int:
@@ -184,10 +199,16 @@ class FaceFusionMixin(FaceLoaderMixin):
         return self.encode_prompt("", device, 1, False)[0]
 
     def _identity(
-        self, face: Any, weights: Any, face_mode: str | None, resolution: int | None, self_scale: float | None
+        self,
+        face: Any,
+        weights: Any,
+        face_mode: str | None,
+        resolution: int | None,
+        self_scale: float | None,
+        mirrored: bool | None = None,
     ) -> FaceIdentity:
         if not is_identity(face):
-            identity = self._encode_face(face, weights, face_mode, resolution)
+            identity = self._encode_face(face, weights, face_mode, resolution, mirrored=mirrored)
             return identity if self_scale is None else identity.with_self_scale(self_scale)
         if face_mode is not None and face_mode != face.mode:
             raise IdentityMismatchError(f"the identity was encoded for {face.mode!r}, not {face_mode!r}")
@@ -213,6 +234,7 @@ class FaceFusionMixin(FaceLoaderMixin):
         face_end: float = 1.0,
         face_mode: str | None = None,
         face_resolution: int | None = None,
+        face_mirrored: bool | None = None,
         face_boxes: Any = None,
         face_masks: Any = None,
         face_layout: Any = None,
@@ -225,7 +247,8 @@ class FaceFusionMixin(FaceLoaderMixin):
         """Generate as the underlying pipeline does, with people's faces fused in.
 
         Args:
-            prompt, args, kwargs: those of the underlying pipeline.
+            prompt, args, kwargs: those of the underlying pipeline. Guidance and steps that are not given are those of
+                `face_defaults`, where a model recommends any; `guidance_scale` that is given is that of all steps.
             face_image: `None` (the plain pipeline), a [`FaceIdentity`], one or several face crops of one person (see
                 [`encode_face`]), or a list of these for several people: `[[ada_1, ada_2], [bob]]`. One level deeper,
                 each prompt has its own people. See `face_axes`.
@@ -234,7 +257,7 @@ class FaceFusionMixin(FaceLoaderMixin):
                 which `face_scale` multiplies. Default: that of the identity, see `SelfAttentionReference`.
             face_weights: one number for each image, see [`encode_face`]; of several people one such list each.
             face_start, face_end: step i of n sees the faces where face_start <= i / n < face_end.
-            face_mode, face_resolution: see [`encode_face`].
+            face_mode, face_resolution, face_mirrored: see [`encode_face`].
             face_boxes: where each person's face goes: XYXY in pixels of the output, one for each person, or one such
                 list for each prompt. The person's mask is the box enlarged 1.6 times.
             face_masks: instead of boxes one mask for each person, image or array (H, W).
@@ -261,6 +284,7 @@ class FaceFusionMixin(FaceLoaderMixin):
             raise InvalidPromptError(f"the prompt must be text or a list of texts, got {prompt!r}")
         check_window(face_start, face_end)
         plain = super().__call__  # type: ignore[misc]
+        kwargs |= self._recommended(inspect.signature(plain).bind(prompt, *args, **kwargs))
         bound = inspect.signature(plain).bind(prompt, *args, **kwargs)
         check_names(bound)
         bound.apply_defaults()
@@ -281,7 +305,10 @@ class FaceFusionMixin(FaceLoaderMixin):
         with sole_use(self.unet):
             weights = weights_per_person(face_weights, faces)
             people = [
-                [self._identity(f, w, face_mode, face_resolution, s) for f, w, s in zip(*cast, strict=True)]
+                [
+                    self._identity(f, w, face_mode, face_resolution, s, face_mirrored)
+                    for f, w, s in zip(*cast, strict=True)
+                ]
                 for cast in zip(faces, weights, self_scales, strict=True)
             ]
             layouts = self._layouts(placement, [len(cast) for cast in people], bound, plain)
@@ -295,6 +322,31 @@ class FaceFusionMixin(FaceLoaderMixin):
             result["face_boxes"] = [layout.boxes for layout in of_images]
             result["face_boxes_source"] = sources[0] if len(set(sources)) == 1 else sources
         return result
+
+    def _recommended(self, bound: inspect.BoundArguments) -> dict[str, Any]:
+        """What the model recommends of those arguments of the underlying pipeline that `bound` was not given."""
+        defaults, known = self.face_defaults, bound.signature.parameters
+        if defaults is None:
+            return {}
+        given = bound.arguments
+        added = {
+            name: getattr(defaults, name)
+            for name in ("num_inference_steps", "guidance_scale")
+            if name in known and name not in given and getattr(defaults, name) is not None
+        }
+        late, user = defaults.late_guidance, given.get("callback_on_step_end")
+        if late is None or "guidance_scale" not in added or "callback_on_step_end" not in known:
+            return added
+        if isinstance(user, (PipelineCallback, MultiPipelineCallbacks)):
+            return added  # one that may change guidance itself, as `LateGuidance` does
+        later = LateGuidance(late)
+        if user is None:
+            return added | {"callback_on_step_end": later}
+
+        def both(pipe: Any, step: int, timestep: int, tensors: dict[str, Tensor]) -> Any:
+            return user(pipe, step, timestep, later(pipe, step, timestep, tensors))
+
+        return added | {"callback_on_step_end": both}
 
     # --- Where people are ----------------------------------------------------------------------------------------
 
@@ -528,6 +580,12 @@ def unet_input(latents: Tensor, channels: int) -> Tensor:
 def check_self_scale(scale: Any, name: str) -> float | None:
     """As [`check_scale`]; None is the identity's own."""
     return None if scale is None else check_scale(scale, name)
+
+
+def twice(weights: Any) -> list[Any]:
+    """The weights of images, then those of the same images mirrored."""
+    values = weights.flatten().tolist() if hasattr(weights, "flatten") else weights
+    return [*values, *values] if isinstance(values, (list, tuple)) else [values, values]
 
 
 def check_names(bound: inspect.BoundArguments) -> None:

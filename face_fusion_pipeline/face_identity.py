@@ -22,6 +22,7 @@ from .face_attention import (
     is_ip_adapter_processor,
     reference_log_weights,
 )
+from .face_defaults import FACE_MODES
 from .face_errors import FaceFusionError, IdentityMismatchError, InvalidScaleError, UnreadableImageError
 from .face_ownership import OwnThread, own_thread
 from .face_pictures import upright_rgb
@@ -30,7 +31,6 @@ from .face_self_attention import WHOLE_AND_CLEAN, SelfAttentionReference
 
 IDENTITY_FORMAT = "face-fusion-identity"
 WITHOUT_SELF_ATTENTION, WITH_SELF_ATTENTION = "1", "2"  # format versions; all of an adapter alone is in the first
-FACE_MODES = ("adapter", "training-free", "both")
 MODE_WITH_WEIGHTS = "adapter"  # the mode where weights are loaded and none is asked for: the paper
 NOISE_SEED = 0
 

@@ -20,6 +20,7 @@ from .face_adapter import (
     save_adapter,
 )
 from .face_attention import attention_layers
+from .face_defaults import DEFAULTS_NAME, FaceDefaults, loaded_defaults
 from .face_errors import AdapterMismatchError, FaceFusionError, InvalidScaleError, ModelNotFoundError
 
 
@@ -71,24 +72,43 @@ class FaceLoaderMixin:
     maybe_free_model_hooks: Any
     set_progress_bar_config: Any
 
+    face_defaults: FaceDefaults | None = None  # of the model's folder, for calls that do not say otherwise
     _interrupt: bool
     _face_adapter: FaceFusionAdapter | None = None
     _face_layer_scales: float | dict[str, float] = 1.0
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As diffusers' `from_pipe`; from another Face Fusion pipeline adapter and layer scales come along, too."""
+        """As diffusers' `from_pipe`; from another Face Fusion pipeline come adapter, scales and defaults, too."""
         new = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
         if not (hasattr(new, "_face_adapter") and hasattr(pipeline, "_face_adapter")):
             return new
+        new.face_defaults = pipeline.face_defaults
         if new.unet is pipeline.unet:
             new._face_adapter, new._face_layer_scales = pipeline._face_adapter, pipeline._face_layer_scales
         elif pipeline._face_adapter is not None:
             logger.warning("the new pipeline has another UNet and so no adapter: load one that was trained for it")
         return new
 
+    def register_to_config(self, **kwargs: Any) -> None:
+        """As diffusers'; `from_pretrained` ends with it and the model's name, however it was called, also by way of
+        `custom_pipeline`: then the model's defaults are read."""
+        super().register_to_config(**kwargs)  # type: ignore[misc]
+        if name := kwargs.get("_name_or_path"):
+            self.face_defaults = loaded_defaults(str(name), self.components)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As diffusers'; the model's defaults lie beside it. Those of another model that lay there are removed."""
+        if not os.path.isfile(save_directory):  # diffusers says so in a moment
+            os.makedirs(save_directory, exist_ok=True)
+            if self.face_defaults is not None:  # first: diffusers may upload the folder at its end
+                self.face_defaults.save(save_directory)
+            elif os.path.isfile(beside := os.path.join(save_directory, DEFAULTS_NAME)):
+                os.remove(beside)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
     def as_pipeline(self, pipeline_class: Any) -> Any:
-        """Another Face Fusion pipeline that does a part of this one's work: same components, adapter and layer scales.
+        """Another Face Fusion pipeline for a part of this one's work: same components, adapter, scales and defaults.
 
         Unlike `from_pipe` it takes any VAE, leaves offloading to this pipeline, and stops where this one is told to
         (`_interrupt`).
@@ -97,6 +117,7 @@ class FaceLoaderMixin:
         parts = {name: part for name, part in self.components.items() if name in wanted}
         new = pipeline_class(**parts | {"requires_safety_checker": self.config.requires_safety_checker})
         new._face_adapter, new._face_layer_scales = self._face_adapter, self._face_layer_scales
+        new.face_defaults = self.face_defaults
         new.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         new.maybe_free_model_hooks = self.maybe_free_model_hooks
         new._outer, self._interrupt = self, False  # what stopped an earlier call does not stop this one

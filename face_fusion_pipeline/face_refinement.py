@@ -38,7 +38,7 @@ def refine_faces(
     places = None if face_boxes is None else Placement(boxes=face_boxes).per_prompt()
     if places is not None and len(places) not in (1, len(pictures)):
         raise FaceAxesError(f"face_boxes for {len(places)} pictures, but there are {len(pictures)}")
-    check_strength(DEFAULT_STRENGTH if strength is None else strength, kwargs.get("num_inference_steps", 50))
+    check_strength(DEFAULT_STRENGTH if strength is None else strength, steps_of(pipe, kwargs))
     inner = pipe.as_pipeline(StableDiffusionImg2ImgFaceFusionPipeline)
     refined = []
     for index, picture in enumerate(pictures):
@@ -57,6 +57,12 @@ def refine_faces(
         boxes = [check_box(box, picture.height, picture.width) for box in boxes]
         refined.append(_refined(inner, picture, prompts, cast, boxes, strength, own))
     return refined
+
+
+def steps_of(pipe: Any, arguments: dict[str, Any]) -> Any:
+    """The number of steps of a call: given, or recommended by the model, or diffusers' own."""
+    recommended = pipe.face_defaults.num_inference_steps if pipe.face_defaults is not None else None
+    return arguments.get("num_inference_steps", recommended or 50)
 
 
 def check_strength(strength: Any, steps: Any) -> None:

@@ -17,6 +17,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 from .face_adapter import FaceFusionAdapter, create_adapter, face_fused_unet
 from .face_attention import FaceFusionAttnProcessor
 from .face_axes import face_axes
+from .face_defaults import FaceDefaults
 from .face_depth import ControlKind, DepthEstimator
 from .face_errors import FaceFusionError
 from .face_fusion_mixin import FaceFusionMixin
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # not always needed, but the loader has to find their names h
 
 
 __all__ = [
+    "FaceDefaults",
     "FaceFusionAdapter",
     "FaceFusionAttnProcessor",
     "FaceFusionError",

@@ -43,6 +43,7 @@ from face_fusion_pipeline.app.results import save_archive, save_picture, save_sh
 from face_fusion_pipeline.app.session import Sessions
 from face_fusion_pipeline.cli import app as app_command
 from face_fusion_pipeline.cli import main
+from face_fusion_pipeline.face_defaults import FaceDefaults
 from face_fusion_pipeline.face_errors import IdentityMismatchError
 from face_fusion_pipeline.face_images import locate_face
 from face_fusion_pipeline.generation.loading import controlnet_beside, load_pipeline
@@ -518,6 +519,7 @@ def test_the_page_fits_the_model() -> None:
         assert len(icons) == len(draw_examples(sessions.examples))
         assert all(Path(icon["path"]).is_relative_to(sessions.root) and Path(icon["path"]).is_file() for icon in icons)
         engine.pipe.register_modules(controlnet=tiny_controlnet(engine.pipe.unet))
+        engine.pipe.face_defaults = FaceDefaults(vocabulary={"places": ("garden", "library")})
         with_control = build_app(Engine(engine.pipe, None, None, engine.detector), sessions).get_config_file()
     sessions.close()
 
@@ -527,6 +529,8 @@ def test_the_page_fits_the_model() -> None:
 
     styles = [[choice[0] for choice in widget(page, label="Style")["choices"]] for page in (config, with_control)]
     assert "oil painting" in styles[0] and "oil painting" not in styles[1]  # the avatars know their own styles only
+    texts = [str([part["props"].get("value") for part in of["components"]]) for of in (config, with_control)]
+    assert "garden, library" in texts[1] and "garden, library" not in texts[0]
     depth = {"label": "Follow the depth of this picture"}
     assert not widget(config, **depth)["visible"] and widget(with_control, **depth)["visible"]
     assert widget(config, label="Denoising steps")["value"] == 9

@@ -23,6 +23,8 @@ gr = pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradi
 from face_fusion_pipeline.app.handlers import Handlers  # noqa: E402  without Gradio these tests skip
 from face_fusion_pipeline.app.page import build_page  # noqa: E402
 from face_fusion_pipeline.app.person_handlers import PersonHandlers  # noqa: E402
+from face_fusion_pipeline.avatar_model import AVATAR_DEFAULTS  # noqa: E402
+from face_fusion_pipeline.face_defaults import FaceDefaults  # noqa: E402
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ class Page:
     def __init__(self, engine: Engine, photo: Path) -> None:
         self.engine, self.sessions = engine, Sessions()
         with gr.Blocks():
-            self.widgets = w = build_page([], 1.0, 2, True, True)
+            self.widgets = w = build_page([], 1.0, 2, AVATAR_DEFAULTS, True)
         self.handlers = Handlers(engine, self.sessions, w)
         self.request: Any = type("Request", (), {"session_hash": "ada"})()
         self.values = {widget: getattr(widget, "value", None) for widget in self.handlers.form_inputs()}
@@ -139,6 +141,18 @@ def test_depth_is_estimated_once_for_all_pictures(page: Page, monkeypatch: pytes
     identity = page.engine.identity(form.people[0])[1]
     assert len(list(page.engine.run(form, [identity], lambda *_: None, lambda: False))) == 2
     assert len(estimated) == 1 and given == ["L", "L"]
+
+
+def test_words_that_the_model_does_not_know_are_named(page: Page) -> None:
+    w = page.widgets
+    page.values[w.prompt] = "a gardn"
+    for vocabulary, shown in (
+        (None, ""),
+        ({"places": ("a garden",)}, "The model does not know “gardn” (nearest: “garden”)"),
+    ):
+        page.engine.pipe.face_defaults = FaceDefaults(vocabulary=vocabulary)
+        beside = page.handlers.start(page.values, page.request)[w.messages["prompt"]]
+        assert (shown in beside.value) and bool(beside.value) is bool(shown) and beside.visible is bool(shown)
 
 
 @pytest.mark.parametrize("late", [False, True])

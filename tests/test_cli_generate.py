@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,7 @@ from PIL import Image
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter, save_adapter
 from face_fusion_pipeline.cli import commands, main
 from face_fusion_pipeline.cli import generate as generate_command
-from face_fusion_pipeline.face_identity import FACE_MODES
-from face_fusion_pipeline.generation import arguments as generate_arguments
+from face_fusion_pipeline.face_defaults import FaceDefaults
 from face_fusion_pipeline.generation.contact_sheet import contact_sheet, save_png
 
 
@@ -134,13 +134,35 @@ def test_the_avatars_are_asked_as_they_were_measured(
     args = parser.parse_args(["--face=f.png", "--prompt=a cat", "--out=out", *words])
     generate_command.set_defaults(args)
     assert (args.guidance, args.late_guidance) == guidance and args.mirror is mirror
-    assert args.mode == (None if args.model else "both")
+    assert args.mode is None  # the pipeline knows what it recommends and whether it has weights
     args = parser.parse_args(["--face=f.safetensors", "--prompt=a cat", "--out=out"])
     generate_command.set_defaults(args)
     assert args.mirror is False and args.mode is None  # encoded already
     args = parser.parse_args(["--face=f.png", "--prompt=a cat", "--out=out", "--mode=adapter"])
     generate_command.set_defaults(args)
     assert args.mode == "adapter"
+
+
+def test_a_model_is_asked_as_it_recommends_and_says_which_words_it_does_not_know(
+    generate: Any, model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model, tmp_path / "own")
+    vocabulary = {"animals": ("a cat", "dog")}
+    FaceDefaults(guidance_scale=3.0, late_guidance=1.5, face_mirrored=True, vocabulary=vocabulary).save(
+        tmp_path / "own"
+    )
+    status, out, err = generate("--no-detect", "--no-sheet", "--json", model=tmp_path / "own", prompt="a caat")
+    made = json.loads(out)
+    assert status == 0 and (made["guidance"], made["late_guidance"], made["mirror"]) == (3.0, 1.5, True)
+    assert len([line for line in err.splitlines() if "does not know “caat” (nearest: “cat”)" in line]) == 1
+    given = {"model": tmp_path / "own", "prompt": "a cat", "guidance": 4, "out": tmp_path / "given"}
+    status, out, err = generate("--no-detect", "--no-sheet", "--json", "--no-mirror", **given)
+    made = json.loads(out)
+    assert status == 0 and (made["guidance"], made["late_guidance"], made["mirror"]) == (4.0, None, False)
+    assert "does not know" not in err
+    (tmp_path / "own" / "face_fusion_defaults.json").write_text('{"face_mode": "x"}')
+    status, _, err = generate("--no-detect", model=tmp_path / "own")
+    assert status == 2 and "face_fusion_defaults.json: face_mode must be one of" in err
 
 
 def test_small_faces_are_drawn_again(generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +259,6 @@ def test_modes(generate: Any, tmp_path: Path) -> None:
     assert not np.array_equal(made["both", 2], made["both", None])
     status, _, err = generate("--no-detect", mode="both")
     assert status == 2 and "face_mode='both' needs weights" in err
-    assert generate_arguments.MODES == FACE_MODES
 
 
 def test_detected_face(generate: Any, tmp_path: Path, test_data: Path) -> None:

@@ -1,12 +1,16 @@
 """Publishing a trained model: the parts without logs, a card with the records, and nothing half done."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from face_fusion_pipeline.avatar_model import AVATAR_DEFAULTS
+from face_fusion_pipeline.avatars.caption import vocabulary
 from face_fusion_pipeline.cli import main
+from face_fusion_pipeline.face_defaults import DEFAULTS_NAME, FaceDefaults, read_defaults
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
 from face_fusion_pipeline.training import publish
 
@@ -152,3 +156,19 @@ def test_a_controlnet_goes_along_within_a_limit_of_its_own(trained, tmp_path, mo
     (trained / "controlnet").rename(tmp_path / "elsewhere")
     publish.publish(trained, tmp_path / "out", [])
     assert not (tmp_path / "out" / "controlnet").exists()
+
+
+def test_what_the_model_recommends_goes_along(trained, tmp_path):
+    """A model that says nothing gets what suits models of avatars; wrong settings change nothing."""
+    out = tmp_path / "out"
+    publish.publish(trained, out, [])
+    assert read_defaults(out) == replace(AVATAR_DEFAULTS, vocabulary=vocabulary())
+    own = FaceDefaults(guidance_scale=3.0)
+    own.save(trained)
+    publish.publish(trained, out, [])
+    own = replace(own, vocabulary=vocabulary())
+    assert read_defaults(out) == own
+    (trained / DEFAULTS_NAME).write_text('{"guidance_scale": "much"}')
+    with pytest.raises(FaceFusionError, match="guidance_scale must be a number"):
+        publish.publish(trained, tmp_path / "other", [])
+    assert read_defaults(out) == own and not (tmp_path / "other").exists()

@@ -157,7 +157,7 @@ def test_the_committed_card_is_that_of_the_embedded_model() -> None:
     parts = json.loads((embedded_model() / "model_index.json").read_text())
     files = repository.repository_files(CARD)
     parts = [name for name, value in parts.items() if isinstance(value, list) and value[0] is not None]
-    assert "unet" in parts
+    assert "unet" in parts and "face_fusion_defaults.json" in files
     for part in parts:
         assert any(name.startswith(f"{part}/") for name in files), part
 

@@ -89,9 +89,10 @@ def test_the_app_marks_pictures_and_sheet(wanted: bool, monkeypatch: pytest.Monk
     gr = pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
     from face_fusion_pipeline.app.handlers import Handlers
     from face_fusion_pipeline.app.page import build_page
+    from face_fusion_pipeline.face_defaults import FaceDefaults
 
     with gr.Blocks():
-        widgets = build_page([], 1.0, 25, True, False)
+        widgets = build_page([], 1.0, 25, FaceDefaults(), False)
     with Image.open(IMAGES / "reference.png") as image:
         picture = image.convert("RGB")
     made = [Picture(picture, picture, None, False, {"description": "AI"})]

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..face_adapter import unet_fingerprint
+from ..face_defaults import FaceDefaults
 from ..face_depth import control_depth
 from ..face_detectors import FaceDetector, load_detector
 from ..face_errors import FaceFusionError, InvalidLayoutError, NoFaceError, SeveralFacesError
@@ -82,6 +83,11 @@ class Engine:
             return side, side
         width, height = (max(1, round(length * side / max(shape) / 8)) * 8 for length in shape)
         return width, height
+
+    @property
+    def defaults(self) -> FaceDefaults:
+        """What the model recommends; nothing, if it says nothing."""
+        return self.pipe.face_defaults or FaceDefaults()
 
     @property
     def has_control(self) -> bool:

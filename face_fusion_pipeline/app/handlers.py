@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from ..face_errors import FaceFusionError
+from ..prompt_words import unknown_words_line
 from .engine import CancelledError, Engine
 from .form import ONLY_FACE, FieldError, Form, PersonForm, whole_number
 from .page import Widgets
@@ -111,9 +112,11 @@ class Handlers:
         kept = {f"person_{number}" for number in session.identities}  # the words that one is loaded
         cleared = {beside: message("") for name, beside in w.messages.items() if name not in kept}
         try:
-            self.read_form(values, session)
+            form = self.read_form(values, session)
         except FieldError as error:
             return {**cleared, w.run_id: "", **self.show_error(error)}
+        words = unknown_words_line(form.full_prompt, self.engine.defaults.vocabulary)
+        cleared[w.messages["prompt"]] = message(words[:1].upper() + words[1:] + "." if words else "", "note")
         run = session.new_run()
         empty = {w.results: None, w.sheet: None, w.metadata: None, w.downloads: gr.Column(visible=False)}
         status = {w.status: "<p role='status'>Waiting …</p>", w.run_id: run.id}

@@ -1,12 +1,15 @@
 """The page: all widgets and where they are, without what they do."""
 
+import html
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ..avatar_model import GUIDANCE
+from ..face_defaults import FaceDefaults
+from ..generation.arguments import guidance_scales
+from ..prompt_words import Vocabulary, groups_of_words
 from .avatar_examples import Example
 from .form import AS_WRITTEN, MAX_PEOPLE, MAX_PICTURES, MAX_STEPS, MORE_STYLES, ONLY_FACE, STYLES, WHICH_FACE
 from .places import canvas_value
@@ -89,13 +92,15 @@ class Widgets:
     messages: dict[str, gr.HTML]
 
 
-def build_page(examples: list[Example], ratio: float, steps: int, embedded: bool, has_control: bool) -> Widgets:
+def build_page(
+    examples: list[Example], ratio: float, steps: int, defaults: FaceDefaults, has_control: bool
+) -> Widgets:
     """Lay out all widgets; call it inside `gr.Blocks()`.
 
     Args:
         ratio: width / height of the pictures.
         steps: denoising steps at the beginning.
-        embedded: whether the avatar model is used, which knows few styles.
+        defaults: what the model recommends, and the words that it knows, if they are few.
         has_control: whether the model can follow the depth of a picture.
     """
     widgets: dict[str, Any] = {}
@@ -108,9 +113,9 @@ def build_page(examples: list[Example], ratio: float, steps: int, embedded: bool
                 widgets["examples"] = [_example(example) for example in examples]
             with gr.Tabs(elem_id="people") as widgets["tabs"]:
                 widgets["people"] = [_person(number, messages) for number in range(1, MAX_PEOPLE + 1)]
-            _prompt(widgets, messages, STYLES if embedded else STYLES + MORE_STYLES)
+            _prompt(widgets, messages, defaults.vocabulary)
             _places(widgets, messages, ratio, has_control)
-            _more(widgets, messages, steps, embedded)
+            _more(widgets, messages, steps, defaults)
         with gr.Column(min_width=320):
             with gr.Row():
                 widgets["generate"] = gr.Button("Generate", variant="primary", elem_id="generate")
@@ -170,7 +175,7 @@ def _person(number: int, messages: dict[str, gr.HTML]) -> PersonWidgets:
     return PersonWidgets(photos, strength, which, load, save, saved, forget)
 
 
-def _prompt(widgets: dict[str, Any], messages: dict[str, gr.HTML], styles: tuple[str, ...]) -> None:
+def _prompt(widgets: dict[str, Any], messages: dict[str, gr.HTML], vocabulary: Vocabulary | None) -> None:
     widgets["prompt"] = gr.Textbox(
         label="Prompt",
         placeholder="a photo of a smiling person in a red shirt in a garden",
@@ -179,6 +184,13 @@ def _prompt(widgets: dict[str, Any], messages: dict[str, gr.HTML], styles: tuple
         elem_id="prompt",
     )
     messages["prompt"] = _message("prompt")
+    if vocabulary is not None:
+        rows = "".join(
+            f"<p><b>{html.escape(group)}</b>: {html.escape(words)}</p>" for group, words in groups_of_words(vocabulary)
+        )
+        with gr.Accordion("Words that this model knows", open=False, elem_id="words"):
+            gr.HTML(rows, apply_default_css=False)
+    styles = STYLES + MORE_STYLES if vocabulary is None else STYLES
     widgets["style"] = gr.Radio(list(styles), value=AS_WRITTEN, label="Style", elem_id="style")
     with gr.Row():
         widgets["count"] = gr.Slider(
@@ -217,14 +229,14 @@ def _places(widgets: dict[str, Any], messages: dict[str, gr.HTML], ratio: float,
         )
 
 
-def _more(widgets: dict[str, Any], messages: dict[str, gr.HTML], steps: int, embedded: bool) -> None:
+def _more(widgets: dict[str, Any], messages: dict[str, gr.HTML], steps: int, defaults: FaceDefaults) -> None:
     with gr.Accordion("More", open=False, elem_id="more") as widgets["more_section"]:
         widgets["negative_prompt"] = gr.Textbox(label="What not to show", lines=1)
         messages["negative_prompt"] = _message("negative_prompt")
         with gr.Row():
             widgets["steps"] = gr.Slider(1, MAX_STEPS, steps, step=1, label="Denoising steps", min_width=160)
             widgets["guidance"] = gr.Slider(
-                *(1, 20, GUIDANCE if embedded else 5),
+                *(1, 20, guidance_scales(None, None, defaults)[0]),
                 step=0.5,
                 label="Guidance",
                 info="1 is off; more follows the prompt closer",
@@ -232,7 +244,9 @@ def _more(widgets: dict[str, Any], messages: dict[str, gr.HTML], steps: int, emb
             )
         messages["steps"], messages["guidance"] = _message("steps"), _message("guidance")
         widgets["late_guidance"] = gr.Checkbox(
-            embedded, label="Half the guidance in the later steps", info="details less overdrawn; suits the avatars"
+            defaults.late_guidance is not None,
+            label="Half the guidance in the later steps",
+            info="details less overdrawn; suits the avatars",
         )
         widgets["compare"] = gr.Checkbox(
             False, label="Also without a face", info="in the contact sheet, from the same seed; takes twice the time"

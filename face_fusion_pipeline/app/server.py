@@ -36,7 +36,7 @@ def build_app(engine: Engine, sessions: Sessions, steps: int = 25) -> gr.Blocks:
     width, height = engine.size()
     blocks = gr.Blocks(title="Face Fusion", analytics_enabled=False, delete_cache=(HOUR, HOUR))
     with blocks:
-        widgets = build_page(examples, width / height, steps, engine.model is None, engine.has_control)
+        widgets = build_page(examples, width / height, steps, engine.defaults, engine.has_control)
         connect(Handlers(engine, sessions, widgets), examples)
 
         def close_page(request: gr.Request) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from ..prompt_words import words_of
 from .identity import (
     CATEGORICAL,
     EYE_COLOURS,
@@ -14,7 +15,7 @@ from .identity import (
     RIM_COLOURS,
     SKIN_TONES,
 )
-from .scene import PLACES, Light, Person, Scene
+from .scene import CLOTHINGS, EXPRESSIONS, PLACES, PLAIN_COLOURS, STYLES, Light, Person, Scene
 
 
 _STYLE_WORDS = {
@@ -43,17 +44,19 @@ _EXPRESSION_WORDS = {
 }
 _NUMBERS = {2: "two", 3: "three"}
 _PLURALS = {"man": "men", "woman": "women", "child": "children"}
+_WEARING = ("wearing", "in")
+_BEFORE_PLAIN = ("on", "against")
 
 
 def _clothing(rng: random.Random, clothing: str) -> str:
     article = "an" if clothing[0] in "aeiou" else "a"
-    return f"{rng.choice(('wearing', 'in'))} {article} {clothing}"
+    return f"{rng.choice(_WEARING)} {article} {clothing}"
 
 
 def _place(rng: random.Random, background: str) -> str:
     if background in PLACES:
         return rng.choice(_PLACE_WORDS[background])
-    return f"{rng.choice(('on', 'against'))} a {background} background"
+    return f"{rng.choice(_BEFORE_PLAIN)} a {background} background"
 
 
 def _people(rng: random.Random, scene: Scene, plain: bool) -> str:
@@ -78,6 +81,22 @@ def caption(scene: Scene, plain: bool = False) -> str:
         parts.reverse()
     text = _people(rng, scene, plain) + ", " + ", ".join(parts)
     return rng.choice(_STYLE_WORDS[scene.style]).format(text)
+
+
+def vocabulary() -> dict[str, tuple[str, ...]]:
+    """What `caption` can say, by group: what to show, and last the other words, alone and in alphabetical order."""
+    groups = {
+        "expressions": EXPRESSIONS,
+        "clothes": CLOTHINGS,
+        "places": PLACES,
+        "plain backgrounds": tuple(f"plain {colour}" for colour in PLAIN_COLOURS),
+        "styles": STYLES,
+    }
+    templates = [*_STYLE_WORDS.values(), *_PLACE_WORDS.values(), *_EXPRESSION_WORDS.values(), _WEARING, _BEFORE_PLAIN]
+    texts = [text.replace("{}", "") for template in templates for text in template]
+    texts += [*_NUMBERS.values(), *_PLURALS, *_PLURALS.values(), "a an person people background and"]
+    shown = words_of(" ".join(phrase for phrases in groups.values() for phrase in phrases))
+    return groups | {"other words": tuple(sorted(set(words_of(" ".join(texts))) - set(shown)))}
 
 
 # Words of the full captions. `{}` is a colour with a space behind it, or nothing where a drawing shows no colours.

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..avatar_model import GUIDANCE, LATE_GUIDANCE, embedded_model
+from ..avatar_model import AVATAR_DEFAULTS, embedded_model
 from ..face_errors import ModelNotFoundError
 from ..generation.arguments import METHODS, guidance_scales
 
@@ -135,7 +135,9 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for images and tables; a stopped run goes on")
     parser.add_argument("--steps", type=_positive, default=25, help="denoising steps (default: 25)")
     parser.add_argument(
-        "--guidance-scale", type=float, help=f"default: {GUIDANCE:g}, and {LATE_GUIDANCE:g} in the clear half"
+        "--guidance-scale",
+        type=float,
+        help=f"default: {AVATAR_DEFAULTS.guidance_scale:g}, and {AVATAR_DEFAULTS.late_guidance:g} in the clear half",
     )
     parser.add_argument(
         "--late-guidance", type=float, help="guidance in the clear half of the timesteps (default: as before)"
@@ -196,7 +198,7 @@ def _model_folder(args: argparse.Namespace) -> str:
 def _settings(args: argparse.Namespace, **more: Any) -> Settings:
     from ..evaluation.generation import Settings
 
-    guidance, late = guidance_scales(args.guidance_scale, args.late_guidance, avatars=True, name="--guidance-scale")
+    guidance, late = guidance_scales(args.guidance_scale, args.late_guidance, AVATAR_DEFAULTS, name="--guidance-scale")
     common = {"steps": args.steps, "guidance_scale": guidance, "late_guidance": late}
     return Settings.of(_model_folder(args), **common, seed=args.seed, batch=args.batch, **more)
 

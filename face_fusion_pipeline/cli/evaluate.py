@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..avatar_model import embedded_model
 from ..face_errors import FaceFusionError
 from ..generation.arguments import METHODS, check_model, guidance_scales
-from ..generation.loading import ADAPTER_FILE
+from ..generation.loading import ADAPTER_FILE, defaults_beside
 
 
 if TYPE_CHECKING:
@@ -64,7 +64,11 @@ def _add_generation(group: Any) -> None:
     group.add_argument("--people", type=int, default=1, metavar="N", help="people in each picture")
     group.add_argument("--images-per-prompt", type=int, default=1, metavar="N")
     group.add_argument("--steps", type=int, default=25, help="denoising steps")
-    group.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance; 1 is off")
+    group.add_argument(
+        "--guidance",
+        type=float,
+        help="classifier-free guidance; 1 is off; default: as the model recommends (the avatars: 4, then 2), else 5",
+    )
     group.add_argument("--late-guidance", type=float, help="in the clear half of the timesteps; default: as before")
     group.add_argument("--scale", type=float, default=1.0, help="strength of the face with the adapter")
     group.add_argument("--training-free-scale", type=float, default=1.0, help="strength of the face without it")
@@ -135,13 +139,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 1 <= value <= most:
             raise FaceFusionError(f"--{name.replace('_', '-')} must be from 1 to {most}, got {value}")
-    guidance_scales(args.guidance, args.late_guidance, avatars=False)
     if args.seed < 0:
         raise FaceFusionError(f"--seed must be 0 or more, got {args.seed}")
     if args.out.exists() and not args.out.is_dir():
         raise FaceFusionError(f"--out {args.out} is a file: name a folder")
     if args.model is not None and args.prompts is not None:
         check_model(args.model)
+    defaults = None if args.prompts is None else defaults_beside(args.model)
+    args.guidance, args.late_guidance = guidance_scales(args.guidance, args.late_guidance, defaults)
 
 
 def _settings(args: argparse.Namespace, model: str) -> Settings:

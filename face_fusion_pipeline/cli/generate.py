@@ -7,21 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..avatar_model import FACE_MODE, GUIDANCE, LATE_GUIDANCE
+from ..face_defaults import FACE_MODES
 from ..face_errors import FaceFusionError
 from ..generation.arguments import (
     MAX_IMAGES,
     MAX_SEED,
-    MODES,
     add_version_arguments,
     check_model,
     check_prompt,
     check_version,
     guidance_scales,
 )
-from ..generation.loading import ADAPTER_FILE, adapter_beside, load_pipeline
+from ..generation.loading import ADAPTER_FILE, adapter_beside, defaults_beside, load_pipeline
 from ..generation.provenance import describe
 from ..generation.references import reference_crops
+from ..prompt_words import groups_of_words, unknown_words_line
 
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ HELP = "new pictures of the person in a photo, as a prompt describes them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = known_words()
     parser.add_argument(
         "--face",
         action="append",
@@ -53,19 +54,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mode",
-        choices=MODES,
+        choices=FACE_MODES,
         help="where the face joins: trained weights at the cross-attention (the paper), the model's own at the "
-        f"self-attention, or both; default: {FACE_MODE} of the avatars, else the adapter, if there is one",
+        "self-attention, or both; default: as the model recommends (the avatars: both), else the adapter, if any",
     )
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the face: 0 off, 1 as in the paper")
     parser.add_argument(
         "--self-scale", type=float, help="strength at the self-attention, times --scale; default: of the identity (4)"
     )
-    parser.add_argument("--steps", type=int, default=25, help="denoising steps")
+    parser.add_argument(
+        "--steps", type=int, help="denoising steps; default: as the model recommends, else 25 (the avatars: 25)"
+    )
     parser.add_argument(
         "--guidance",
         type=float,
-        help=f"classifier-free guidance, 1 is off; default: 5, of the avatars {GUIDANCE:g} and {LATE_GUIDANCE:g} late",
+        help="classifier-free guidance, 1 is off; default: as the model recommends (the avatars: 4, then 2), else 5",
     )
     parser.add_argument(
         "--late-guidance", type=float, help="guidance in the clear half of the timesteps; default: as before"
@@ -85,7 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mirror",
         action=argparse.BooleanOptionalAction,
-        help="show each photo mirrored as well, as one more reference; default: a single photo, to the avatar model",
+        help="show each photo mirrored as well, as one more reference; default: a single photo, if the model "
+        "recommends it (the avatars do)",
     )
     parser.add_argument("--no-sheet", action="store_true", help="skip the contact sheet and its pictures without face")
     parser.add_argument("--watermark", action="store_true", help="hide in the pixels, too, that they are generated")
@@ -94,11 +98,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print what was written, and how, as JSON")
 
 
+def known_words() -> str | None:
+    """The words that the embedded model knows, for the end of `--help`; None where it was left out."""
+    try:
+        defaults = defaults_beside(None)
+    except FaceFusionError:
+        return None
+    if defaults is None or defaults.vocabulary is None:
+        return None
+    groups = "; ".join(f"{group}: {words}" for group, words in groups_of_words(defaults.vocabulary))
+    return f"The avatars know the words of their captions and no others. {groups}."
+
+
 def run(args: argparse.Namespace) -> int:
+    check_model_arguments(args)
     set_defaults(args)
     check_arguments(args)
     faces = read_faces(args)
     pipe = load_model(args)
+    vocabulary = pipe.face_defaults.vocabulary if pipe.face_defaults is not None else None
+    if words := unknown_words_line(args.prompt, vocabulary):
+        print(f"face-fusion: {words}; the words that the avatars know: --help", file=sys.stderr)
     if args.watermark:
         from ..generation.watermark import add_watermark, check_size
 
@@ -153,24 +173,28 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise FaceFusionError("--mirror is for photos: a saved identity is encoded already")
     if args.out.exists() and not args.out.is_dir():
         raise FaceFusionError(f"--out {args.out} is a file: name a folder")
-    check_version(args.model, args.revision, args.variant)
-    if args.model is not None:
-        check_model(args.model)
     if args.watermark:
         from ..generation.watermark import blind_watermark
 
         blind_watermark()
 
 
+def check_model_arguments(args: argparse.Namespace) -> None:
+    """Raise [`FaceFusionError`] for a model that cannot be one: what it recommends is read next."""
+    check_version(args.model, args.revision, args.variant)
+    if args.model is not None:
+        check_model(args.model)
+
+
 def set_defaults(args: argparse.Namespace) -> None:
-    """What goes with the model, where nothing was said: the avatars are asked as they were measured best."""
-    embedded = args.model is None
-    args.guidance, args.late_guidance = guidance_scales(args.guidance, args.late_guidance, avatars=embedded)
-    saved = args.face[0].endswith(".safetensors")
+    """What the model recommends, where nothing was said; the mode is left to the pipeline, which knows its weights."""
+    defaults = defaults_beside(args.model, args.revision)
+    args.guidance, args.late_guidance = guidance_scales(args.guidance, args.late_guidance, defaults)
+    if args.steps is None:
+        args.steps = (defaults and defaults.num_inference_steps) or 25
     if args.mirror is None:
-        args.mirror = embedded and len(args.face) == 1 and not saved
-    if args.mode is None and embedded and not saved:
-        args.mode = FACE_MODE
+        single = len(args.face) == 1 and not args.face[0].endswith(".safetensors")
+        args.mirror = single and defaults is not None and bool(defaults.face_mirrored)
 
 
 def denoising(args: argparse.Namespace) -> dict[str, Any]:
@@ -227,7 +251,7 @@ def encode(
     from ..face_images import with_mirrored
 
     crops = reference_crops(pipe, faces)
-    return crops, pipe.encode_face(with_mirrored(crops) if mirror else crops, face_mode=mode)
+    return crops, pipe.encode_face(with_mirrored(crops) if mirror else crops, face_mode=mode, mirrored=False)
 
 
 def next_number(folder: Path) -> int:

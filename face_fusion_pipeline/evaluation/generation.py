@@ -104,6 +104,7 @@ def pipeline_of(settings: Settings, device: str = "cpu") -> Any:
     The safety checker of the model stays on. A picture that it blacks out is marked in its file.
     """
     pipe = load_pipeline(settings.model, settings.adapter, device, settings.dtype, settings.controlnet)
+    pipe.face_defaults = None  # what is measured is said with every call, and not changed by a file
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -141,6 +141,7 @@ def load_base(name: str | Path, dtype: torch.dtype = torch.float32, **hub: Any) 
         else:
             without = {"safety_checker": None, "requires_safety_checker": False, "controlnet": None}
             pipeline = StableDiffusionFaceFusionPipeline.from_pretrained(name, dtype=dtype, **without, **hub)
+            pipeline.face_defaults = None  # what a training and its samples see is said with every call
     except TrainingError:
         raise
     except (OSError, ValueError, KeyError) as error:  # not there, offline, gated, another or a broken model

@@ -4,13 +4,12 @@ import argparse
 import re
 from pathlib import Path
 
-from ..avatar_model import GUIDANCE, LATE_GUIDANCE
+from ..face_defaults import FACE_MODES, FaceDefaults
 from ..face_errors import FaceFusionError, InvalidPromptError, ModelNotFoundError
 
 
 MAX_IMAGES, MAX_SEED = 1000, 2**63 - 1
-MODES = ("adapter", "training-free", "both")  # `face_identity.FACE_MODES`, which would import torch
-METHODS = ("none", *MODES, *(f"{mode}-mirrored" for mode in MODES))  # of the evaluations
+METHODS = ("none", *FACE_MODES, *(f"{mode}-mirrored" for mode in FACE_MODES))  # of the evaluations
 
 
 def check_prompt(text: str, name: str) -> None:
@@ -51,16 +50,17 @@ def check_model(model: str) -> None:
 
 
 def guidance_scales(
-    guidance: float | None, late: float | None, *, avatars: bool, name: str = "--guidance"
+    guidance: float | None, late: float | None, defaults: FaceDefaults | None = None, *, name: str = "--guidance"
 ) -> tuple[float, float | None]:
     """Guidance, and that of the clear half of the timesteps, or None: as before.
 
-    Where nothing was asked for, the avatars get what they were measured best with; guidance that was asked for is that
-    of all steps. Raises [`FaceFusionError`] for numbers out of range.
+    Where nothing was asked for, it is what the model recommends, else 5; guidance that was asked for is that of all
+    steps. Raises [`FaceFusionError`] for numbers out of range.
     """
     if guidance is None:
-        guidance = GUIDANCE if avatars else 5.0
-        late = LATE_GUIDANCE if avatars and late is None else late
+        defaults = defaults or FaceDefaults()
+        guidance = 5.0 if defaults.guidance_scale is None else defaults.guidance_scale
+        late = defaults.late_guidance if late is None else late
     if not 0 <= guidance <= 100:
         raise FaceFusionError(f"{name} must be from 0 to 100, got {guidance}")
     if late is not None and not 1 < late <= 100:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..avatar_model import embedded_model
+from ..face_defaults import FaceDefaults, defaults_of
 from ..face_errors import FaceFusionError, ModelNotFoundError
 
 
@@ -20,6 +21,14 @@ def adapter_beside(model: str | None) -> str | None:
     """
     path = Path(model or embedded_model()) / ADAPTER_FILE
     return str(path) if path.is_file() else None
+
+
+def defaults_beside(model: str | None, revision: str | None = None) -> FaceDefaults | None:
+    """What `model` (folder or Hub id; None: the embedded avatar model) recommends, or None.
+
+    Raises [`FaceFusionError`] for a file of it that is wrong.
+    """
+    return defaults_of(model or embedded_model(), revision)
 
 
 def controlnet_beside(model: str | None) -> str | None:

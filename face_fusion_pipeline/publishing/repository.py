@@ -15,6 +15,7 @@ from pathlib import Path
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 
 from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata, read_tensors
+from ..face_defaults import DEFAULTS_NAME, read_defaults
 from ..face_errors import FaceFusionError, ModelNotFoundError
 from .card import REPOSITORY, finish_card
 
@@ -60,6 +61,8 @@ def repository_files(
     taken = [adapter, *(path for pattern in RECORDS for path in sorted(weights.glob(pattern)))]
     if (weights / "model_index.json").is_file():
         taken.append(weights / "model_index.json")
+        if read_defaults(weights) is not None:  # refuses one that would stop whoever loads the model
+            taken.append(weights / DEFAULTS_NAME)
         taken += sorted(path for part in MODEL_PARTS for path in (weights / part).rglob("*") if path.is_file())
     files |= {path.relative_to(weights).as_posix(): path for path in taken}
     files |= {path.relative_to(folder).as_posix(): path for path in pictures}

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..avatar_model import AVATAR_DEFAULTS
+from ..avatars.caption import vocabulary
 from ..face_adapter import ADAPTER_WEIGHTS_NAME
+from ..face_defaults import read_defaults
 from ..face_errors import FaceFusionError, ModelNotFoundError
 from ..publishing.card import render_card
 
@@ -41,9 +45,11 @@ def publish(model: Path, out: Path, tables: list[Path], note: str = "", adapter:
     """Copy the parts of `model` to `out`, write `out/README.md` with the `tables`; returns the bytes of weights.
 
     `adapter` is the folder that `face-fusion train` wrote; without it the adapter and its record are in `model`.
-    A ControlNet in `model` goes along. Nothing of `out` changes unless everything is there. Raises ModelNotFoundError
-    for a missing part or table, FaceFusionError for weights above SIZE_LIMIT or CONTROLNET_LIMIT, or where `out` is
-    one of the folders that are copied from.
+    A ControlNet in `model` goes along, and so do the settings that it recommends, else those of `AVATAR_DEFAULTS`,
+    with the words of its captions.
+    Nothing of `out` changes unless everything is there. Raises ModelNotFoundError for a missing part or table,
+    FaceFusionError for weights above SIZE_LIMIT or CONTROLNET_LIMIT, wrong settings, or where `out` is one of the
+    folders that are copied from.
     """
     if out.resolve() in [folder.resolve() for folder in (model, adapter) if folder]:
         raise FaceFusionError(f"{out} is what is published: take another folder for the result")
@@ -59,6 +65,7 @@ def publish(model: Path, out: Path, tables: list[Path], note: str = "", adapter:
     for what, found, limit in ((model, size, SIZE_LIMIT), (model / "controlnet", beside, CONTROLNET_LIMIT)):
         if found > limit:
             raise FaceFusionError(f"the weights of {what} are {found / 1e6:.1f} MB, more than {limit / 1e6:.0f} MB")
+    defaults = replace(read_defaults(model) or AVATAR_DEFAULTS, vocabulary=vocabulary())
     records = json.loads(recorded[0].read_text())
     if adapter:
         records["adapter"] = json.loads(recorded[1].read_text())["face-fusion"]
@@ -72,6 +79,7 @@ def publish(model: Path, out: Path, tables: list[Path], note: str = "", adapter:
             shutil.copyfile(path, out / path.name)
     for config in out.rglob("*.json"):
         forget_origin(config)
+    defaults.save(out)
     (out / "training.json").write_text(json.dumps(records, indent=2) + "\n")
     (out / "README.md").write_text(card(records, [path.read_text() for path in tables], size, note))
     return size

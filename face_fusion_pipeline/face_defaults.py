@@ -1,0 +1,157 @@
+"""What a model recommends for calls that do not say otherwise: `face_fusion_defaults.json` in its folder.
+
+A model that was measured best with other settings than those of diffusers says so itself, and every way to it (a bare
+`pipe(...)`, the commands, the app) asks it alike. Nothing here needs torch: commands check their arguments before.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .face_errors import FaceFusionError
+
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS_NAME = "face_fusion_defaults.json"
+FACE_MODES = ("adapter", "training-free", "both")
+
+
+@dataclass(frozen=True)
+class FaceDefaults:
+    """Recommended settings of a model; None leaves diffusers' or this package's own.
+
+    Attributes:
+        guidance_scale: classifier-free guidance.
+        late_guidance: guidance in the clear half of the timesteps, see `late_guidance.LateGuidance`.
+        num_inference_steps: denoising steps.
+        face_mode: see [`FaceFusionMixin.encode_face`]; one that needs weights counts where weights are loaded.
+        face_mirrored: whether a single photo of a person is shown mirrored as well.
+        vocabulary: group -> the words and phrases that the model knows, for one that knows no others.
+    """
+
+    guidance_scale: float | None = None
+    late_guidance: float | None = None
+    num_inference_steps: int | None = None
+    face_mode: str | None = None
+    face_mirrored: bool | None = None
+    vocabulary: Mapping[str, tuple[str, ...]] | None = None
+
+    @classmethod
+    def from_dict(cls, values: Any, source: object = "the defaults") -> "FaceDefaults":
+        """Checked settings. Raises [`FaceFusionError`] that names `source` and the key."""
+        if not isinstance(values, dict):
+            raise FaceFusionError(f"{source} must hold an object, got {type(values).__name__}")
+        for key, value in values.items():
+            if key not in _CHECKS:
+                raise FaceFusionError(f"{source} has an unknown key {key!r}; known are {', '.join(_CHECKS)}")
+            right, what = _CHECKS[key]
+            if value is not None and not right(value):
+                raise FaceFusionError(f"{source}: {key} must be {what}, got {value!r}")
+        guidance, late = values.get("guidance_scale"), values.get("late_guidance")
+        if late is not None and not (guidance is not None and guidance > 1):
+            raise FaceFusionError(f"{source}: late_guidance goes with a guidance_scale above 1, got {guidance!r}")
+        words = values.get("vocabulary")
+        if words is not None:
+            values = values | {"vocabulary": {group: tuple(phrases) for group, phrases in words.items()}}
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is recommended, as the file has it."""
+        values: dict[str, Any] = {key: getattr(self, key) for key in _CHECKS if getattr(self, key) is not None}
+        if self.vocabulary is not None:
+            values["vocabulary"] = {group: list(phrases) for group, phrases in self.vocabulary.items()}
+        return values
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the file into a folder that is there."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        (Path(folder) / DEFAULTS_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _number(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+def _words(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(phrases, (list, tuple)) and all(isinstance(phrase, str) for phrase in phrases)
+        for phrases in value.values()
+    )
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "guidance_scale": (lambda value: _number(value, 0, 100), "a number from 0 to 100"),
+    "late_guidance": (lambda value: _number(value, math.nextafter(1, 2), 100), "a number above 1, at most 100"),
+    "num_inference_steps": (lambda value: type(value) is int and 1 <= value <= 1000, "a whole number from 1 to 1000"),
+    "face_mode": (lambda value: value in FACE_MODES, f"one of {', '.join(FACE_MODES)}"),
+    "face_mirrored": (lambda value: isinstance(value, bool), "true or false"),
+    "vocabulary": (_words, "an object with a list of texts for each group"),
+}
+
+
+def read_defaults(folder: str | os.PathLike[str]) -> FaceDefaults | None:
+    """The settings in a model's folder, or None if it has none.
+
+    Raises [`FaceFusionError`] that names the file, and the key that is wrong.
+    """
+    path = Path(folder) / DEFAULTS_NAME
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FaceFusionError(f"{path} cannot be read as JSON: {error}") from error
+    return FaceDefaults.from_dict(values, path)
+
+
+def defaults_of(
+    model: str | os.PathLike[str], revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
+) -> FaceDefaults | None:
+    """As [`read_defaults`], of a folder or of a model on the Hub; None also where the Hub cannot be asked.
+
+    The file is fetched by itself: diffusers passes over files that it does not know.
+    """
+    if os.path.isdir(model):
+        return read_defaults(model)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        return None
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    place: dict[str, Any] = {
+        "repo_id": str(model),
+        "filename": DEFAULTS_NAME,
+        "revision": revision,
+        "cache_dir": cache_dir,
+    }
+    cached = try_to_load_from_cache(**place)
+    if not isinstance(cached, str):
+        if cached is not None:  # asked before: it has no such file
+            return None
+        try:
+            cached = hf_hub_download(**place)
+        except (OSError, ValueError) as error:  # no such file, offline, not allowed
+            logger.info("no %s of %s: %s", DEFAULTS_NAME, model, error)
+            return None
+    return read_defaults(Path(cached).parent)
+
+
+def loaded_defaults(name: str, parts: Mapping[str, Any]) -> FaceDefaults | None:
+    """The settings of the model that a pipeline was loaded from.
+
+    Args:
+        name: what `from_pretrained` was given.
+        parts: components of the pipeline; those of a model on the Hub know the folder in the cache, and so the commit.
+    """
+    if not os.path.isdir(name):
+        for part in parts.values():
+            folder = Path(str(getattr(getattr(part, "config", None), "_name_or_path", ""))).parent
+            if folder.parent.name == "snapshots" and (folder / "model_index.json").is_file():
+                return read_defaults(folder) or defaults_of(name, folder.name, folder.parents[2])
+    return defaults_of(name)
