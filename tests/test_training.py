@@ -293,7 +293,7 @@ def test_tokenizer_takes_any_text_and_survives_saving(tmp_path):
     strange = tokenizer("Zürich 你好 🙂").input_ids
     assert tokenizer.unk_token_id not in strange[1:-1]
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    assert load_tokenizer(tmp_path).model_max_length == 48
+    assert load_tokenizer(tmp_path).model_max_length == 77
     assert load_tokenizer(tmp_path)("Zürich 你好 🙂").input_ids == strange
 
 
