@@ -9,7 +9,13 @@ from face_fusion_pipeline import embedded_model
 from face_fusion_pipeline.avatars.caption import caption, vocabulary
 from face_fusion_pipeline.avatars.scene import sample_scene
 from face_fusion_pipeline.face_defaults import read_defaults
-from face_fusion_pipeline.prompt_words import OTHER, groups_of_words, unknown_words, unknown_words_line, words_of
+from face_fusion_pipeline.generation.prompt_words import (
+    OTHER,
+    groups_of_words,
+    unknown_words,
+    unknown_words_line,
+    words_of,
+)
 
 
 KNOWN = {"places": ("a garden",), "clothes": ("chef's hat", "red shirt"), OTHER: ("in", "wearing")}

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from ..face_errors import FaceFusionError
-from ..prompt_words import unknown_words_line
+from ..generation.prompt_words import unknown_words_line
 from .engine import CancelledError, Engine
 from .form import ONLY_FACE, FieldError, Form, PersonForm, whole_number
 from .page import Widgets

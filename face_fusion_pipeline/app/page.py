@@ -9,7 +9,7 @@ import gradio as gr
 
 from ..face_defaults import FaceDefaults
 from ..generation.arguments import guidance_scales
-from ..prompt_words import Vocabulary, groups_of_words
+from ..generation.prompt_words import Vocabulary, groups_of_words
 from .avatar_examples import Example
 from .form import AS_WRITTEN, MAX_PEOPLE, MAX_PICTURES, MAX_STEPS, MORE_STYLES, ONLY_FACE, STYLES, WHICH_FACE
 from .places import canvas_value

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from ..prompt_words import words_of
+from ..generation.prompt_words import words_of
 from .identity import (
     CATEGORICAL,
     EYE_COLOURS,

@@ -19,9 +19,9 @@ from ..generation.arguments import (
     guidance_scales,
 )
 from ..generation.loading import ADAPTER_FILE, adapter_beside, defaults_beside, load_pipeline
+from ..generation.prompt_words import groups_of_words, unknown_words_line
 from ..generation.provenance import describe
 from ..generation.references import reference_crops
-from ..prompt_words import groups_of_words, unknown_words_line
 
 
 if TYPE_CHECKING:
