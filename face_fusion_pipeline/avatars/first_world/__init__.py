@@ -1,4 +1,4 @@
 """How faces were built and painted in the first world, which the weights in `embedded/` were trained on.
 
-Kept as it was, to be deleted with those weights; everything else is shared with the second world.
+What both worlds share is in `avatars`. Kept as it was, to be deleted with those weights.
 """

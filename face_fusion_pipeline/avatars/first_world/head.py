@@ -6,41 +6,27 @@ to +1 (crown) in y. Everything is batched over people: columns of shape (P,).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from ..head import (
+    _BODY_SLOTS,
+    _CAP,
+    _HAT_SLOTS,
+    CLOTH,
+    EAR,
+    EYE,
+    HAIR,
+    NECK,
+    SKIN,
+    Face,
+    Parts,
+    _outfit_rows,
+    skin_volumes,
+    surface_z,
+)
 from ..identity import HAIR_STYLES
 from ..scene import EXPRESSIONS
-
-
-class Face(NamedTuple):
-    """The measures of people's faces in head units, shape (P,): identity with expression applied."""
-
-    width: Tensor
-    height: Tensor
-    jaw: Tensor
-    chin_y: Tensor
-    eye_x: Tensor
-    eye_y: Tensor
-    eye_r: Tensor
-    lid_top: Tensor  # fraction of the eye radius that is open above its centre
-    lid_low: Tensor
-    brow_y: Tensor
-    brow_slope: Tensor  # > 0: inner ends down
-    brow_thick: Tensor
-    brow_half: Tensor  # half length
-    nose_y: Tensor
-    mouth_y: Tensor
-    mouth_half: Tensor
-    mouth_curve: Tensor  # corners' height above the middle
-    mouth_open: Tensor  # half height of the opening
-    lip: Tensor  # lip thickness
-    tears: Tensor
-    teeth: Tensor
-    flush: Tensor  # how red anger makes the skin
 
 
 #                curve  open  widen  brow_up  brow_slope  lid_top lid_low tears teeth flush
@@ -98,24 +84,6 @@ def measure(genes: dict[str, Tensor], expressions: list[str]) -> Face:
     )
 
 
-# Materials that the shader tells apart.
-SKIN, EAR, NECK, EYE, HAIR, CLOTH, GOLD, SUIT_GLASS, TIE, WHITE_CLOTH, GREY = range(11)
-
-
-@dataclass
-class Parts:
-    """K ellipsoids for each of P people, in the frame of the head or of the body."""
-
-    centre: Tensor  # (P, K, 3)
-    radii: Tensor  # (P, K, 3)
-    tilt: Tensor  # (P, K) radians about z
-    material: Tensor  # (P, K) int64
-    active: Tensor  # (P, K) bool
-    in_head: Tensor  # (K,) bool: moves with the head, else with the body
-
-
-# Hair volumes, one row an ellipsoid: centre x, y, z, radii x, y, z, tilt in degrees; x in units of head width.
-_CAP = (0, 0.36, -0.12, 1.09, 0.76, 0.90, 0)
 _HAIR_TABLE: dict[str, tuple[tuple[float, ...], ...]] = {
     "bald": (),
     "buzz": (),
@@ -158,74 +126,6 @@ _HAIR_TABLE: dict[str, tuple[tuple[float, ...], ...]] = {
     ),
 }
 _HAIR_SLOTS = max(map(len, _HAIR_TABLE.values()))
-
-# Clothes and hats: (head frame?, material, centre, radii, tilt). Hats move with the head and hide nothing of the face.
-_OUTFITS: dict[str, tuple[tuple[bool, int, tuple[float, ...]], ...]] = {
-    "suit": (
-        (False, WHITE_CLOTH, (0, -1.36, 0.36, 0.24, 0.42, 0.20, 0)),
-        (False, TIE, (0, -1.46, 0.50, 0.085, 0.42, 0.12, 0)),
-    ),
-    "astronaut suit": (
-        (False, GREY, (0, -1.02, 0.02, 0.86, 0.16, 0.70, 0)),
-        (False, SUIT_GLASS, (0.42, -1.48, 0.50, 0.15, 0.11, 0.12, 0)),
-        (False, TIE, (-0.42, -1.48, 0.50, 0.15, 0.11, 0.12, 0)),
-        (True, GREY, (-0.98, 0.02, -0.10, 0.16, 0.26, 0.24, 0)),
-        (True, GREY, (0.98, 0.02, -0.10, 0.16, 0.26, 0.24, 0)),
-        (True, WHITE_CLOTH, (0, 0.62, -0.22, 1.24, 0.76, 0.92, 0)),
-    ),
-    "chef's hat": (
-        (True, WHITE_CLOTH, (0, 0.98, 0.0, 0.98, 0.30, 0.82, 0)),
-        (True, WHITE_CLOTH, (0, 1.42, 0.0, 0.95, 0.36, 0.70, 0)),
-        (True, WHITE_CLOTH, (-0.62, 1.36, 0.1, 0.55, 0.34, 0.5, 0)),
-        (True, WHITE_CLOTH, (0.62, 1.36, 0.1, 0.55, 0.34, 0.5, 0)),
-    ),
-    "crown": (
-        (True, GOLD, (0, 0.90, 0.0, 1.02, 0.20, 0.80, 0)),
-        (True, GOLD, (-0.72, 1.14, 0.38, 0.11, 0.27, 0.10, 10)),
-        (True, GOLD, (-0.36, 1.18, 0.60, 0.12, 0.31, 0.10, 5)),
-        (True, GOLD, (0, 1.20, 0.68, 0.12, 0.34, 0.10, 0)),
-        (True, GOLD, (0.36, 1.18, 0.60, 0.12, 0.31, 0.10, -5)),
-        (True, GOLD, (0.72, 1.14, 0.38, 0.11, 0.27, 0.10, -10)),
-    ),
-}
-_HAT_SLOTS = max(sum(row[0] for row in rows) for rows in _OUTFITS.values())
-_BODY_SLOTS = max(sum(not row[0] for row in rows) for rows in _OUTFITS.values())
-
-
-def _outfit_rows(clothing: str, head: bool, slots: int) -> list[tuple[float, ...]]:
-    rows = [
-        (float(material), *numbers) for in_head, material, numbers in _OUTFITS.get(clothing, ()) if in_head == head
-    ]
-    return rows + [(-1.0, 0, 0, 0, 1, 1, 1, 0)] * (slots - len(rows))
-
-
-def skin_volumes(genes: dict[str, Tensor], face: Face) -> tuple[Tensor, Tensor]:
-    """Centres and radii (P, 10, 3) of the ellipsoids that together are the face; the shader blends their normals."""
-    w, h = face.width, face.height
-    one = torch.ones_like(w)
-    cheek = 0.85 + 0.35 * genes["cheek"]
-    nose_w = (0.040 + 0.095 * genes["nose_width"]) * (1 - 0.15 * genes["kind=child"])
-    tip = 0.065 + 0.095 * genes["nose_tip"]
-    bridge = 0.10 + 0.12 * genes["nose_bridge"]
-    chin_w = 0.20 + 0.20 * genes["chin_width"]
-    rows = [
-        ((0 * one, 0.18 * one, -0.05 * one), (w, 0.85 * h, 0.90 * one)),
-        ((0 * one, -0.25 * one, 0.06 * one), (w * face.jaw, -face.chin_y - 0.14, 0.74 * one)),
-        ((0 * one, face.chin_y + 0.17, 0.36 * one), (chin_w, 0.19 * one, 0.27 * one)),
-        ((-0.46 * w, -0.20 * one, 0.48 * one), (0.27 * cheek, 0.24 * cheek, 0.26 * cheek)),
-        ((0.46 * w, -0.20 * one, 0.48 * one), (0.27 * cheek, 0.24 * cheek, 0.26 * cheek)),
-        (
-            (0 * one, 0.5 * (face.nose_y + face.eye_y), 0.76 * one),
-            (nose_w, 0.5 * (face.eye_y - face.nose_y) + 0.1, bridge),
-        ),
-        ((0 * one, face.nose_y, 0.80 + 0.6 * bridge), (tip, 0.85 * tip, tip)),
-        ((-nose_w * 1.15, face.nose_y - 0.02, 0.80 * one), (0.75 * tip, 0.6 * tip, 0.10 * one)),
-        ((nose_w * 1.15, face.nose_y - 0.02, 0.80 * one), (0.75 * tip, 0.6 * tip, 0.10 * one)),
-        ((0 * one, face.mouth_y, 0.60 * one), (0.30 * one, 0.20 * one, 0.19 * one)),
-    ]
-    centre = torch.stack([torch.stack(c, 1) for c, _ in rows], 1)
-    radii = torch.stack([torch.stack(r, 1) for _, r in rows], 1)
-    return centre, radii
 
 
 def build(genes: dict[str, Tensor], face: Face, clothings: list[str]) -> Parts:
@@ -291,14 +191,6 @@ def build(genes: dict[str, Tensor], face: Face, clothings: list[str]) -> Parts:
         active=torch.cat((active, *(g[4] for g in groups)), 1),
         in_head=torch.cat((in_head, *(torch.full((g[0].shape[1],), g[5], device=device) for g in groups))),
     )
-
-
-def surface_z(points: Tensor, centre: Tensor, radii: Tensor) -> Tensor:
-    """Front z of the union of ellipsoids (P, K, 3) at head-frame points (P, L, 2); 0 beside all of them."""
-    d = (points.unsqueeze(2) - centre[:, None, :, :2]) / radii[:, None, :, :2]
-    inside = 1 - d.square().sum(3)
-    z = centre[:, None, :, 2] + radii[:, None, :, 2] * inside.clamp(min=0).sqrt()
-    return torch.where(inside > 0, z, torch.zeros_like(z)).amax(2)
 
 
 def landmarks(genes: dict[str, Tensor], face: Face) -> tuple[Tensor, Tensor]:

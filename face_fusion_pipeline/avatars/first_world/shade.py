@@ -5,25 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..scene import SHIRT_COLOURS
-from .head import CLOTH, EAR, EYE, GOLD, GREY, HAIR, NECK, SKIN, SUIT_GLASS, TIE, WHITE_CLOTH, Face
+from ..head import CLOTH, EAR, EYE, GOLD, HAIR, NECK, SKIN, SUIT_GLASS, Face
+from ..shade import _FIXED, _OUTFIT_COLOURS, _band, _mix, _Row
 
 
 _SKIN_TONES = ((0.40, 0.25, 0.18), (0.56, 0.37, 0.26), (0.74, 0.53, 0.40), (0.88, 0.68, 0.54), (0.98, 0.84, 0.75))
-_OUTFIT_COLOURS = {
-    **{f"{name} shirt": colour for name, colour in SHIRT_COLOURS.items()},
-    "suit": (0.13, 0.15, 0.24),
-    "astronaut suit": (0.86, 0.87, 0.90),
-    "chef's hat": (0.94, 0.94, 0.92),
-    "crown": (0.55, 0.06, 0.16),
-}
-_FIXED = {
-    GOLD: (0.98, 0.78, 0.15),
-    SUIT_GLASS: (0.10, 0.35, 0.75),
-    TIE: (0.75, 0.08, 0.10),
-    WHITE_CLOTH: (0.95, 0.95, 0.95),
-    GREY: (0.55, 0.57, 0.62),
-}
 
 # Strength and power of highlights.
 _GLOSS = {SKIN: (0.10, 18.0), EYE: (0.25, 40.0), HAIR: (0.22, 14.0), GOLD: (0.7, 20.0), SUIT_GLASS: (0.7, 30.0)}
@@ -50,33 +36,6 @@ def columns(genes: dict[str, Tensor], face: Face, clothings: list[str]) -> tuple
         names += [f"{prefix}_{channel}" for channel in "rgb"]
         values += list(colour.unbind(1))
     return torch.stack(values, 1), names
-
-
-class _Row:
-    """Named columns of gathered rows; a column is gathered when it is first asked for."""
-
-    def __init__(self, table: Tensor, names: list[str], index: Tensor) -> None:
-        self._columns = table.t().contiguous()
-        self._index = index
-        self._at = {name: i for i, name in enumerate(names)}
-        self._seen: dict[str, Tensor] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._seen:
-            self._seen[name] = self._columns[self._at[name]].index_select(0, self._index)
-        return self._seen[name]
-
-    def colour(self, prefix: str) -> Tensor:
-        return torch.stack([self[f"{prefix}_{channel}"] for channel in "rgb"], 1)
-
-
-def _mix(base: Tensor, colour: Tensor, amount: Tensor) -> Tensor:
-    return base + (colour - base) * amount.clamp(0, 1).unsqueeze(1)
-
-
-def _band(distance: Tensor, half: Tensor | float, soft: float = 0.012) -> Tensor:
-    """1 inside |distance| < half, 0 outside, with a soft rim: paint that does not flicker between pixels."""
-    return ((half - distance.abs()) / soft + 0.5).clamp(0, 1)
 
 
 def _glasses(colour: Tensor, p: Tensor, r: _Row) -> Tensor:
