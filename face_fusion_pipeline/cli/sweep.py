@@ -60,14 +60,12 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from ..face_images import with_mirrored
     from ..generation.contact_sheet import contact_sheet, save_png
     from ..generation.references import reference_crops
 
     pipe = load_model(args)
     mode = args.mode or ("both" if args.adapter else "training-free")
     crops = reference_crops(pipe, faces)
-    references = with_mirrored(crops) if args.mirror else crops
 
     def picture(identity: object, scale: float | None = None) -> Image.Image:
         return pipe(
@@ -85,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     columns: dict[str, list[Image.Image]] = {"without": [picture(None)]}
     for layers, timestep in itertools.product(args.layers, args.timesteps):
         chosen = SelfAttentionReference(1.0, timestep, layers=LAYERS[layers])
-        identity = pipe.encode_face(references, face_mode=mode, self_attention=chosen)
+        identity = pipe.encode_face(crops, face_mode=mode, self_attention=chosen, mirrored=bool(args.mirror))
         for scale in args.scales:
             columns.setdefault(f"strength {scale:g}", []).append(picture(identity, scale))
     rows = [f"{layers}, timestep {timestep}" for layers, timestep in itertools.product(args.layers, args.timesteps)]
