@@ -473,4 +473,4 @@ def test_identity_file_saved_and_loaded(open_page: Any, tmp_path: Path) -> None:
     other.locator("#prompt textarea").fill("a person in a green shirt")
     set_pictures(other, 1)
     other.locator("#generate").click()
-    assert finished(other, 1)[0]["face_mode"] == "adapter"
+    assert finished(other, 1)[0]["face_mode"] == "both"
