@@ -22,6 +22,7 @@ from ..generation.loading import ADAPTER_FILE, adapter_beside, defaults_beside, 
 from ..generation.prompt_words import groups_of_words, unknown_words_line
 from ..generation.provenance import describe
 from ..generation.references import reference_crops
+from ._arguments import GUIDANCE, GUIDED, STEPS, STRENGTH, whole
 
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from ..face_images import FacePhoto
 
+SIDE = whole(64, 4096, step=8)  # pixels
 HELP = "new pictures of the person in a photo, as a prompt describes them"
 
 
@@ -58,27 +60,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the face joins: trained weights at the cross-attention (the paper), the model's own at the "
         "self-attention, or both; default: as the model recommends (the avatars: both), else the adapter, if any",
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="strength of the face: 0 off, 1 as in the paper")
+    parser.add_argument("--scale", type=STRENGTH, default=1.0, help="strength of the face: 0 off, 1 as in the paper")
     parser.add_argument(
-        "--self-scale", type=float, help="strength at the self-attention, times --scale; default: of the identity (4)"
+        "--self-scale",
+        type=STRENGTH,
+        help="strength at the self-attention, times --scale; default: of the identity (4)",
     )
     parser.add_argument(
-        "--steps", type=int, help="denoising steps; default: as the model recommends, else 25 (the avatars: 25)"
+        "--steps", type=STEPS, help="denoising steps; default: as the model recommends, else 25 (the avatars: 25)"
     )
     parser.add_argument(
         "--guidance",
-        type=float,
+        type=GUIDANCE,
         help="classifier-free guidance, 1 is off; default: as the model recommends (the avatars: 4, then 2), else 5",
     )
     parser.add_argument(
-        "--late-guidance", type=float, help="guidance in the clear half of the timesteps; default: as before"
+        "--late-guidance", type=GUIDED, help="guidance in the clear half of the timesteps; default: as before"
     )
-    parser.add_argument("--num-images", type=int, default=4, help="number of pictures")
-    parser.add_argument("--batch-size", type=int, default=4, help="pictures denoised together (memory)")
-    parser.add_argument("--seed", type=int, default=0, help="picture i is made with seed + i")
-    parser.add_argument("--height", type=int, help="pixels; default: the model's own")
-    parser.add_argument("--width", type=int, help="pixels; default: the model's own")
-    parser.add_argument("--face-index", type=int, help="which face of the photo, from the left, counted from 0")
+    parser.add_argument("--num-images", type=whole(1, MAX_IMAGES), default=4, help="number of pictures")
+    parser.add_argument(
+        "--batch-size", type=whole(1, MAX_IMAGES), default=4, help="pictures denoised together (memory)"
+    )
+    parser.add_argument(
+        "--seed", type=whole(0, MAX_SEED - MAX_IMAGES), default=0, help="picture i is made with seed + i"
+    )
+    parser.add_argument("--height", type=SIDE, help="pixels; default: the model's own")
+    parser.add_argument("--width", type=SIDE, help="pixels; default: the model's own")
+    parser.add_argument(
+        "--face-index", type=whole(0, 999), help="which face of the photo, from the left, counted from 0"
+    )
     parser.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
     parser.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
     parser.add_argument("--no-detect", action="store_true", help="the photo already is a face crop")
@@ -156,17 +166,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
     for name, text in (("--prompt", args.prompt), ("--negative-prompt", args.negative_prompt or "-")):
         check_prompt(text, name)
-    whole = (("--steps", args.steps, 1000), ("--num-images", args.num_images, MAX_IMAGES))
-    for name, value, most in (*whole, ("--batch-size", args.batch_size, MAX_IMAGES)):
-        if not 1 <= value <= most:
-            raise FaceFusionError(f"{name} must be from 1 to {most}, got {value}")
     if args.refine_faces and args.steps < 3:
         raise FaceFusionError("--refine-faces does a part of the steps again: give --steps 3 or more")
-    if not 0 <= args.seed <= MAX_SEED - MAX_IMAGES:
-        raise FaceFusionError(f"--seed must be from 0 to {MAX_SEED - MAX_IMAGES}, got {args.seed}")
-    for name, value in (("--height", args.height), ("--width", args.width)):
-        if value is not None and not (64 <= value <= 4096 and value % 8 == 0):
-            raise FaceFusionError(f"{name} must be a multiple of 8 from 64 to 4096, got {value}")
     if any(face.endswith(".safetensors") for face in args.face) and len(args.face) > 1:
         raise FaceFusionError("a saved identity holds all references of a person: give it alone as --face")
     if args.mirror and args.face[0].endswith(".safetensors"):
@@ -220,11 +221,6 @@ def read_faces(args: argparse.Namespace) -> "list[FacePhoto] | Any":
 
 def load_model(args: argparse.Namespace) -> Any:
     """The pipeline; `args.adapter` then says which adapter it has."""
-    from ..face_loader_mixin import check_scale
-
-    check_scale(args.scale, "--scale")
-    if args.self_scale is not None:
-        check_scale(args.self_scale, "--self-scale")
     args.adapter = args.adapter or adapter_beside(args.model)
     pipe = load_pipeline(
         args.model, args.adapter, args.device, args.dtype, revision=args.revision, variant=args.variant

@@ -7,6 +7,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from ..face_errors import FaceFusionError
+from ._arguments import STRENGTH, Gather, whole
 from .generate import add_arguments as add_generate_arguments
 from .generate import check_arguments, denoising, load_model, read_faces, set_defaults
 
@@ -33,9 +34,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"level, its strength, and the layers that see it. OUT/{SHEET} shows all combinations with the same noise: a "
         "column for each strength, a row for each level and set of layers; the first column is without a face."
     )
-    parser.add_argument("--timesteps", type=int, nargs="+", default=[0, 150, 300], help="noise levels (0 150 300)")
-    parser.add_argument("--scales", type=float, nargs="+", default=[2.0, 4.0, 8.0], help="strengths (2 4 8)")
-    parser.add_argument("--layers", choices=LAYERS, nargs="+", default=["up", "all"], help="sets of layers (up all)")
+    parser.add_argument(
+        "--timesteps",
+        type=whole(0, 999),
+        nargs="+",
+        action=Gather,
+        default=[0, 150, 300],
+        help="noise levels (0 150 300)",
+    )
+    parser.add_argument(
+        "--scales", type=STRENGTH, nargs="+", action=Gather, default=[2.0, 4.0, 8.0], help="strengths (2 4 8)"
+    )
+    parser.add_argument(
+        "--layers", choices=LAYERS, nargs="+", action=Gather, default=["up", "all"], help="sets of layers (up all)"
+    )
     parser.set_defaults(num_images=1)
 
 
@@ -54,8 +66,6 @@ def run(args: argparse.Namespace) -> int:
 
     from ..face_self_attention import SelfAttentionReference
 
-    for timestep, scale in itertools.product(args.timesteps, args.scales):
-        SelfAttentionReference(scale, timestep)  # bad numbers are known before the model is loaded
     faces = read_faces(args)
 
     import torch
