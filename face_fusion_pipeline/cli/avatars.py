@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..avatars import sheet
+    from ..avatars.world import sheet
     from ..face_errors import FaceFusionError
 
     if args.people * args.per_person * args.size**2 > MOST_PIXELS:

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..avatars import dataset
+    from ..avatars.world import dataset
     from ..face_errors import FaceFusionError
 
     try:
