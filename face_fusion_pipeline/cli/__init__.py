@@ -12,7 +12,8 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from .. import __version__
@@ -81,11 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 2 bad input (one line on stderr says what and the way out), 1 an unexpected error,
         130 interrupted.
     """
-    prepare_streams()
-    try:
-        args = build_parser().parse_args(argv)
-    except SystemExit as stop:  # --help or a bad argument
-        return int(stop.code or 0)
+    with own_lines():
+        try:
+            args = build_parser().parse_args(argv)
+        except SystemExit as stop:  # --help or a bad argument
+            return int(stop.code or 0)
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -101,13 +106,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"unexpected {type(error).__name__}: {error}", UNEXPECTED)
 
 
-def prepare_streams() -> None:
+@contextmanager
+def own_lines() -> Iterator[None]:
     """Results on stdout, our own log on stderr; a letter that a terminal lacks is escaped, and ends nothing."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it cannot fetch we say ourselves, once
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(level=logging.WARNING, format="face-fusion: %(message)s")
-    logging.getLogger("face_fusion_pipeline").setLevel(logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("face-fusion: %(message)s"))
+    package = logging.getLogger("face_fusion_pipeline")
+    package.setLevel(logging.INFO)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
 
 
 def one_line(message: str) -> str:

@@ -4,7 +4,10 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from ..face_errors import FaceFusionError
 
 
 MANY = 10**9  # no count of steps, pictures or pixels is larger
@@ -47,8 +50,9 @@ class Number:
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"
         multiple = f", a multiple of {self.step}" if self.step > 1 else ""
-        low = f"above {self.least:.15g}" if self.above else f"from {self.least:.15g}"
-        high = f"below {self.most:.15g}" if self.below else f"{'at most' if self.above else 'to'} {self.most:.15g}"
+        least, most = (str(end) if self.whole else f"{end:.15g}" for end in (self.least, self.most))
+        low = f"above {least}" if self.above else f"from {least}"
+        high = f"below {most}" if self.below else f"{'at most' if self.above else 'to'} {most}"
         return f"{kind} {low}{', ' if self.above else ' '}{high}{multiple}"
 
     @property
@@ -84,6 +88,14 @@ STRENGTH = real(0, 100)  # of a face
 GUIDANCE = real(0, 100)
 GUIDED = real(1, 100, above=True)
 AVATAR_SIDE = whole(32, 1024, step=8)  # pixels that the renderer can draw
+
+
+def read_text(path: Path, option: str) -> str:
+    """The UTF-8 text of the file given as `option`. Raises [`FaceFusionError`] that names both."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FaceFusionError(f"{option} {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
 
 
 class Gather(argparse.Action):

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from ..face_errors import FaceFusionError
-from ._arguments import COUNT, GUIDED, RATE, SEED, STEPS, THREADS, Gather, real, whole
+from ..generation.arguments import check_model
+from ._arguments import COUNT, GUIDED, RATE, SEED, STEPS, THREADS, Gather, read_text, real, whole
 
 
 HELP = "answer a reviewers' question: train variants of the method alike and compare them on avatars"
@@ -193,5 +194,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.variants and METHOD not in args.variants:
         raise FaceFusionError(f"--variants needs {METHOD}, with which all are compared")
     rates(args.rate)
+    if args.model is not None:
+        check_model(args.model)
+    if args.docs is not None:
+        read_text(args.docs, "--docs")  # now, and not after the trainings
     if len(set(args.seeds)) != len(args.seeds):
         raise FaceFusionError(f"--seeds must be different numbers, got {args.seeds}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..avatar_model import AVATAR_DEFAULTS, embedded_model
 from ..face_errors import ModelNotFoundError
 from ..generation.arguments import METHODS, guidance_scales
+from ..generation.loading import usable_device
 from ._arguments import AVATAR_SIDE, COUNT, GUIDANCE, GUIDED, SEED, STEPS, STRENGTH, THREADS, Gather, whole
 
 
@@ -112,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    if "device" in args:
+        usable_device(args.device)  # known before judges and models are loaded
     actions = {
         "table": _table,
         "model": _model,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..avatar_model import embedded_model
 from ..face_errors import FaceFusionError
 from ..generation.arguments import METHODS, check_model, guidance_scales
-from ..generation.loading import ADAPTER_FILE, defaults_beside
+from ..generation.loading import ADAPTER_FILE, defaults_beside, usable_device
 from ._arguments import COUNT, GUIDANCE, GUIDED, SEED, STEPS, STRENGTH, Gather, whole
 
 
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     if result is not None:
-        print(json.dumps(result, indent=1, ensure_ascii=False) if args.json else as_markdown(result))
+        print(json.dumps(result, indent=1) if args.json else as_markdown(result))
     return 0
 
 
@@ -230,9 +230,4 @@ def _device(name: str) -> Any:
 
     from ..training.loop import process_group
 
-    if name == "auto":
-        return process_group().device
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise FaceFusionError(f"--device {name} cannot be used here: {error}") from error
+    return process_group().device if name == "auto" else torch.device(usable_device(name))

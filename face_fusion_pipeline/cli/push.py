@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from ..face_errors import FaceFusionError, ModelNotFoundError
+from ._arguments import read_text
 
 
 HELP = "upload weights, their card and the pipeline to the Hugging Face Hub"
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..publishing import card, hub, repository
 
-    tables = [path.read_text() for path in args.table]
+    tables = [read_text(path, "--table") for path in args.table]
     files = repository.repository_files(args.folder, args.to or card.REPOSITORY, tables, args.license)
     if args.out is not None and not args.dry_run:
         repository.write_folder(files, args.out)

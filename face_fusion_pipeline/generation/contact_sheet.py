@@ -50,7 +50,8 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], text: Mapping[str
     chunks = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         if value is not None:
-            chunks.add_text(key, str(value))  # Pillow writes what is not Latin-1 as an international chunk
+            readable = str(value).encode(errors="backslashreplace").decode()  # a file's name may be no text
+            chunks.add_text(key, readable)  # Pillow writes what is not Latin-1 as an international chunk
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -3,6 +3,8 @@
 torch and diffusers are imported inside the function: `--help` and the checks of arguments do without them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,45 @@ def controlnet_beside(model: str | None) -> str | None:
     return str(path) if (path / "config.json").is_file() else None
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """diffusers and transformers say errors only, without bars: what they do takes seconds. Downloads keep theirs."""
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging as of_transformers
+
+    libraries = (of_diffusers, of_transformers)
+    before = [library.get_verbosity() for library in libraries]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    downloads = not hub.are_progress_bars_disabled()
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    if downloads:  # transformers has taken their bars away with its own
+        hub.enable_progress_bars()
+    try:
+        yield
+    finally:
+        for library, verbosity, bar in zip(libraries, before, bars, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
+
+
+def usable_device(name: str) -> str:
+    """The device of torch that "auto" or another name means. Raises [`FaceFusionError`] where nothing can be computed
+    on it: it is not there, or it is none for numbers, as "meta"."""
+    import torch
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+        why = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise FaceFusionError(f"--device {name[:40]} cannot be used here: {why}") from error
+    return device
+
+
 def load_pipeline(
     model: str | None = None,
     adapter: str | None = None,
@@ -63,29 +104,48 @@ def load_pipeline(
         FaceFusionError: the device is not there; ModelNotFoundError and AdapterMismatchError for the rest.
     """
     model = model or str(embedded_model())
+    device = usable_device(device)
+    with quietly():
+        pipe = _from_pretrained(model, device, dtype, controlnet, revision, variant)
+    pipe.set_progress_bar_config(desc="denoising", leave=False)
+    if adapter is not None:
+        pipe.load_face_fusion_adapter(adapter)
+    return pipe.to(device)
 
+
+def _from_pretrained(
+    model: str, device: str, dtype: str, controlnet: str | None, revision: str | None, variant: str | None
+) -> Any:
     import torch
     from diffusers import ControlNetModel
 
     from ..pipeline import StableDiffusionFaceFusionPipeline
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     name = ("float16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise FaceFusionError(f"--device {device} cannot be used here: {error}") from error
     settings: dict[str, Any] = {"dtype": getattr(torch, name)}
-    what = f"model {model}"
-    try:
-        if controlnet is not None:
-            what = f"ControlNet {controlnet}"
+    if controlnet is not None:
+        with _named("ControlNet", controlnet):
             settings["controlnet"] = ControlNetModel.from_pretrained(controlnet, **settings)
-            what = f"model {model}"
-        pipe = StableDiffusionFaceFusionPipeline.from_pretrained(model, revision=revision, variant=variant, **settings)
-    except (OSError, ValueError) as error:  # not there, offline, gated, a broken or other kind of model
-        raise ModelNotFoundError(f"cannot load the {what}: {error}") from error
-    pipe.set_progress_bar_config(desc="denoising", leave=False)
-    if adapter is not None:
-        pipe.load_face_fusion_adapter(adapter)
-    return pipe.to(device)
+    with _named("model", model):
+        return StableDiffusionFaceFusionPipeline.from_pretrained(model, revision=revision, variant=variant, **settings)
+
+
+@contextmanager
+def _named(kind: str, name: str) -> Iterator[None]:
+    """Whatever goes wrong meanwhile is a [`ModelNotFoundError`] in one line that says of what."""
+    from httpx import TransportError
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        yield
+    except FaceFusionError:
+        raise
+    except Exception as error:  # not there, gated, of another kind; and on broken files diffusers raises anything
+        chain: list[BaseException | None] = [error]
+        while chain[-1] is not None:
+            chain.append(chain[-1].__cause__ or chain[-1].__context__)
+        offline = any(isinstance(each, (ConnectionError, TransportError, LocalEntryNotFoundError)) for each in chain)
+        why = f"{type(error).__name__}: {error}" if not isinstance(error, (OSError, ValueError)) else str(error)
+        if offline and not Path(name).exists():
+            why = "it is not in the cache, and the Hub cannot be reached: go online once, or name a folder"
+        raise ModelNotFoundError(f"cannot load the {kind} {name}: {why}") from error

@@ -144,7 +144,13 @@ def load_base(name: str | Path, dtype: torch.dtype = torch.float32, **hub: Any) 
             pipeline.face_defaults = None  # what a training and its samples see is said with every call
     except TrainingError:
         raise
-    except (OSError, ValueError, KeyError) as error:  # not there, offline, gated, another or a broken model
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # not there, offline, gated, another or a broken model
         raise ModelNotFoundError(f"cannot load the model {name}: {error}") from error
     pipeline.vae.to(memory_format=torch.channels_last)  # encodes up to twice as fast, on CPUs too
     return base_of(pipeline, str(name))
