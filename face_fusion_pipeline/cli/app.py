@@ -33,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=whole(0, 65535), default=7860, help="port to listen on; 0 takes a free one")
     parser.add_argument("--steps", type=whole(1, 200), default=25, help="denoising steps that the page begins with")
     parser.add_argument(
-        "--max-upload", type=real(0, 10_000, above=True), default=400, metavar="MB", help="largest file to upload"
+        "--max-upload",
+        type=real(0, 10_000, above=True),
+        default=400,
+        metavar="MB",
+        help="largest file to upload; the files of all pages may take ten times as much",
     )
     parser.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
     parser.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
