@@ -95,11 +95,10 @@ def read_json(path: Path, remedy: str) -> Any:
 
 def read_json_lines(path: Path, remedy: str) -> list[Any]:
     """The values of a file with a JSON value a line. Raises [`UnreadableFileError`], as [`read_json`] does."""
-    values = []
+    values: list[Any] = []
     try:
         with open(path, encoding="utf-8") as lines:
-            for line in lines:
-                values.append(parse_json(line))
+            values.extend(parse_json(line) for line in lines if line.strip())
     except OSError as error:
         raise UnreadableFileError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from error
     except ValueError as error:

@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from ..avatars.training.unet import fingerprint
 from ..face_adapter import save_tensors
+from ..files.atomic import write_text
 from .augmentation import augmented
 from .base_model import BaseModel
-from .preparation import Row, data_key, has_partner, read_rows, write_text
+from .preparation import Row, data_key, has_partner, read_rows
 from .sources import DataError
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from ...training.loop import Batch, LoopOptions, train
 from ...training.objective import Recogniser, load_recogniser
 from ...training.pairs import Pairs, Reference, split_people
 from ...training.preparation import has_partner, read_report, read_rows
+from ...training.run_records import read_records
 from ...training.task import FaceFusionOptions, FaceFusionTask, KeptStates
 from .conditioning import Conditioning, UNetFeatures, create_conditioning, with_layers
 from .variants import Variant
@@ -185,7 +185,7 @@ class Trainer:
         folder = self.out / variant.name / f"seed-{seed}"
         if not (folder / "training.json").is_file():  # written last
             self._train(conditioning, variant, seed, folder)
-        record = json.loads((folder / "training.json").read_text())[VariantTask.name]
+        record = read_records(folder / "training.json")[VariantTask.name]
         self.check_rate(variant, seed, record)
         conditioning.adapter.load_state_dict(load_file(folder / WEIGHTS_NAME))
         conditioning.adapter.to(self.base.unet.device).eval().requires_grad_(False)
