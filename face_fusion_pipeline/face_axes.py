@@ -18,8 +18,9 @@ from .face_errors import FaceAxesError
 
 
 def is_identity(face: Any) -> bool:
-    """Whether `face` is a `FaceIdentity`; a class loaded through diffusers is not the installed one, hence no type."""
-    return isinstance(getattr(face, "adapter_fingerprint", None), str)
+    """Whether `face` is an identity of a conditioner; a class loaded through diffusers is not the installed one, hence
+    no type."""
+    return isinstance(getattr(face, "n_refs", None), int) and isinstance(getattr(face, "mode", None), str)
 
 
 def depth(face: Any) -> int:

@@ -6,6 +6,7 @@ stay.
 """
 
 import logging
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def steps_of(pipe: Any, arguments: dict[str, Any]) -> Any:
 
 def check_strength(strength: Any, steps: Any) -> None:
     """Raise [`InvalidScaleError`] unless `strength` is in (0, 1] and leaves at least one of `steps` to do."""
-    if not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+    if not isinstance(strength, Real) or not 0 < float(strength) <= 1:
         raise InvalidScaleError(f"strength must be above 0 and at most 1, got {strength!r}")
     if int(strength * steps) < 1:
         raise InvalidScaleError(f"strength {strength:g} of {steps} steps is not one step: give more steps or strength")

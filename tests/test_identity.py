@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import face, generate, tiny_pipeline
 
 from face_fusion_pipeline import FaceIdentity
-from face_fusion_pipeline.face_adapter import create_adapter, unet_fingerprint
+from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_attention import attention_layers
+from face_fusion_pipeline.face_defaults import FACE_MODES
 from face_fusion_pipeline.face_detectors import Face
 from face_fusion_pipeline.face_errors import (
     FaceFusionError,
@@ -21,8 +22,9 @@ from face_fusion_pipeline.face_errors import (
     ModelNotFoundError,
     UnreadableImageError,
 )
-from face_fusion_pipeline.face_identity import FACE_MODES, encode_latents, face_tensors, noise_latents
 from face_fusion_pipeline.face_images import FacePhoto, load_image
+from face_fusion_pipeline.reference_pass import face_tensors, noise_latents
+from face_fusion_pipeline.unet_family import encode_latents, unet_fingerprint, weights_fingerprint
 
 
 def adapted_pipeline(seed=0, **metadata):
@@ -70,6 +72,7 @@ def test_a_file_holds_keys_and_values_and_no_picture(pipe, tmp_path, mode):
             "mode": mode,
             "base_fingerprint": unet_fingerprint(pipe.unet),  # numbers of the model, not of the face
             "adapter_fingerprint": pipe._adapter_fingerprint() if mode != "training-free" else "",
+            "weights_fingerprint": weights_fingerprint(pipe.unet),
         }
 
 

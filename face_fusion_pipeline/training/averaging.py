@@ -10,8 +10,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata, read_tensors, same_fingerprint, save_tensors
+from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
 from ..face_errors import AdapterMismatchError, FaceFusionError
+from ..face_files import read_tensors, save_tensors
+from ..unet_family import same_fingerprint
 
 
 RECORD = "training.json"

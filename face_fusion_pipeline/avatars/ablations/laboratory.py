@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ...evaluation.reports import circumstances
-from ...face_adapter import adapter_fingerprint, unet_fingerprint
+from ...face_adapter import adapter_fingerprint
 from ...face_errors import FaceFusionError
 from ...training.initial_weights import continued_adapter
 from ...training.loop import write_atomic
 from ...training.preparation import data_key, read_rows
+from ...unet_family import unet_fingerprint
 from ..evaluation.avatar_table import CEILING, FLOOR
 from ..evaluation.judges import load_judges
 from ..evaluation.trials import Trial

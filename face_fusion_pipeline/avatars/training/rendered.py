@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ...face_adapter import save_tensors
+from ...face_files import save_tensors
 from ...face_images import CROP_ENLARGE, crop_face
 from ...training.base_model import BaseModel
 from ...training.latent_cache import COMPLETE, SHARD, cache_folders, caption_shard, encode_pictures, shard_path
