@@ -5,6 +5,7 @@ keys and values of each attention layer (`keys`), and lets a UNet see people for
 A new one is a file with a subclass, registered by [`register_conditioner`].
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -100,6 +101,8 @@ class Conditioner(ABC):
                 "people of one call must be seen at the same layers: encode them again with one `self_attention`"
             )
         seen = {name for layers in keys.values() for name, added in layers.items() if added.seen}
+        if "perturbed" in call.roles:
+            check_not_perturbed(seen, pipe.pag_applied_layers)
         return {
             name: FaceFusionAttnProcessor(
                 [LayerPeople(tuple(keys[id(person)][name] for person in row.people), row.regions) for row in rows],
@@ -108,6 +111,16 @@ class Conditioner(ABC):
             for name in next(iter(keys.values()))
             if name in seen
         }
+
+
+def check_not_perturbed(seen: set[str], patterns: Sequence[str]) -> None:
+    """Raise FaceFusionError where PAG would take the place of a self-attention layer that sees faces."""
+    for name in sorted(seen):
+        if name.endswith(".attn1") and any(re.search(pattern, name) for pattern in patterns):
+            raise FaceFusionError(
+                f"{name} sees a face, and its attention is perturbed (pag_applied_layers={list(patterns)}): encode "
+                "the face in the mode 'adapter', or with `self_attention=SelfAttentionReference(layers=...)` of others"
+            )
 
 
 _conditioners: dict[str, Conditioner] = {}

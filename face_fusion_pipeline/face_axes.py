@@ -12,6 +12,7 @@ and images differs from what is expected, the call is refused with the shapes in
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 from .face_errors import FaceAxesError
@@ -85,7 +86,7 @@ def weights_per_person(weights: Any, casts: list[list[Any]]) -> list[list[Any]]:
     if weights is None or sum(map(len, casts)) == 1:
         return [[weights] * len(cast) for cast in casts]
     nested = isinstance(weights, (list, tuple))
-    if not nested or any(isinstance(member, (int, float)) or getattr(member, "ndim", 1) == 0 for member in weights):
+    if not nested or any(isinstance(member, Real) or getattr(member, "ndim", 1) == 0 for member in weights):
         example = [[1] * (face.n_refs if is_identity(face) else len(face)) for face in casts[0]]
         people = " and ".join(str(len(cast)) for cast in casts)
         raise FaceAxesError(
