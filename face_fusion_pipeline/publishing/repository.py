@@ -14,9 +14,10 @@ from pathlib import Path
 
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 
-from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata, read_tensors
+from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
 from ..face_defaults import DEFAULTS_NAME, read_defaults
 from ..face_errors import ModelNotFoundError
+from ..face_files import read_tensors
 from ..files.atomic import new_folder
 from .card import REPOSITORY, finish_card
 

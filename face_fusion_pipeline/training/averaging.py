@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata, read_tensors, same_fingerprint, save_tensors
+from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
 from ..face_errors import AdapterMismatchError, FaceFusionError
+from ..face_files import read_tensors, save_tensors
 from ..files.atomic import replacing
+from ..unet_family import same_fingerprint
 from .run_records import RECORD, read_records
 
 

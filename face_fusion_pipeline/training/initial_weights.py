@@ -13,9 +13,9 @@ from ..face_adapter import (
     AdapterMetadata,
     FaceFusionAdapter,
     load_adapter,
-    read_tensors,
-    unet_fingerprint,
 )
+from ..face_files import read_tensors
+from ..unet_family import unet_fingerprint
 from .errors import TrainingError
 
 

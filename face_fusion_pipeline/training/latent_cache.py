@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..avatars.training.unet import fingerprint
-from ..face_adapter import save_tensors
+from ..face_files import save_tensors
 from ..files.atomic import write_text
 from .augmentation import augmented
 from .base_model import BaseModel

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ...evaluation.reports import circumstances
-from ...face_adapter import adapter_fingerprint, unet_fingerprint
+from ...face_adapter import adapter_fingerprint
 from ...face_errors import FaceFusionError
 from ...files.atomic import write_text
 from ...files.texts import read_json
 from ...training.initial_weights import continued_adapter
 from ...training.preparation import data_key, read_rows
+from ...unet_family import unet_fingerprint
 from ..evaluation.avatar_table import CEILING, FLOOR
 from ..evaluation.judges import load_judges
 from ..evaluation.trials import Trial

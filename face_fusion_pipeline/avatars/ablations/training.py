@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...face_adapter import FaceFusionAdapter, save_tensors
+from ...face_adapter import FaceFusionAdapter
 from ...face_errors import FaceFusionError
+from ...face_files import save_tensors
 from ...training.base_model import BaseModel
 from ...training.initial_weights import continued_adapter
 from ...training.latent_cache import Cache, encode

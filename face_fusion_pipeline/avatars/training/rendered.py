@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ...face_adapter import save_tensors
+from ...face_files import save_tensors
 from ...face_images import CROP_ENLARGE, crop_face
 from ...files.atomic import new_folder, write_text
 from ...training.base_model import BaseModel
