@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from .face_attention import (
     reference_log_weights,
 )
 from .face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError
+from .face_file_checks import check_range, check_tensors, is_fingerprint, number, read_header, short, shown
 
 
 ADAPTER_WEIGHTS_NAME = "face_fusion_adapter.safetensors"
@@ -46,9 +47,12 @@ class AdapterMetadata:
         reference_mode: `"clean"` (timestep 0) or `"noised"` (to `reference_timestep`).
         reference_timestep: timestep of the reference pass, 0 for `"clean"`.
         token_count_bias: see `face_attention.constant_bias`.
-        face_crop: side of the square face crop over the longer side of the face box.
-        resolution: side of the reference image in pixels.
+        face_crop: side of the square face crop over the longer side of the face box, from 0.5 to 5.
+        resolution: side of the reference image in pixels, from 8 to 2048.
         base_fingerprint: [`fingerprint`] of the UNet trained on, for information: fine-tunes may be used.
+
+    Raises:
+        AdapterMismatchError: a value out of range.
     """
 
     base_family: str
@@ -61,8 +65,13 @@ class AdapterMetadata:
 
     def __post_init__(self) -> None:
         if self.reference_mode not in ("clean", "noised"):
-            raise AdapterMismatchError(f"reference_mode must be 'clean' or 'noised', got {self.reference_mode!r}")
-        if (self.reference_timestep > 0) != (self.reference_mode == "noised") or self.reference_timestep < 0:
+            raise AdapterMismatchError(f"reference_mode must be 'clean' or 'noised', got {shown(self.reference_mode)}")
+        check_range("reference_timestep", self.reference_timestep, 0, 999, AdapterMismatchError)
+        check_range("face_crop", self.face_crop, 0.5, 5, AdapterMismatchError)
+        check_range("resolution", self.resolution, 8, 2048, AdapterMismatchError)
+        if not is_fingerprint(self.base_fingerprint):
+            raise AdapterMismatchError(f"base_fingerprint is {shown(self.base_fingerprint)}, not numbers of a UNet")
+        if (self.reference_timestep > 0) != (self.reference_mode == "noised"):
             raise AdapterMismatchError(
                 f"reference_timestep {self.reference_timestep} does not go with mode {self.reference_mode!r}; "
                 "'clean' means 0, 'noised' a positive timestep"
@@ -80,29 +89,26 @@ class AdapterMetadata:
         strings = dict(strings or {})
         if strings.get("format") != FORMAT:
             raise AdapterMismatchError(
-                f"not a Face Fusion adapter: its metadata say format {strings.get('format')!r}, expected {FORMAT!r}"
+                f"not a Face Fusion adapter: its metadata say format {shown(strings.get('format'))}, "
+                f"expected {FORMAT!r}"
             )
         if strings.get("format_version") != str(FORMAT_VERSION):
             raise AdapterMismatchError(
-                f"adapter format version {strings.get('format_version')!r} cannot be read, only {FORMAT_VERSION}; "
-                "update face-fusion-pipeline or convert the file"
+                f"adapter format version {shown(strings.get('format_version'))} cannot be read, only "
+                f"{FORMAT_VERSION}; update face-fusion-pipeline or convert the file"
             )
         try:
             return cls(
                 base_family=strings["base_family"],
                 reference_mode=strings["reference_mode"],
-                reference_timestep=int(strings["reference_timestep"]),
+                reference_timestep=number(strings, "reference_timestep", int, AdapterMismatchError),
                 token_count_bias={"true": True, "false": False}[strings["token_count_bias"]],
-                face_crop=float(strings["face_crop"]),
-                resolution=int(strings["resolution"]),
+                face_crop=number(strings, "face_crop", float, AdapterMismatchError),
+                resolution=number(strings, "resolution", int, AdapterMismatchError),
                 base_fingerprint=strings.get("base_fingerprint", ""),
             )
         except KeyError as error:
-            raise AdapterMismatchError(f"adapter metadata: {error} is missing or not 'true'/'false'") from error
-        except ValueError as error:
-            if isinstance(error, FaceFusionError):
-                raise
-            raise AdapterMismatchError(f"adapter metadata: {error}") from error
+            raise AdapterMismatchError(f"adapter metadata: {short(error)} is missing or not 'true'/'false'") from error
 
 
 class FaceFusionAdapter(nn.Module):
@@ -227,6 +233,8 @@ def same_fingerprint(a: str, b: str) -> bool:
     """True if two fingerprints agree within the rounding of bfloat16, or if one is unknown."""
     if not a or not b:
         return True
+    if not (is_fingerprint(a) and is_fingerprint(b)):
+        return False
     x, y = (torch.tensor([float(value) for value in text.split()]) for text in (a, b))
     return x.shape == y.shape and torch.allclose(x, y, rtol=2**-7, atol=1e-6)
 
@@ -261,22 +269,30 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
 
 
 def read_tensors(
-    path: str | os.PathLike[str], unreadable: type[FaceFusionError] = AdapterMismatchError
+    path: str | os.PathLike[str],
+    unreadable: type[FaceFusionError] = AdapterMismatchError,
+    check: Callable[[dict[str, str]], Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
+    Args:
+        check: called with the metadata before any tensor is read; raises where they are not those wanted.
+
     Raises:
         ModelNotFoundError: no such file.
-        FaceFusionError: not a safetensors file, as the type `unreadable`.
+        FaceFusionError: not a safetensors file, or one too large, as the type `unreadable`.
     """
+    metadata = read_header(path, unreadable)
+    if check is not None:
+        check(metadata)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = file.keys()  # the file itself cannot be iterated
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            return {name: file.get_tensor(name) for name in names}, metadata
     except FileNotFoundError as error:
         raise ModelNotFoundError(f"no such file: {path}") from error
     except (SafetensorError, OSError) as error:
-        raise unreadable(f"{path} is not a readable safetensors file: {error}") from error
+        raise unreadable(f"{path} is not a readable safetensors file: {short(error)}") from error
 
 
 def save_adapter(adapter: FaceFusionAdapter, path: str | os.PathLike[str]) -> None:
@@ -293,19 +309,21 @@ def load_adapter(
         metadata: `None` (a bare state dict) takes the defaults and the UNet's family.
 
     Raises:
-        AdapterMismatchError: other base family, missing or unknown keys, other shapes.
+        AdapterMismatchError: other base family, missing or unknown keys, other shapes, what is no finite weight.
     """
     metadata = metadata or AdapterMetadata(base_family=base_family(unet))
     if metadata.base_family != base_family(unet):
         raise AdapterMismatchError(
-            f"the adapter was trained for base family {metadata.base_family!r}, this model is {base_family(unet)!r}; "
-            "load the base it was trained on, or another adapter"
+            f"the adapter was trained for base family {shown(metadata.base_family)}, this model is "
+            f"{base_family(unet)!r}; load the base it was trained on, or another adapter"
         )
     adapter = FaceFusionAdapter(_widths(unet), metadata, device="meta")
     expected = adapter.state_dict()
     for what, keys in (("unknown", state_dict.keys() - expected), ("missing", expected.keys() - state_dict)):
         if keys:
-            raise AdapterMismatchError(f"the adapter has {len(keys)} {what} keys, for example {min(keys)!r}")
+            example = shown(min(keys, key=str))
+            raise AdapterMismatchError(f"the adapter has {len(keys)} {what} keys, for example {example}")
+    check_tensors(state_dict, "the adapter", AdapterMismatchError)
     for key, weight in state_dict.items():
         if weight.shape != expected[key].shape:
             raise AdapterMismatchError(

@@ -25,6 +25,7 @@ from .face_attention import (
 from .face_axes import face_axes, is_identity, per_person, weights_per_person
 from .face_defaults import FACE_MODES
 from .face_errors import FaceAxesError, FaceFusionError, IdentityMismatchError, InvalidPromptError
+from .face_file_checks import check_identity_fits
 from .face_identity import (
     MODE_WITH_WEIGHTS,
     FaceIdentity,
@@ -50,6 +51,7 @@ from .face_layout import (
 )
 from .face_loader_mixin import FaceLoaderMixin, check_scale, check_window
 from .face_ownership import own_thread, sole_use
+from .face_pictures import load_images
 from .face_self_attention import SelfAttentionReference
 from .late_guidance import LateGuidance
 
@@ -217,6 +219,7 @@ class FaceFusionMixin(FaceLoaderMixin):
                 "this identity needs the adapter it was encoded with; call `load_face_fusion_adapter(...)` first"
             )
         face.check(unet_fingerprint(self.unet), self._adapter_fingerprint())
+        check_identity_fits(face, self.unet)
         face = face if weights is None else face.with_weights(weights)
         return face if self_scale is None else face.with_self_scale(self_scale)
 
@@ -260,7 +263,8 @@ class FaceFusionMixin(FaceLoaderMixin):
             face_mode, face_resolution, face_mirrored: see [`encode_face`].
             face_boxes: where each person's face goes: XYXY in pixels of the output, one for each person, or one such
                 list for each prompt. The person's mask is the box enlarged 1.6 times.
-            face_masks: instead of boxes one mask for each person, image or array (H, W).
+            face_masks: instead of boxes one mask for each person: path, image or array (H, W), see
+                `face_layout.read_mask`.
             face_layout: instead of boxes a picture with as many faces, which are detected, or a list with one picture
                 for each prompt. Several people without boxes, masks and layout: a draft without faces is generated
                 first and takes its place.
@@ -392,9 +396,7 @@ class FaceFusionMixin(FaceLoaderMixin):
         self, placement: Placement, people: list[int], prompts: int, height: int, width: int
     ) -> list[Layout]:
         """The faces found in the layout pictures; one layout for all prompts, or one for each."""
-        from .face_images import load_image
-
-        pictures = [load_image(picture) for picture in placement.pictures()]
+        pictures = load_images(placement.layout)
         if len(pictures) not in (1, prompts):
             raise FaceAxesError(
                 f"face_layout has {len(pictures)} pictures, but there are {prompts} prompts: give one picture for "

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from .face_adapter import KeysAndValues, read_tensors, same_fingerprint, save_tensors
@@ -23,9 +21,10 @@ from .face_attention import (
     reference_log_weights,
 )
 from .face_defaults import FACE_MODES
-from .face_errors import FaceFusionError, IdentityMismatchError, InvalidScaleError, UnreadableImageError
+from .face_errors import FaceFusionError, IdentityMismatchError, InvalidScaleError
+from .face_file_checks import check_identity, is_fingerprint, shown
 from .face_ownership import OwnThread, own_thread
-from .face_pictures import upright_rgb
+from .face_pictures import centre_square, load_images
 from .face_self_attention import WHOLE_AND_CLEAN, SelfAttentionReference
 
 
@@ -42,46 +41,15 @@ def face_tensors(images: Any, resolution: int) -> list[Tensor]:
     """One or several face crops as `(1, 3, resolution, resolution)` in [-1, 1], centre-cropped to a square.
 
     Args:
-        images: PIL image (turned as its EXIF orientation says), uint8 HWC array, tensor `(3, H, W)` or `(n, 3, H, W)`
-            in [0, 1], or a list of these.
+        images: what `face_pictures.load_image` takes, a batch of arrays or tensors, or a list of these. All kinds of
+            one picture give the same tensor, resized as `FacePhoto.crop` does.
 
     Raises:
-        UnreadableImageError: another type, shape or range, or no image at all.
+        UnreadableImageError: a picture that cannot be read, or no image at all.
     """
-    items = list(images) if isinstance(images, (list, tuple)) else [images]
-    tensors = [tensor[None] for item in items for tensor in _pixels(item, resolution)]
-    if not tensors:
-        raise UnreadableImageError("no face image given; pass at least one, or face_image=None for none")
-    return [_square(tensor, resolution) * 2 - 1 for tensor in tensors]
-
-
-def _pixels(image: Any, resolution: int) -> Tensor:
-    """`(n, 3, H, W)` in [0, 1]; of a PIL image already a square of `resolution`, resized as `FacePhoto.crop` does."""
-    if isinstance(image, Image.Image):
-        image = np.asarray(ImageOps.fit(upright_rgb(image), (resolution, resolution), Image.Resampling.LANCZOS))
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3:
-        return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
-    if isinstance(image, Tensor) and image.is_floating_point() and image.ndim in (3, 4) and image.shape[-3] == 3:
-        pixels = image.detach().float()
-        if not (pixels.numel() and pixels.min() >= 0 and pixels.max() <= 1):
-            raise UnreadableImageError("a face tensor must have finite values in [0, 1]; is it scaled to [-1, 1]?")
-        return pixels if pixels.ndim == 4 else pixels[None]
-    shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
-    raise UnreadableImageError(
-        f"a face image must be a PIL image, a uint8 HWC array or a (3, H, W) tensor in [0, 1], got "
-        f"{type(image).__name__}{shape}; open files with PIL.Image.open first"
-    )
-
-
-def _square(pixels: Tensor, resolution: int) -> Tensor:
-    height, width = pixels.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    pixels = pixels[..., top : top + side, left : left + side]
-    if side != resolution:
-        size = (resolution, resolution)
-        pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    return pixels
+    squares = [centre_square(image, resolution) for image in load_images(images, min_side=1)]
+    arrays = [torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() for square in squares]
+    return [pixels / 255 * 2 - 1 for pixels in arrays]
 
 
 def quick_format(images: Tensor) -> Tensor:
@@ -339,30 +307,44 @@ class FaceIdentity:
             ModelNotFoundError: no such file.
             IdentityMismatchError: not an identity, damaged, or of another format version.
         """
-        tensors, metadata = read_tensors(path, IdentityMismatchError)
-        form, version = metadata.get("format"), metadata.get("format_version")
-        if form != IDENTITY_FORMAT or version not in (WITHOUT_SELF_ATTENTION, WITH_SELF_ATTENTION):
-            raise IdentityMismatchError(
-                f"{path} has format {form!r} version {version!r}, expected {IDENTITY_FORMAT!r} version "
-                f"{WITHOUT_SELF_ATTENTION} or {WITH_SELF_ATTENTION}"
-            )
+        tensors, metadata = read_tensors(path, IdentityMismatchError, lambda strings: _check_metadata(strings, path))
         keys, values, cells = (
             {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
             for suffix in (".key", ".value", ".cells")
         )
-        lacking = [name for name in ("mode", "base_fingerprint", "adapter_fingerprint") if name not in metadata]
-        lacking += [] if "weights" in tensors else ["weights"]
-        lacking += [] if keys and keys.keys() == values.keys() else ["a key and a value for each layer"]
-        if lacking:
+        if "weights" not in tensors or keys.keys() != values.keys() or not keys:
             raise IdentityMismatchError(
-                f"{path} lacks {', '.join(lacking)}: it is damaged; encode the face again with `pipe.encode_face(...)`"
+                f"{path} lacks weights, or a key and a value for each layer: it is damaged; encode the face again "
+                "with `pipe.encode_face(...)`"
             )
+        if len(tensors) != 1 + 2 * len(keys) + len(cells):
+            raise IdentityMismatchError(f"{path} has tensors that are of no identity: it is damaged")
         mode, fingerprints = metadata["mode"], (metadata["base_fingerprint"], metadata["adapter_fingerprint"])
-        if mode not in FACE_MODES:
-            raise IdentityMismatchError(f"{path} has mode {mode!r}, expected one of {', '.join(FACE_MODES)}")
         own = None
-        if version == WITH_SELF_ATTENTION:
+        if metadata["format_version"] == WITH_SELF_ATTENTION:
             own = SelfAttentionReference.from_strings(metadata)
         elif mode == "training-free":
             own = WHOLE_AND_CLEAN
-        return cls(keys, values, tensors["weights"], mode, *fingerprints, own, cells)
+        identity = cls(keys, values, tensors["weights"], mode, *fingerprints, own, cells)
+        check_identity(identity, str(path))
+        return identity
+
+
+def _check_metadata(strings: Mapping[str, str], path: str | os.PathLike[str]) -> None:
+    """Raise [`IdentityMismatchError`] unless these are the metadata of an identity file that can be read."""
+    form, version = strings.get("format"), strings.get("format_version")
+    if form != IDENTITY_FORMAT or version not in (WITHOUT_SELF_ATTENTION, WITH_SELF_ATTENTION):
+        raise IdentityMismatchError(
+            f"{path} has format {shown(form)} version {shown(version)}, expected {IDENTITY_FORMAT!r} version "
+            f"{WITHOUT_SELF_ATTENTION} or {WITH_SELF_ATTENTION}"
+        )
+    if lacking := [name for name in ("mode", "base_fingerprint", "adapter_fingerprint") if name not in strings]:
+        raise IdentityMismatchError(
+            f"{path} lacks {', '.join(lacking)}: it is damaged; encode the face again with `pipe.encode_face(...)`"
+        )
+    if strings["mode"] not in FACE_MODES:
+        raise IdentityMismatchError(
+            f"{path} has mode {shown(strings['mode'])}, expected one of {', '.join(FACE_MODES)}"
+        )
+    if wrong := [name for name in ("base_fingerprint", "adapter_fingerprint") if not is_fingerprint(strings[name])]:
+        raise IdentityMismatchError(f"{path} has the {wrong[0]} {shown(strings[wrong[0]])}, not numbers of a model")

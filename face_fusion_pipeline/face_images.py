@@ -1,87 +1,24 @@
 """From a photograph to the square face crop that Face Fusion takes as reference: load, detect, choose, crop."""
 
-import io
 import logging
-import warnings
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from .face_detectors import YUNET_WAYS, DetectorName, Face, FaceDetector, faces_on_picture, load_detector
-from .face_errors import FaceTooSmallError, NoFaceError, SeveralFacesError, UnreadableImageError
-from .face_pictures import upright_rgb
+from .face_errors import FaceTooSmallError, NoFaceError, SeveralFacesError
+from .face_pictures import ImageSource, centre_square, load_image
 
 
 logger = logging.getLogger(__name__)
 
-ImageSource: TypeAlias = str | Path | bytes | np.ndarray | Image.Image
-
-MIN_SIDE = 16  # pixels: nothing to see below
-MAX_PIXELS = 100_000_000  # beyond any camera this is for; a tiny file can claim more and fill the memory
 MIN_FACE = 24  # pixels: the smallest face height worth encoding
 SURE = 0.5  # a face of this score needs no other look at the picture
 BYSTANDER = 1 / 3  # a face below this part of the largest face's height is taken for a passer-by
 CROP_ENLARGE = 1.6  # side of the crop in face heights: hair and chin are in
-
-
-def load_image(source: ImageSource) -> Image.Image:
-    """Any picture as an upright RGB image.
-
-    Args:
-        source: path, encoded file content, PIL image, or array (H, W), (H, W, 3) or (H, W, 4): uint8 in [0, 255] or
-            float in [0, 1].
-
-    Returns:
-        RGB image, turned as its EXIF orientation says; transparency becomes white.
-
-    Raises:
-        UnreadableImageError: missing, empty, broken, no picture, below 16 pixels a side or above 100 megapixels.
-    """
-    name = "the image" if not isinstance(source, (str, Path)) else str(source)
-    if isinstance(source, (str, Path)):
-        try:
-            source = Path(source).read_bytes()
-        except OSError as error:
-            raise UnreadableImageError(f"cannot read {name}: {error.strerror or error}") from error
-    if isinstance(source, bytes) and not source:
-        raise UnreadableImageError(f"{name} is empty (0 bytes)")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size is stricter
-            image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
-            image = Image.fromarray(_to_uint8(image)) if isinstance(image, np.ndarray) else image
-            _check_size(image.size, name)  # before decoding
-            return upright_rgb(image)
-    except UnreadableImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"{name} is not a picture: give a JPEG, PNG, WebP or another image file") from error
-    except Exception as error:  # PIL's plug-ins raise anything from OSError to struct.error on a broken file
-        raise UnreadableImageError(f"{name} is not a picture that can be read: {error}") from error
-
-
-def _check_size(size: tuple[int, int], name: str) -> None:
-    width, height = size
-    if min(size) < MIN_SIDE:
-        raise UnreadableImageError(f"{name} is {width}x{height} pixels: at least {MIN_SIDE} a side are needed")
-    if width * height > MAX_PIXELS:
-        raise UnreadableImageError(
-            f"{name} is {width}x{height} pixels, above {MAX_PIXELS:,} in all: scale it down first"
-        )
-
-
-def _to_uint8(array: np.ndarray) -> np.ndarray:
-    if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all() or array.min(initial=0) < 0 or array.max(initial=0) > 1:
-            raise ValueError("a float array must lie in [0, 1]")
-        array = (array * 255).round().astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ValueError(f"an array must be uint8 or float, got {array.dtype}")
-    return array
 
 
 def detect_faces(image: Image.Image, detector: FaceDetector) -> list[Face]:
@@ -202,8 +139,7 @@ class FacePhoto:
         None keeps the pixels of the photo; what encodes the reference resizes it to what its model takes.
         """
         if self.face is None:
-            side = resolution or min(self.image.size)
-            return ImageOps.fit(self.image, (side, side), Image.Resampling.LANCZOS)
+            return centre_square(self.image, resolution or min(self.image.size))
         return crop_face(self.image, self.face.box, enlarge, resolution)
 
 
@@ -229,7 +165,7 @@ def locate_face(
     try:
         face = find_face(image, load_detector(detector), face_index, min_size)
     except (NoFaceError, SeveralFacesError, FaceTooSmallError) as error:
-        if isinstance(source, (str, Path)):
+        if isinstance(source, (str, os.PathLike)):
             raise type(error)(f"{source}: {error}") from error
         raise
     logger.info("face at (%s), score %.2f", ", ".join(f"{value:.0f}" for value in face.box), face.score)

@@ -13,8 +13,9 @@ from PIL import Image, ImageFilter
 
 from .face_axes import face_axes, per_person
 from .face_errors import FaceAxesError, InvalidPromptError, InvalidScaleError
-from .face_images import crop_face, load_image
+from .face_images import crop_face
 from .face_layout import Box, Placement, assign_boxes, box_masks, check_box, visible_people
+from .face_pictures import load_images
 from .pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
 
 
@@ -33,7 +34,7 @@ def refine_faces(
     pipe: Any, image: Any, prompt: Any, people: Any, face_boxes: Any, detector: Any, strength: Any, **kwargs: Any
 ) -> list[Image.Image]:
     """See `StableDiffusionFaceFusionPipeline.refine_faces`."""
-    pictures = [load_image(picture) for picture in (image if isinstance(image, (list, tuple)) else [image])]
+    pictures = load_images(image)
     casts = face_axes(people, len(pictures))
     places = None if face_boxes is None else Placement(boxes=face_boxes).per_prompt()
     if places is not None and len(places) not in (1, len(pictures)):

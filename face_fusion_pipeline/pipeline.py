@@ -20,10 +20,12 @@ from .face_axes import face_axes
 from .face_defaults import FaceDefaults
 from .face_depth import ControlKind, DepthEstimator
 from .face_errors import FaceFusionError
+from .face_file_checks import read_header  # noqa: F401  named for the loader
 from .face_fusion_mixin import FaceFusionMixin
 from .face_identity import FaceIdentity, capture_hidden_states
 from .face_layout import layer_regions
 from .face_loader_mixin import FaceLoaderMixin
+from .face_metadata import without_metadata  # noqa: F401  named for the loader
 from .face_ownership import sole_use
 from .face_pictures import upright_rgb
 from .face_self_attention import SelfAttentionReference
