@@ -159,8 +159,7 @@ def open_picture(source: ImageSource, name: str | None = None) -> Image.Image:
             elif isinstance(source, Image.Image):
                 image = _checked(source, name)
             else:
-                image = _from_array(source)
-                _check_size(image.size, name)
+                image = _from_array(source, name)
             return _turned(image)
     except UnreadableImageError:
         raise
@@ -270,11 +269,11 @@ def _turned(image: Image.Image) -> Image.Image:
     return turned
 
 
-def _from_array(array: Any) -> Image.Image:
+def _from_array(array: Any, name: str) -> Image.Image:
     """An array (H, W, C) or tensor (C, H, W) as a picture."""
     if hasattr(array, "detach"):
         tensor = array.detach().cpu()
-        tensor = tensor.float() if tensor.is_floating_point() else tensor  # numpy has no bfloat16
+        tensor = tensor.float() if tensor.dtype.itemsize < 4 and tensor.is_floating_point() else tensor  # bfloat16 too
         array = tensor.movedim(0, -1).numpy() if tensor.ndim == 3 else tensor.numpy()
     if not isinstance(array, np.ndarray):
         raise UnreadableImageError(
@@ -286,6 +285,7 @@ def _from_array(array: Any) -> Image.Image:
         raise UnreadableImageError(
             f"an image array must be (H, W), (H, W, 3) or (H, W, 4), got {array.shape}; tensors (3, H, W)"
         )
+    _check_size(array.shape[1::-1], name)
     if array.dtype.kind == "f":
         low, high = array.min(initial=0), array.max(initial=0)
         if not (low >= 0 and high <= 1):  # NaN is neither

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ..face_detectors import Face, FaceDetector
-from ..face_images import crop_box, detect_faces, find_face, load_image
+from ..face_images import crop_box, detect_faces, find_upright, load_image
 from ..finetuning.sources import Photo
 from .judges import IMAGE_SIZE, Judges
 from .renders import from_pil, to_pil
@@ -59,7 +59,7 @@ class FaceFinder:
         """
         image = load_image(photo.content)
         if photo.box is None:
-            return image, find_face(image, self.detector)
+            return find_upright(image, self.detector)
         points = None if photo.landmarks5 is None else np.asarray(photo.landmarks5, np.float64)
         return image, Face(photo.box, 1.0, points)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..face_detectors import Face, FaceDetector
 from ..face_errors import FaceFusionError, FaceTooSmallError, NoFaceError, SeveralFacesError, UnreadableImageError
-from ..face_images import CROP_ENLARGE, crop_box, crop_face, find_face, load_image
+from ..face_images import CROP_ENLARGE, crop_box, crop_face, find_upright, load_image
 from .sources import Box, Photo
 
 
@@ -87,7 +87,7 @@ def select(photo: Photo, options: SelectionOptions, detector: Callable[[], FaceD
     if photo.people is not None and photo.people != 1:
         raise (SeveralFacesError if photo.people else NoFaceError)(f"{photo.people} people are in the picture")
     image = load_image(photo.content)
-    face = find(photo, image, options, detector)
+    image, face = find(photo, image, options, detector)
     left, top, side = square_around(face, image.size, options.min_face_share)
     scale = options.resolution / side
     placed = face.moved(scale, -left * scale, -top * scale)
@@ -105,28 +105,33 @@ def select(photo: Photo, options: SelectionOptions, detector: Callable[[], FaceD
     )
 
 
-def find(photo: Photo, image: Image.Image, options: SelectionOptions, detector: Callable[[], FaceDetector]) -> Face:
-    """The one face of a photo, where the source says or the detector sees it; refused if small or blurred."""
+def find(
+    photo: Photo, image: Image.Image, options: SelectionOptions, detector: Callable[[], FaceDetector]
+) -> tuple[Image.Image, Face]:
+    """A photo and its one face, where the source says, or where the detector sees it with the photo turned upright.
+
+    Raises RefusedPhotoError where the face is small or blurred.
+    """
     if min(image.size) < options.min_side:
         raise RefusedPhotoError(
             "photo too small", f"{image.width}x{image.height} pixels, below {options.min_side} a side"
         )
     if photo.box is None:
-        face = find_face(image, detector(), min_size=options.min_face)
+        image, face = find_upright(image, detector(), min_size=options.min_face)
     else:
         face = Face(photo.box, 1.0, None if photo.landmarks5 is None else np.asarray(photo.landmarks5))
         if face.height < options.min_face:
             raise FaceTooSmallError(f"the face is {face.height:.0f} pixels high, below {options.min_face:g}")
     if (found := sharpness(image, face.box)) < options.min_sharpness:
         raise RefusedPhotoError("blurred", f"sharpness {found:.1f}, below {options.min_sharpness:g}")
-    return face
+    return image, face
 
 
 def reference_crop(path: object, options: SelectionOptions, detector: Callable[[], FaceDetector]) -> Image.Image:
     """The face crop of a photo that the source names as reference; its errors say that it is the reference."""
     try:
         image = load_image(path)  # type: ignore[arg-type]
-        face = find_face(image, detector(), min_size=options.min_face)
+        image, face = find_upright(image, detector(), min_size=options.min_face)
     except FaceFusionError as error:
         raise type(error)(f"reference {path}: {error}") from error
     return crop_face(image, face.box, CROP_ENLARGE, options.reference_resolution)
