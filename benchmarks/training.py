@@ -19,9 +19,9 @@ from torch import Tensor
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
 from face_fusion_pipeline.evaluation.reports import markdown_table
-from face_fusion_pipeline.finetuning.base_model import BaseModel, base_of
-from face_fusion_pipeline.finetuning.task import FaceFusionOptions, FaceFusionTask
+from face_fusion_pipeline.training.base_model import BaseModel, base_of
 from face_fusion_pipeline.training.loop import LoopOptions, train
+from face_fusion_pipeline.training.task import FaceFusionOptions, FaceFusionTask
 
 from .measure import Setup, device_bytes, forget_peak
 from .report import machine, ratio
@@ -33,7 +33,7 @@ EXAMPLES = 256
 
 
 class RandomPairs:
-    """Stands for `finetuning.pairs.Pairs`: latents, references and texts of nobody, in memory."""
+    """Stands for `training.pairs.Pairs`: latents, references and texts of nobody, in memory."""
 
     key = "random"
 

@@ -17,8 +17,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model, prepare_face
-from face_fusion_pipeline.avatars.sheet import portrait
-from face_fusion_pipeline.evaluation.judges import load_judges
+from face_fusion_pipeline.avatars.evaluation.judges import load_judges
+from face_fusion_pipeline.avatars.world.sheet import portrait
 from face_fusion_pipeline.inspection.attention_maps import AttentionRecord, record_attention
 
 

@@ -20,7 +20,7 @@ from .face_errors import FaceFusionError, IdentityMismatchError, ModelNotFoundEr
 MAX_HEADER = 2**22  # bytes: Stable Diffusion XL's 140 tensors take 20 kB
 MAX_TENSORS = 10_000
 MAX_BYTES = 2**32  # of all tensors: the largest adapter has 0.8 GB, a reference in Stable Diffusion 1.5 less than 0.1
-MAX_NUMBERS = 1_000  # in a fingerprint
+MAX_NUMBERS = 20_000  # in a fingerprint
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CELLS = {"adapter": ("attn2",), "training-free": ("attn1",), "both": ("attn1", "attn2")}  # layers of each mode
 

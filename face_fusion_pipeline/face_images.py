@@ -141,7 +141,8 @@ def crop_box(image: Image.Image, box: tuple[float, float, float, float]) -> Imag
         UnreadableImageError: a box that is not finite, or a side above 20,000 pixels.
     """
     if not (np.isfinite(box).all() and max(box[2] - box[0], box[3] - box[1]) <= MAX_CROP):
-        raise UnreadableImageError(f"the crop {tuple(map(float, box))} of the image is above {MAX_CROP} pixels a side, or no box")
+        sides = ", ".join(f"{side:g}" for side in box)
+        raise UnreadableImageError(f"the crop ({sides}) of the image is above {MAX_CROP} pixels a side, or no box")
     x0, y0, x1, y1 = (round(value) for value in box)
     columns = np.arange(x0, max(x1, x0 + 1)).clip(0, image.width - 1)
     rows = np.arange(y0, max(y1, y0 + 1)).clip(0, image.height - 1)

@@ -16,12 +16,13 @@ from .face_adapter import (
     FaceFusionAdapter,
     adapter_fingerprint,
     load_adapter,
-    read_tensors,
     save_adapter,
 )
 from .face_attention import attention_layers
 from .face_defaults import DEFAULTS_NAME, FaceDefaults, loaded_defaults
 from .face_errors import AdapterMismatchError, FaceFusionError, InvalidScaleError, ModelNotFoundError
+from .face_files import read_tensors
+from .unet_family import base_family
 
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class FaceLoaderMixin:
     components: dict[str, Any]
     config: Any
     maybe_free_model_hooks: Any
+    _default_resolution: Any
     set_progress_bar_config: Any
 
     face_defaults: FaceDefaults | None = None  # of the model's folder, for calls that do not say otherwise
@@ -133,8 +135,8 @@ class FaceLoaderMixin:
         """Load trained `to_k_face`, `to_v_face` weights; they replace those loaded before.
 
         Args:
-            pretrained_model_name_or_path_or_dict: Hub id, folder, `.safetensors` file, or a state dict (which is
-                taken to have the default metadata).
+            pretrained_model_name_or_path_or_dict: Hub id, folder, `.safetensors` file, or a state dict, which is
+                taken to have the default metadata and references of the base's own size.
             kwargs: `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token`, `revision`.
 
         Raises:
@@ -143,8 +145,10 @@ class FaceLoaderMixin:
         """
         if unknown := kwargs.keys() - set(HUB_ARGUMENTS):
             raise TypeError(f"load_face_fusion_adapter() got unexpected arguments {sorted(unknown)}")
-        source, metadata = pretrained_model_name_or_path_or_dict, None
-        if not isinstance(source, Mapping):
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, Mapping):
+            metadata = AdapterMetadata(base_family(self.unet), resolution=self._default_resolution())
+        else:
             name = str(source) if os.path.isfile(source) else weight_name
             if not name.endswith(".safetensors"):
                 raise AdapterMismatchError(f"adapter weights are .safetensors files only, got {name!r}")
@@ -193,6 +197,10 @@ class FaceLoaderMixin:
             if not any(f"{name}.".startswith(f"{prefix}.") for name in layers):
                 raise InvalidScaleError(f"no attention layer of this UNet is in {prefix!r}; layers: {layers}")
         self._face_layer_scales = flat
+
+    def _any_layer_scale(self) -> bool:
+        scales = self._face_layer_scales
+        return any(scales.values() if isinstance(scales, dict) else [scales])
 
     def _layer_scale(self, name: str) -> float:
         if not isinstance(self._face_layer_scales, dict):

@@ -12,10 +12,11 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 from torch import Tensor
 
+from .call_arguments import prompt_count
 from .face_axes import face_axes
 from .face_depth import control_depth, load_depth_estimator, photo_of
 from .face_errors import FaceAxesError, FaceFusionError
-from .face_fusion_mixin import FaceFusionMixin, prompt_count
+from .face_fusion_mixin import FaceFusionMixin
 from .face_layout import Layout
 from .face_loader_mixin import check_scale
 from .face_ownership import own_thread

@@ -13,16 +13,16 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from face_fusion_pipeline import create_adapter, save_adapter
-from face_fusion_pipeline.ablations import training
-from face_fusion_pipeline.ablations.added_attention import face_attention
-from face_fusion_pipeline.ablations.conditioning import (
+from face_fusion_pipeline.avatars.ablations import training
+from face_fusion_pipeline.avatars.ablations.added_attention import face_attention
+from face_fusion_pipeline.avatars.ablations.conditioning import (
     Conditioning,
     EncoderTokens,
     UNetFeatures,
     central_cells,
     create_conditioning,
 )
-from face_fusion_pipeline.ablations.encoders import (
+from face_fusion_pipeline.avatars.ablations.encoders import (
     ImageEncoder,
     Photo,
     RecogniserEncoder,
@@ -30,28 +30,28 @@ from face_fusion_pipeline.ablations.encoders import (
     load_conditioner,
     load_recogniser,
 )
-from face_fusion_pipeline.ablations.laboratory import Run
-from face_fusion_pipeline.ablations.pictures import plain_pipeline, reference_photos
-from face_fusion_pipeline.ablations.questions import QUESTIONS, Condition
-from face_fusion_pipeline.ablations.report import draw, fill, sentences, table
-from face_fusion_pipeline.ablations.summary import difference, equal_accuracy, summarise
-from face_fusion_pipeline.ablations.training import Budget, Trainer, VariantTask
-from face_fusion_pipeline.ablations.variants import METHOD, NO_FACE, VARIANTS, Variant, chosen_layers
+from face_fusion_pipeline.avatars.ablations.laboratory import Run
+from face_fusion_pipeline.avatars.ablations.pictures import plain_pipeline, reference_photos
+from face_fusion_pipeline.avatars.ablations.questions import QUESTIONS, Condition
+from face_fusion_pipeline.avatars.ablations.report import draw, fill, sentences, table
+from face_fusion_pipeline.avatars.ablations.summary import difference, equal_accuracy, summarise
+from face_fusion_pipeline.avatars.ablations.training import Budget, Trainer, VariantTask
+from face_fusion_pipeline.avatars.ablations.variants import METHOD, NO_FACE, VARIANTS, Variant, chosen_layers
+from face_fusion_pipeline.avatars.evaluation.avatar_table import CEILING, FLOOR
+from face_fusion_pipeline.avatars.evaluation.judges import SHIPPED, Judges, load_judges
+from face_fusion_pipeline.avatars.evaluation.trials import FIRST_TEST_IDENTITY, portraits
 from face_fusion_pipeline.cli import main
-from face_fusion_pipeline.evaluation.avatar_table import CEILING, FLOOR
-from face_fusion_pipeline.evaluation.judges import SHIPPED, Judges, load_judges
-from face_fusion_pipeline.evaluation.trials import FIRST_TEST_IDENTITY, portraits
 from face_fusion_pipeline.face_adapter import ADAPTER_WEIGHTS_NAME
 from face_fusion_pipeline.face_attention import attention_layers
 from face_fusion_pipeline.face_errors import FaceFusionError
-from face_fusion_pipeline.finetuning.base_model import base_of
-from face_fusion_pipeline.finetuning.latent_cache import encode
-from face_fusion_pipeline.finetuning.pairs import Pairs, split_people
-from face_fusion_pipeline.finetuning.preparation import PrepareOptions, prepare, read_report, read_rows
-from face_fusion_pipeline.finetuning.selection import SelectionOptions
-from face_fusion_pipeline.finetuning.sources import DataError, open_source
-from face_fusion_pipeline.finetuning.task import FaceFusionOptions, FaceFusionTask
+from face_fusion_pipeline.training.base_model import base_of
+from face_fusion_pipeline.training.latent_cache import encode
 from face_fusion_pipeline.training.loop import Part, data_order
+from face_fusion_pipeline.training.pairs import Pairs, split_people
+from face_fusion_pipeline.training.preparation import PrepareOptions, prepare, read_report, read_rows
+from face_fusion_pipeline.training.selection import SelectionOptions
+from face_fusion_pipeline.training.sources import DataError, open_source
+from face_fusion_pipeline.training.task import FaceFusionOptions, FaceFusionTask
 
 
 SIDE = 16

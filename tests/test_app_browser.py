@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from face_fusion_pipeline.avatars import render, sample_scene
-from face_fusion_pipeline.avatars.sheet import portrait, to_pil
+from face_fusion_pipeline.avatars.world.sheet import portrait, to_pil
 from face_fusion_pipeline.cli import app as app_command
 
 

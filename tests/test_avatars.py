@@ -14,18 +14,14 @@ from face_fusion_pipeline.avatars import (
     SPLITS,
     STYLES,
     caption,
-    dataset,
     full_caption,
-    identity,
-    raycast,
     render,
     sample_identity,
     sample_scene,
-    shade,
-    sheet,
     split_of,
 )
-from face_fusion_pipeline.avatars.identity import (
+from face_fusion_pipeline.avatars.world import dataset, identity, raycast, shade, sheet
+from face_fusion_pipeline.avatars.world.identity import (
     BEARDS,
     DYED_HAIR,
     EYE_COLOURS,
@@ -357,8 +353,8 @@ def test_grid_is_labelled():
 def test_real_detector_and_recognisers_agree(test_data):
     """YuNet finds ≥ 99 % of near-frontal avatars, IoU ≥ 0.5; photo-trained recognisers tell 100 identities apart."""
     pytest.importorskip("onnxruntime")
+    from face_fusion_pipeline.avatars.evaluation.recognition import measure_recognition
     from face_fusion_pipeline.evaluation.recognisers import OnnxRecogniser
-    from face_fusion_pipeline.evaluation.recognition import measure_recognition
     from face_fusion_pipeline.face_detectors import load_detector
 
     models = test_data / "models"

@@ -20,7 +20,8 @@ import yaml
 from safetensors.torch import load_file
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model
-from face_fusion_pipeline.avatars import render, sample_scene, sheet
+from face_fusion_pipeline.avatars import render, sample_scene
+from face_fusion_pipeline.avatars.world import sheet
 from face_fusion_pipeline.cli import build_parser, commands
 from face_fusion_pipeline.face_detectors import HaarDetector
 from face_fusion_pipeline.generation.contact_sheet import save_png
@@ -218,7 +219,15 @@ def test_every_page_is_in_the_navigation_and_every_module_in_the_reference() -> 
     assert pages == {page.relative_to(ROOT / "docs").as_posix() for page in DOCS}
     described = "\n".join(page.read_text() for page in DOCS)
     package = ROOT / "face_fusion_pipeline"
-    packages = ("generation", "inspection", "finetuning", "training", "evaluation", "publishing")
+    packages = [
+        "generation",
+        "inspection",
+        "training",
+        "evaluation",
+        "publishing",
+        "avatars/training",
+        "avatars/evaluation",
+    ]
     for module in (path for folder in ("", *packages) for path in (package / folder).glob("[!_]*.py")):
         name = ".".join(module.relative_to(ROOT).with_suffix("").parts)
         assert re.search(rf"^::: {re.escape(name)}\b", described, re.M), f"{name} is on no page of docs/reference"
@@ -233,7 +242,7 @@ def test_site_builds_without_warnings(tmp_path: Path) -> None:
     page = (tmp_path / "reference" / "weights" / "index.html").read_text()
     assert "load_face_fusion_adapter" in page and "AdapterMismatchError" in page
     assert not re.search(r"\[<code>\w+</code>\]", page)
-    assert "FaceFusionTask" in (tmp_path / "reference" / "finetuning" / "index.html").read_text()
+    assert "FaceFusionTask" in (tmp_path / "reference" / "training" / "index.html").read_text()
     options = (tmp_path / "reference" / "commands" / "index.html").read_text()
     assert all(f">face-fusion {command}<" in options for command in commands()) and "--dry-run" in options
     foreign = re.compile(r'<(?:script|img|iframe)[^>]+src="(https?:)?//|<link[^>]+stylesheet[^>]+href="(https?:)?//')

@@ -11,9 +11,9 @@ from PIL import Image
 from transformers import CLIPTextModelWithProjection
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model
-from face_fusion_pipeline.avatars import sheet
+from face_fusion_pipeline.avatars.evaluation.trials import portraits
+from face_fusion_pipeline.avatars.world import sheet
 from face_fusion_pipeline.cli import main
-from face_fusion_pipeline.evaluation.trials import portraits
 
 
 ROOT = Path(__file__).parents[1]

@@ -21,6 +21,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model, face_detectors
 from face_fusion_pipeline.avatars import caption, render, sample_scene
+from face_fusion_pipeline.avatars.evaluation.renders import to_pil
 from face_fusion_pipeline.cli import avatars_evaluate, evaluate, main
 from face_fusion_pipeline.evaluation.alignment import face_template
 from face_fusion_pipeline.evaluation.clip_score import QUALITY_PROMPTS, ClipScore
@@ -52,11 +53,10 @@ from face_fusion_pipeline.evaluation.pictures import (
     read_prompts,
 )
 from face_fusion_pipeline.evaluation.recognisers import DeepFaceRecogniser, OnnxRecogniser, insightface_recogniser
-from face_fusion_pipeline.evaluation.renders import to_pil
 from face_fusion_pipeline.face_adapter import create_adapter, save_adapter
 from face_fusion_pipeline.face_detectors import Face, HaarDetector, YuNetDetector
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
-from face_fusion_pipeline.finetuning.sources import Photo
+from face_fusion_pipeline.training.sources import Photo
 
 
 # --- Figures -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib.util
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,25 +21,25 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter, embedded_model
-from face_fusion_pipeline.avatars.dataset import plan
-from face_fusion_pipeline.avatars.render import render
+from face_fusion_pipeline.avatars.training import rendered
+from face_fusion_pipeline.avatars.training.rendered import detected, paired, prepare_rendered
+from face_fusion_pipeline.avatars.training.unet import plain_attention, plain_attention_on_cpu
+from face_fusion_pipeline.avatars.world.dataset import plan
+from face_fusion_pipeline.avatars.world.render import render
 from face_fusion_pipeline.cli import build_parser, main
 from face_fusion_pipeline.face_adapter import face_fused_unet, save_adapter
 from face_fusion_pipeline.face_images import crop_face
 from face_fusion_pipeline.face_layout import box_masks, pool, visible_people
-from face_fusion_pipeline.finetuning import latent_cache, objective, rendered
-from face_fusion_pipeline.finetuning import task as task_module
-from face_fusion_pipeline.finetuning.base_model import base_of, load_base
-from face_fusion_pipeline.finetuning.latent_cache import Shards, cache_folders, encode, is_encoded, shard_path
-from face_fusion_pipeline.finetuning.pairs import Pairs, split_people
-from face_fusion_pipeline.finetuning.preparation import PrepareOptions, prepare, read_rows
-from face_fusion_pipeline.finetuning.rendered import detected, paired, prepare_rendered
-from face_fusion_pipeline.finetuning.selection import SelectionOptions
-from face_fusion_pipeline.finetuning.sources import DataError, open_source
-from face_fusion_pipeline.finetuning.task import FaceFusionOptions, FaceFusionTask
-from face_fusion_pipeline.training import loop
+from face_fusion_pipeline.training import latent_cache, loop, objective
+from face_fusion_pipeline.training import task as task_module
+from face_fusion_pipeline.training.base_model import base_of, load_base
+from face_fusion_pipeline.training.latent_cache import Shards, cache_folders, encode, is_encoded, shard_path
 from face_fusion_pipeline.training.loop import Part, TrainingError, data_order
-from face_fusion_pipeline.training.unet import plain_attention, plain_attention_on_cpu
+from face_fusion_pipeline.training.pairs import Pairs, split_people
+from face_fusion_pipeline.training.preparation import PrepareOptions, prepare, read_rows
+from face_fusion_pipeline.training.selection import SelectionOptions
+from face_fusion_pipeline.training.sources import DataError, open_source
+from face_fusion_pipeline.training.task import FaceFusionOptions, FaceFusionTask
 
 
 SIDE = 16

@@ -11,20 +11,20 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 
-from face_fusion_pipeline.avatars.caption import caption, full_caption
-from face_fusion_pipeline.avatars.dataset import describe, plan
 from face_fusion_pipeline.avatars.kit.plans import plan_windows
 from face_fusion_pipeline.avatars.kit.presets import KIT_PRESETS
 from face_fusion_pipeline.avatars.kit.scene_tensors import detected, draw_scenes, emphasis, face_crops
 from face_fusion_pipeline.avatars.kit.stages import STAGES, Times, load_parts, made_up, run, warm_up
 from face_fusion_pipeline.avatars.kit.tasks import ScenePairs
-from face_fusion_pipeline.avatars.render import render
+from face_fusion_pipeline.avatars.training.data import AvatarImages
+from face_fusion_pipeline.avatars.training.tokenizer import train_tokenizer
+from face_fusion_pipeline.avatars.training.vae import create_vae
+from face_fusion_pipeline.avatars.world.caption import caption, full_caption
+from face_fusion_pipeline.avatars.world.dataset import describe, plan
+from face_fusion_pipeline.avatars.world.render import render
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.face_images import CROP_ENLARGE, crop_face
-from face_fusion_pipeline.training.data import AvatarImages
 from face_fusion_pipeline.training.loop import TrainingError
-from face_fusion_pipeline.training.tokenizer import train_tokenizer
-from face_fusion_pipeline.training.vae import create_vae
 
 
 TINY = KIT_PRESETS["tiny"]

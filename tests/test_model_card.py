@@ -12,9 +12,9 @@ from tiny_models import tiny_pipeline
 
 from face_fusion_pipeline import create_adapter, save_adapter
 from face_fusion_pipeline.face_adapter import ADAPTER_WEIGHTS_NAME
-from face_fusion_pipeline.finetuning.model_card import write_card
-from face_fusion_pipeline.finetuning.task import FaceFusionOptions
 from face_fusion_pipeline.publishing import repository
+from face_fusion_pipeline.training.model_card import write_card
+from face_fusion_pipeline.training.task import FaceFusionOptions
 
 
 RUN = {

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from face_fusion_pipeline.avatars.sheet import portrait
+from face_fusion_pipeline.avatars.world.sheet import portrait
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.face_detectors import Face
 from face_fusion_pipeline.face_errors import (
@@ -26,10 +26,10 @@ from face_fusion_pipeline.face_errors import (
     SeveralFacesError,
     UnreadableImageError,
 )
-from face_fusion_pipeline.finetuning import preparation
-from face_fusion_pipeline.finetuning.augmentation import augmented
-from face_fusion_pipeline.finetuning.preparation import PrepareOptions, prepare, read_rows
-from face_fusion_pipeline.finetuning.selection import (
+from face_fusion_pipeline.training import preparation
+from face_fusion_pipeline.training.augmentation import augmented
+from face_fusion_pipeline.training.preparation import PrepareOptions, prepare, read_rows
+from face_fusion_pipeline.training.selection import (
     RefusedPhotoError,
     SelectionOptions,
     differences,
@@ -38,7 +38,7 @@ from face_fusion_pipeline.finetuning.selection import (
     square_around,
     thumbnail,
 )
-from face_fusion_pipeline.finetuning.sources import (
+from face_fusion_pipeline.training.sources import (
     BrokenShardError,
     DataError,
     Photo,
@@ -335,7 +335,7 @@ def test_report_pairs_and_duplicates(tmp_path: Path) -> None:
 
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("face_fusion_pipeline.finetuning.sources.PIECE", 2)
+    monkeypatch.setattr("face_fusion_pipeline.training.sources.PIECE", 2)
     folder = write_rows(tmp_path / "photos", [{} for _ in range(6)])
     seen: list[str] = []
     stop_at = 3
@@ -405,5 +405,5 @@ def test_bad_options_are_one_line(tmp_path: Path, options: list[str], capsys: py
 
 def test_selection_needs_no_torch() -> None:
     """The processes that look at photos start quickly."""
-    code = "import sys, face_fusion_pipeline.finetuning.preparation; sys.exit('torch' in sys.modules)"
+    code = "import sys, face_fusion_pipeline.training.preparation; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from face_fusion_pipeline import embedded_model
-from face_fusion_pipeline.avatars.caption import caption, vocabulary
-from face_fusion_pipeline.avatars.scene import sample_scene
+from face_fusion_pipeline.avatars.world.caption import caption, vocabulary
+from face_fusion_pipeline.avatars.world.scene import sample_scene
 from face_fusion_pipeline.face_defaults import read_defaults
 from face_fusion_pipeline.generation.prompt_words import (
     OTHER,

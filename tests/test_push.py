@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tiny_models import face, tiny_pipeline
 
 from face_fusion_pipeline import create_adapter, embedded_model
-from face_fusion_pipeline.avatars.sheet import portrait
+from face_fusion_pipeline.avatars.world.sheet import portrait
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.publishing import card, hub, repository
 

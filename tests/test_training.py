@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-from face_fusion_pipeline.avatars.dataset import write
+from face_fusion_pipeline.avatars.training.data import load_avatars, render_avatars
+from face_fusion_pipeline.avatars.world.dataset import write
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.face_errors import ModelNotFoundError
 from face_fusion_pipeline.training import loop
-from face_fusion_pipeline.training.data import load_avatars, render_avatars
 from face_fusion_pipeline.training.loop import LoopOptions, Task, TrainingError, data_order, learning_rate, train
 
 
@@ -272,7 +272,7 @@ def test_pixels_are_cached_until_the_metadata_change(dataset, tmp_path):
 
 
 def test_rendered_data_equal_a_dataset_on_disk(tmp_path):
-    from face_fusion_pipeline.training.controlnet import load_depth
+    from face_fusion_pipeline.avatars.training.controlnet import load_depth
 
     write(tmp_path / "disk" / "test", "test", 10, size=32, depth=True, progress=False)
     disk = load_avatars(tmp_path / "disk", "test")
@@ -284,7 +284,7 @@ def test_rendered_data_equal_a_dataset_on_disk(tmp_path):
 
 
 def test_tokenizer_takes_any_text_and_survives_saving(tmp_path):
-    from face_fusion_pipeline.training.tokenizer import load_tokenizer, train_tokenizer
+    from face_fusion_pipeline.avatars.training.tokenizer import load_tokenizer, train_tokenizer
 
     tokenizer = train_tokenizer(["a smiling woman in a red shirt", "a smiling man in a crown"] * 3)
     assert len(tokenizer) <= 2000
@@ -300,8 +300,8 @@ def test_tokenizer_takes_any_text_and_survives_saving(tmp_path):
 @pytest.fixture(scope="module")
 def model(dataset, tmp_path_factory):
     """A model folder with all parts, each trained for two steps through the command's own code."""
+    from face_fusion_pipeline.avatars.training import presets
     from face_fusion_pipeline.cli import avatars_train
-    from face_fusion_pipeline.training import presets
 
     tiny = {
         "vae": {"encoder_width": 4, "decoder_width": 4, "blocks": (0, 0, 0, 1)},
@@ -344,7 +344,7 @@ def test_exported_folder_is_an_ordinary_stable_diffusion(model):
 
 
 def test_scaled_latents_have_unit_size(model, dataset):
-    from face_fusion_pipeline.training.unet import load_frozen
+    from face_fusion_pipeline.avatars.training.unet import load_frozen
 
     frozen = load_frozen(model)
     latents = frozen.latents(load_avatars(dataset, "train").images(torch.arange(12)))
@@ -355,7 +355,7 @@ def test_latents_that_shrink_with_the_picture_have_no_extra_loss(dataset):
     """The decoder and encoder of this double copy pixels, so halved latents decode to the halved picture."""
     from types import SimpleNamespace
 
-    from face_fusion_pipeline.training.vae import VaeTask, create_vae
+    from face_fusion_pipeline.avatars.training.vae import VaeTask, create_vae
 
     data = load_avatars(dataset, "train")
     vae = create_vae(4, 4, (0, 0, 0, 1))
@@ -372,8 +372,8 @@ def test_latents_that_shrink_with_the_picture_have_no_extra_loss(dataset):
 
 
 def test_text_encoder_and_score_tower_agree(model):
-    from face_fusion_pipeline.training.clip import load_clip, tokenize
-    from face_fusion_pipeline.training.unet import load_frozen
+    from face_fusion_pipeline.avatars.training.clip import load_clip, tokenize
+    from face_fusion_pipeline.avatars.training.unet import load_frozen
 
     frozen, clip = load_frozen(model), load_clip(model)
     tokens = tokenize(frozen.tokenizer, ["a red shirt"])
@@ -391,8 +391,8 @@ def test_every_stage_is_recorded(model):
 
 
 def test_the_recogniser_of_trainings_learns_who_is_who_and_is_not_the_judge(tmp_path):
-    from face_fusion_pipeline.evaluation.judges import load_judges
-    from face_fusion_pipeline.training.recogniser import RecogniserTask, TrainingRecogniser, load_recogniser
+    from face_fusion_pipeline.avatars.evaluation.judges import load_judges
+    from face_fusion_pipeline.avatars.training.recogniser import RecogniserTask, TrainingRecogniser, load_recogniser
 
     dataset = tmp_path / "data"
     for split in ("train", "validation"):
@@ -416,7 +416,7 @@ def test_the_recogniser_of_trainings_learns_who_is_who_and_is_not_the_judge(tmp_
 
 
 def test_the_shipped_recogniser_of_trainings_tells_unseen_people_apart(tmp_path):
-    from face_fusion_pipeline.training.recogniser import RecogniserTask, load_recogniser
+    from face_fusion_pipeline.avatars.training.recogniser import RecogniserTask, load_recogniser
 
     unseen = render_avatars(tmp_path, "test", 100, "cpu")
     task = RecogniserTask(load_recogniser(), unseen, unseen)
@@ -435,8 +435,8 @@ def test_controlnet_is_exported_small_and_followed(model, dataset):
     from diffusers import ControlNetModel
 
     from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
-    from face_fusion_pipeline.training.controlnet import create_controlnet, load_depth
-    from face_fusion_pipeline.training.unet import load_unet
+    from face_fusion_pipeline.avatars.training.controlnet import create_controlnet, load_depth
+    from face_fusion_pipeline.avatars.training.unet import load_unet
 
     controlnet = ControlNetModel.from_pretrained(model / "controlnet")
     pipe = StableDiffusionFaceFusionPipeline.from_pretrained(model, controlnet=controlnet)
@@ -463,9 +463,9 @@ def test_a_controlnet_follows_another_unet(model, tmp_path):
     """What its training added to the copy of its UNet stays, also below another text encoder."""
     from diffusers import ControlNetModel
 
-    from face_fusion_pipeline.training.controlnet import load_controlnet_for
-    from face_fusion_pipeline.training.text_change import text_map
-    from face_fusion_pipeline.training.unet import load_frozen, load_unet
+    from face_fusion_pipeline.avatars.training.controlnet import load_controlnet_for
+    from face_fusion_pipeline.avatars.training.text_change import text_map
+    from face_fusion_pipeline.avatars.training.unet import load_frozen, load_unet
 
     captions, generator = ["a red shirt", "a blue shirt", "a hat", ""], torch.Generator().manual_seed(0)
     former, base, frozen = load_unet(model), load_unet(model), load_frozen(model)
@@ -491,7 +491,7 @@ def test_a_controlnet_follows_another_unet(model, tmp_path):
 
 
 def test_depth_maps_have_to_be_in_the_dataset(dataset):
-    from face_fusion_pipeline.training.controlnet import load_depth
+    from face_fusion_pipeline.avatars.training.controlnet import load_depth
 
     data = load_avatars(dataset, "train", 2)
     for record in data.records:
@@ -512,8 +512,8 @@ def test_two_processes_share_the_batch(dataset, model, tmp_path):
 
 
 def test_word_loss_is_the_cross_entropy_of_cosines_without_padding(model, dataset):
-    from face_fusion_pipeline.training.clip import ClipTask, load_clip, tokenize
-    from face_fusion_pipeline.training.tokenizer import load_tokenizer
+    from face_fusion_pipeline.avatars.training.clip import ClipTask, load_clip, tokenize
+    from face_fusion_pipeline.avatars.training.tokenizer import load_tokenizer
 
     clip, tokenizer, data = load_clip(model), load_tokenizer(model), load_avatars(dataset, "train")
     task = ClipTask(clip, tokenizer, data, data)
@@ -534,7 +534,7 @@ def test_word_loss_is_the_cross_entropy_of_cosines_without_padding(model, datase
 def test_a_unet_is_fitted_to_another_number_of_latent_channels(model):
     import types
 
-    from face_fusion_pipeline.training.unet import load_frozen, load_unet, load_unet_for
+    from face_fusion_pipeline.avatars.training.unet import load_frozen, load_unet, load_unet_for
 
     frozen = load_frozen(model)
     frozen.vae = types.SimpleNamespace(config=types.SimpleNamespace(latent_channels=6))
@@ -549,8 +549,8 @@ def test_a_unet_keeps_reading_text_after_a_change_of_its_encoder(model):
     In double precision, where the map is exact: a UNet after two steps of training enlarges the rounding of single
     precision, by how much depends on the processor.
     """
-    from face_fusion_pipeline.training.text_change import change_text, text_map
-    from face_fusion_pipeline.training.unet import load_frozen, load_unet, load_unet_for
+    from face_fusion_pipeline.avatars.training.text_change import change_text, text_map
+    from face_fusion_pipeline.avatars.training.unet import load_frozen, load_unet, load_unet_for
 
     captions = ["a red shirt", "a blue shirt", "a red blue shirt", ""]
     frozen, generator = load_frozen(model), torch.Generator().manual_seed(0)
@@ -580,7 +580,7 @@ def test_a_unet_keeps_reading_text_after_a_change_of_its_encoder(model):
 
 
 def test_timesteps_are_stratified_and_may_lean_to_noise():
-    from face_fusion_pipeline.training.unet import DiffusionLoss
+    from face_fusion_pipeline.avatars.training.unet import DiffusionLoss
 
     shape, generator = torch.Size((1000, 1, 1, 1)), torch.Generator().manual_seed(0)
     even = DiffusionLoss(1.0).draw(shape, generator)["timesteps"]
@@ -591,7 +591,7 @@ def test_timesteps_are_stratified_and_may_lean_to_noise():
 
 
 def test_stages_name_what_is_missing(tmp_path):
-    from face_fusion_pipeline.training.unet import load_frozen, load_unet
+    from face_fusion_pipeline.avatars.training.unet import load_frozen, load_unet
 
     with pytest.raises(TrainingError, match="train the stage `vae` first"):
         load_frozen(tmp_path)
@@ -605,13 +605,13 @@ def test_presets_fit_what_may_be_shipped():
 
     from accelerate import init_empty_weights
 
+    from face_fusion_pipeline.avatars.training.clip import create_clip
+    from face_fusion_pipeline.avatars.training.presets import PRESETS
+    from face_fusion_pipeline.avatars.training.publish import SIZE_LIMIT
+    from face_fusion_pipeline.avatars.training.tokenizer import train_tokenizer
+    from face_fusion_pipeline.avatars.training.unet import create_unet
+    from face_fusion_pipeline.avatars.training.vae import create_vae
     from face_fusion_pipeline.face_adapter import create_adapter
-    from face_fusion_pipeline.training.clip import create_clip
-    from face_fusion_pipeline.training.presets import PRESETS
-    from face_fusion_pipeline.training.publish import SIZE_LIMIT
-    from face_fusion_pipeline.training.tokenizer import train_tokenizer
-    from face_fusion_pipeline.training.unet import create_unet
-    from face_fusion_pipeline.training.vae import create_vae
 
     tokenizer = train_tokenizer(["a person in a red shirt"] * 4)
     for name in ("cpu", "gpu"):

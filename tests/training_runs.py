@@ -19,7 +19,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_D
 import torch  # noqa: E402  after the environment that it and the Hub read at import
 
 from face_fusion_pipeline.cli import main, train  # noqa: E402, F401
-from face_fusion_pipeline.finetuning import latent_cache, model_card, samples, task  # noqa: E402, F401
+from face_fusion_pipeline.training import latent_cache, model_card, samples, task  # noqa: E402, F401
 
 
 torch.set_num_threads(1)

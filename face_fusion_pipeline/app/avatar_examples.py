@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..avatars import render, sample_scene
-from ..avatars.sheet import portrait, to_pil
+from ..avatars.world.sheet import portrait, to_pil
 from .form import AS_WRITTEN
 
 

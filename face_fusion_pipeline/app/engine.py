@@ -8,7 +8,6 @@ from typing import Any
 
 from PIL import Image
 
-from ..face_adapter import unet_fingerprint
 from ..face_defaults import FaceDefaults
 from ..face_depth import control_depth
 from ..face_detectors import FaceDetector, load_detector
@@ -20,6 +19,7 @@ from ..face_layout import Box, assign_boxes, even_boxes, scale_boxes
 from ..generation.provenance import describe
 from ..generation.references import reference_crops
 from ..generation.watermark import check_size
+from ..unet_family import unet_fingerprint
 from .form import WHOLE_PHOTO, FieldError, Form, PersonForm, in_field
 
 

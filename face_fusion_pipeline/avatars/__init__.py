@@ -1,9 +1,9 @@
 """Avatars: a world of rendered portraits with exact identities, scenes, captions and geometry."""
 
-from .caption import caption, full_caption
-from .identity import GENES, SPLITS, Identity, sample_identity, split_of, traits
-from .render import FAR, Rendered, render
-from .scene import BACKGROUNDS, CLOTHINGS, EXPRESSIONS, STYLES, Light, Person, Scene, sample_scene
+from .world.caption import caption, full_caption
+from .world.identity import GENES, SPLITS, Identity, sample_identity, split_of, traits
+from .world.render import FAR, Rendered, render
+from .world.scene import BACKGROUNDS, CLOTHINGS, EXPRESSIONS, STYLES, Light, Person, Scene, sample_scene
 
 
 __all__ = [

@@ -86,13 +86,13 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from ..ablations.laboratory import Laboratory
-    from ..ablations.pictures import Sampling
-    from ..ablations.questions import QUESTIONS
-    from ..ablations.report import fill, write_answer
-    from ..ablations.training import Budget, Trainer
     from ..avatar_model import embedded_model
-    from ..finetuning.base_model import load_base
+    from ..avatars.ablations.laboratory import Laboratory
+    from ..avatars.ablations.pictures import Sampling
+    from ..avatars.ablations.questions import QUESTIONS
+    from ..avatars.ablations.report import fill, write_answer
+    from ..avatars.ablations.training import Budget, Trainer
+    from ..training.base_model import load_base
     from ..training.loop import process_group
 
     if args.threads:
@@ -132,8 +132,8 @@ def run(args: argparse.Namespace) -> int:
 
 def listing() -> str:
     """Questions and variants, as text."""
-    from ..ablations.questions import QUESTIONS
-    from ..ablations.variants import VARIANTS
+    from ..avatars.ablations.questions import QUESTIONS
+    from ..avatars.ablations.variants import VARIANTS
 
     lines = [f"{q.number}  {q.name:<12} {q.asks}\n{'':16}{', '.join(q.variants)}" for q in QUESTIONS.values()]
     lines += ["", *(f"{variant.name:<18} {variant.about}" for variant in VARIANTS.values())]
@@ -142,7 +142,7 @@ def listing() -> str:
 
 def rates(texts: list[str]) -> dict[str, float]:
     """`VARIANT=RATE` texts as numbers. Raises [`FaceFusionError`]."""
-    from ..ablations.variants import VARIANTS
+    from ..avatars.ablations.variants import VARIANTS
 
     found = {}
     for text in texts:
@@ -160,8 +160,8 @@ def rates(texts: list[str]) -> dict[str, float]:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """What can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
-    from ..ablations.questions import QUESTIONS
-    from ..ablations.variants import METHOD, VARIANTS
+    from ..avatars.ablations.questions import QUESTIONS
+    from ..avatars.ablations.variants import METHOD, VARIANTS
 
     if not args.questions:
         raise FaceFusionError("no question given: name one, --list shows them")

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..avatars import sheet
+    from ..avatars.world import sheet
     from ..face_errors import FaceFusionError
 
     if not (1 <= args.people <= 100 and 1 <= args.per_person <= 100):

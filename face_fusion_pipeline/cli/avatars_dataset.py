@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..avatars import dataset
+    from ..avatars.world import dataset
     from ..face_errors import FaceFusionError
 
     if args.count < 1 or args.per_identity < 1 or args.workers < 1:

@@ -14,9 +14,9 @@ from ..generation.arguments import METHODS, guidance_scales
 
 
 if TYPE_CHECKING:
+    from ..avatars.evaluation.scoring import Panel
     from ..evaluation.generation import Settings
     from ..evaluation.recognisers import Recogniser
-    from ..evaluation.scoring import Panel
     from ..face_detectors import FaceDetector
 
 logger = logging.getLogger(__name__)
@@ -183,9 +183,9 @@ def _detector(args: argparse.Namespace) -> FaceDetector | None:
 
 
 def _panel(args: argparse.Namespace) -> Panel:
-    from ..evaluation.judges import SHIPPED, load_judges
+    from ..avatars.evaluation.judges import SHIPPED, load_judges
+    from ..avatars.evaluation.scoring import Panel
     from ..evaluation.recognisers import load_recognisers
-    from ..evaluation.scoring import Panel
 
     recognisers = load_recognisers(args.recogniser, args.recognisers)
     return Panel(load_judges(args.judges or SHIPPED), recognisers, _detector(args))
@@ -206,9 +206,9 @@ def _settings(args: argparse.Namespace, **more: Any) -> Settings:
 def _training_captions(data: str | None) -> set[str]:
     """Captions of the training split; FaceFusionError if there is none."""
     if data is not None and data.startswith("avatars:"):
-        from ..avatars.caption import caption
-        from ..avatars.dataset import PER_IDENTITY, plan
-        from ..finetuning.rendered import scene_count, scenes, windows
+        from ..avatars.training.rendered import scene_count, scenes, windows
+        from ..avatars.world.caption import caption
+        from ..avatars.world.dataset import PER_IDENTITY, plan
 
         count = scene_count(data)
         drawn = {caption(plan("train", index, PER_IDENTITY)) for index in range(count)}
@@ -233,9 +233,9 @@ def _adapter(args: argparse.Namespace) -> str | None:
 
 
 def _table(args: argparse.Namespace) -> tuple[dict, str]:
-    from ..evaluation.avatar_table import as_markdown, compare
+    from ..avatars.evaluation.avatar_table import as_markdown, compare
+    from ..avatars.evaluation.trials import TRUE_BOX, plan_trials
     from ..evaluation.generation import METHODS, needs_adapter, pipeline_of
-    from ..evaluation.trials import TRUE_BOX, plan_trials
     from ..face_detectors import load_detector
     from ..face_errors import FaceFusionError
 
@@ -256,8 +256,8 @@ def _table(args: argparse.Namespace) -> tuple[dict, str]:
 
 
 def _model(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..avatars.evaluation.model_quality import as_markdown, measure_model, quality_trials
     from ..evaluation.generation import pipeline_of
-    from ..evaluation.model_quality import as_markdown, measure_model, quality_trials
 
     settings = _settings(args)
     exclude = _training_captions(args.training_data)
@@ -269,10 +269,10 @@ def _model(args: argparse.Namespace) -> tuple[dict, str]:
 
 
 def _people(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..avatars.evaluation.judges import SHIPPED, load_judges
+    from ..avatars.evaluation.people_table import as_markdown, compare_people
+    from ..avatars.evaluation.trials import plan_trials
     from ..evaluation.generation import pipeline_of
-    from ..evaluation.judges import SHIPPED, load_judges
-    from ..evaluation.people_table import as_markdown, compare_people
-    from ..evaluation.trials import plan_trials
 
     settings = _settings(args, adapter=_adapter(args), face_scale=args.scale)
     exclude = _training_captions(args.training_data)
@@ -285,10 +285,10 @@ def _people(args: argparse.Namespace) -> tuple[dict, str]:
 
 
 def _depth(args: argparse.Namespace) -> tuple[dict, str]:
-    from ..evaluation.depth_table import as_markdown, compare_depth
+    from ..avatars.evaluation.depth_table import as_markdown, compare_depth
+    from ..avatars.evaluation.judges import SHIPPED, load_judges
+    from ..avatars.evaluation.trials import plan_trials
     from ..evaluation.generation import pipeline_of
-    from ..evaluation.judges import SHIPPED, load_judges
-    from ..evaluation.trials import plan_trials
 
     controlnet = args.controlnet or str(Path(_model_folder(args)) / "controlnet")
     settings = _settings(args, adapter=_adapter(args), controlnet=controlnet, face_scale=args.scale)
@@ -300,10 +300,10 @@ def _depth(args: argparse.Namespace) -> tuple[dict, str]:
 
 
 def _morph(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..avatars.evaluation.judges import SHIPPED, load_judges
+    from ..avatars.evaluation.morph_table import as_markdown, compare_morphs
+    from ..avatars.evaluation.trials import plan_trials
     from ..evaluation.generation import pipeline_of
-    from ..evaluation.judges import SHIPPED, load_judges
-    from ..evaluation.morph_table import as_markdown, compare_morphs
-    from ..evaluation.trials import plan_trials
 
     settings = _settings(args, adapter=_adapter(args), face_scale=args.scale)
     trials = plan_trials(
@@ -315,10 +315,10 @@ def _morph(args: argparse.Namespace) -> tuple[dict, str]:
 
 
 def _savings(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..avatars.evaluation.judges import SHIPPED, load_judges
+    from ..avatars.evaluation.savings_table import as_markdown, compare_savings
+    from ..avatars.evaluation.trials import plan_trials
     from ..evaluation.generation import pipeline_of
-    from ..evaluation.judges import SHIPPED, load_judges
-    from ..evaluation.savings_table import as_markdown, compare_savings
-    from ..evaluation.trials import plan_trials
     from ..face_errors import FaceFusionError
 
     settings = _settings(args, adapter=_adapter(args), face_scale=args.scale)
@@ -332,9 +332,9 @@ def _savings(args: argparse.Namespace) -> tuple[dict, str]:
 
 
 def _recognition(args: argparse.Namespace) -> tuple[dict, str]:
-    from ..evaluation.judges import load_judges
+    from ..avatars.evaluation.judges import load_judges
+    from ..avatars.evaluation.recognition import measure_recognition
     from ..evaluation.recognisers import load_recognisers
-    from ..evaluation.recognition import measure_recognition
     from ..evaluation.reports import markdown_table
 
     recognisers: list[Recogniser] = [*load_recognisers(args.recogniser, args.recognisers), load_judges()]
@@ -352,7 +352,7 @@ def _recognition(args: argparse.Namespace) -> tuple[dict, str]:
 
 
 def _train(args: argparse.Namespace) -> tuple[dict, str]:
-    from ..evaluation.judge_training import train_judges
+    from ..avatars.evaluation.judge_training import train_judges
     from ..evaluation.reports import markdown_table
 
     only: dict[str, Any] = {"only": args.only} if args.only else {}

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..training.publish import publish
+    from ..avatars.training.publish import publish
 
     size = publish(args.model, args.out, args.table, args.note, args.adapter)
     line = {"out": str(args.out), "bytes": size}

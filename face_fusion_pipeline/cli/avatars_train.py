@@ -14,9 +14,9 @@ from ..face_errors import FaceFusionError
 
 
 if TYPE_CHECKING:
-    from ..training.data import AvatarImages
+    from ..avatars.training.data import AvatarImages
+    from ..avatars.training.presets import Preset
     from ..training.loop import LoopOptions, Task
-    from ..training.presets import Preset
 
 HELP = "train a part of the avatar model: vae, clip, unet, controlnet or recogniser"
 STAGES = ("vae", "clip", "unet", "controlnet", "recogniser")
@@ -106,9 +106,9 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from ..training.data import load_avatars, render_avatars
+    from ..avatars.training.data import load_avatars, render_avatars
+    from ..avatars.training.presets import PRESETS
     from ..training.loop import train
-    from ..training.presets import PRESETS
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -157,7 +157,7 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
     if args.stage == "vae":
         from diffusers import AutoencoderTiny
 
-        from ..training.vae import VaeTask, create_vae
+        from ..avatars.training.vae import VaeTask, create_vae
 
         if args.decoder_only:
             source = source or args.out
@@ -166,8 +166,8 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
         given = {name: value for name, value in given.items() if value is not None}
         return VaeTask(vae, data, validation, decoder_only=args.decoder_only, **given)
     if args.stage == "clip":
-        from ..training.clip import ClipTask, create_clip, load_clip
-        from ..training.tokenizer import load_tokenizer, train_tokenizer
+        from ..avatars.training.clip import ClipTask, create_clip, load_clip
+        from ..avatars.training.tokenizer import load_tokenizer, train_tokenizer
 
         known = source or args.out  # a model folder that has a tokenizer keeps it
         has_one = (known / "tokenizer").is_dir()
@@ -175,7 +175,7 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
         clip = load_clip(source) if source else create_clip(tokenizer, data.pixels.shape[-1], **preset.network)
         return ClipTask(clip, tokenizer, data, validation)
     if args.stage == "unet":
-        from ..training.unet import UnetTask, create_unet, load_frozen, load_unet_for
+        from ..avatars.training.unet import UnetTask, create_unet, load_frozen, load_unet_for
 
         frozen = load_frozen(args.out).to(process_group().device)
         if source:
@@ -186,11 +186,11 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
         given = {name: value for name, value in given.items() if value is not None}
         return UnetTask(unet, frozen, data, validation, **given)
     if args.stage == "recogniser":
-        from ..training.recogniser import RecogniserTask, TrainingRecogniser, load_recogniser
+        from ..avatars.training.recogniser import RecogniserTask, TrainingRecogniser, load_recogniser
 
         return RecogniserTask(load_recogniser(source) if source else TrainingRecogniser(), data, validation)
-    from ..training.controlnet import ControlNetTask, create_controlnet, load_controlnet_for
-    from ..training.unet import load_frozen, load_unet
+    from ..avatars.training.controlnet import ControlNetTask, create_controlnet, load_controlnet_for
+    from ..avatars.training.unet import load_frozen, load_unet
 
     frozen, base = load_frozen(args.out).to(process_group().device), load_unet(args.out)
     controlnet = load_controlnet_for(frozen, base, source, data.captions[:1000]) if source else create_controlnet(base)

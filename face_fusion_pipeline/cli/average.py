@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..finetuning.averaging import average_adapters
+    from ..training.averaging import average_adapters
 
     average_adapters(args.first, args.second, args.share, args.out)
     print(args.out)

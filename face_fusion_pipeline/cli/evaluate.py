@@ -205,8 +205,8 @@ def _panel(
     args: argparse.Namespace, people: list[Person], model: str | None, device: Any
 ) -> tuple[PicturePanel, dict[str, str]]:
     """All that looks at the pictures; a model of avatars brings its CLIP and the judges of avatars along."""
+    from ..avatars.evaluation.judges import SHIPPED
     from ..evaluation.clip_score import is_pipeline_folder
-    from ..evaluation.judges import SHIPPED
     from ..evaluation.picture_panel import load_panel
     from ..face_detectors import load_detector
 

@@ -15,9 +15,9 @@ from ..generation.arguments import add_version_arguments
 
 
 if TYPE_CHECKING:
-    from ..finetuning.base_model import BaseModel
-    from ..finetuning.preparation import PrepareOptions
-    from ..finetuning.sources import Piece
+    from ..training.base_model import BaseModel
+    from ..training.preparation import PrepareOptions
+    from ..training.sources import Piece
 
 HELP = "turn photos into training data: detect, filter, crop, pair, encode"
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         base = load(args.model, args)
     report = prepare_photos(pieces, args.out, args, base)
     if base is not None:
-        from ..finetuning.latent_cache import encode
+        from ..training.latent_cache import encode
 
         encode(args.out, base, args.augmentations)
     skipped = ", ".join(f"{reason} {number}" for reason, number in report["skipped"].items()) or "none"
@@ -117,8 +117,8 @@ def run(args: argparse.Namespace) -> int:
 
 def run_rendered(args: argparse.Namespace) -> int:
     """The command for `avatars:N`."""
-    from ..finetuning.rendered import prepare_rendered, scene_count
-    from ..finetuning.sources import DataError
+    from ..avatars.training.rendered import prepare_rendered, scene_count
+    from ..training.sources import DataError
 
     count = scene_count(args.source)
     if args.model is None:
@@ -155,7 +155,7 @@ def check_selection(args: argparse.Namespace) -> None:
 
 def first_look(source: str, args: argparse.Namespace) -> Iterator[Piece]:
     """The pieces of the source; the first one is read at once, so that a wrong path is known before a model loads."""
-    from ..finetuning.sources import DataError, SourceOptions, open_source
+    from ..training.sources import DataError, SourceOptions, open_source
 
     options = SourceOptions(
         image_column=args.image_column,
@@ -179,7 +179,7 @@ def load(model: str, args: argparse.Namespace) -> BaseModel:
 
     check_model(model)
 
-    from ..finetuning.base_model import load_base
+    from ..training.base_model import load_base
     from ..training.loop import process_group
 
     base = load_base(model, revision=args.revision, variant=args.variant)
@@ -191,14 +191,14 @@ def prepare_photos(
     pieces: Iterator[Piece], out: Path, args: argparse.Namespace, base: BaseModel | None
 ) -> dict[str, Any]:
     """Run the first half of the command, see `preparation.prepare`; returns the report."""
-    from ..finetuning.preparation import prepare
+    from ..training.preparation import prepare
 
     return prepare(pieces, out, prepare_options(args, base.resolution if base else DEFAULT_RESOLUTION))
 
 
 def prepare_options(args: argparse.Namespace, default_resolution: int) -> PrepareOptions:
-    from ..finetuning.preparation import PrepareOptions
-    from ..finetuning.selection import SelectionOptions
+    from ..training.preparation import PrepareOptions
+    from ..training.selection import SelectionOptions
 
     resolution = args.resolution or default_resolution
     selection = SelectionOptions(

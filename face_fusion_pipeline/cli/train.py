@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..face_adapter import FaceFusionAdapter
-    from ..finetuning.base_model import BaseModel
-    from ..finetuning.pairs import Pairs
-    from ..finetuning.samples import Samples
-    from ..finetuning.task import FaceFusionTask
+    from ..training.base_model import BaseModel
     from ..training.loop import LoopOptions
+    from ..training.pairs import Pairs
+    from ..training.samples import Samples
+    from ..training.task import FaceFusionTask
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -46,10 +46,10 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from ..finetuning.model_card import write_card
     from ..publishing.hub import create_repository, upload
     from ..publishing.repository import repository_files
     from ..training.loop import process_group, train
+    from ..training.model_card import write_card
 
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
 
 def prepared_folder(args: argparse.Namespace, base: BaseModel) -> Path:
     """The prepared data, made in `OUT/prepared` if `--data` is something else, with latents for this base."""
-    from ..finetuning.latent_cache import encode, is_encoded
-    from ..finetuning.preparation import is_prepared
-    from ..finetuning.sources import DataError
+    from ..training.latent_cache import encode, is_encoded
     from ..training.loop import process_group
+    from ..training.preparation import is_prepared
+    from ..training.sources import DataError
 
     folder = Path(args.data)
     ready = folder if is_prepared(folder) else args.out / "prepared"
@@ -98,8 +98,8 @@ def prepared_folder(args: argparse.Namespace, base: BaseModel) -> Path:
 
 def check_prepared(args: argparse.Namespace, folder: Path) -> None:
     """Raise `DataError` where an option asks for other photos than those that the prepared `folder` holds."""
-    from ..finetuning.preparation import read_report
-    from ..finetuning.sources import DataError
+    from ..training.preparation import read_report
+    from ..training.sources import DataError
 
     settings = read_report(folder)["settings"]
     words = given_words(args, add_selection_arguments)
@@ -120,11 +120,11 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
     """The adapter, the pairs and what else the options ask for, as a task; the base gets its training precision."""
     import torch
 
-    from ..finetuning.latent_cache import cache_folders
-    from ..finetuning.objective import load_recogniser
-    from ..finetuning.pairs import Pairs, split_people
-    from ..finetuning.preparation import read_rows
-    from ..finetuning.task import FaceFusionOptions, FaceFusionTask
+    from ..training.latent_cache import cache_folders
+    from ..training.objective import load_recogniser
+    from ..training.pairs import Pairs, split_people
+    from ..training.preparation import read_rows
+    from ..training.task import FaceFusionOptions, FaceFusionTask
 
     cache = cache_folders(folder, base, args.augmentations)
     people, aside = split_people(read_rows(folder), args.validation_people, args.seed)
@@ -168,8 +168,8 @@ def precision(args: argparse.Namespace) -> str:
 def start_adapter(args: argparse.Namespace, base: BaseModel, folder: Path) -> FaceFusionAdapter:
     """New weights, or those of `--init-adapter`, which must have been made for the same kind of reference."""
     from ..face_adapter import create_adapter
-    from ..finetuning.initial_weights import continued_adapter
-    from ..finetuning.preparation import read_report
+    from ..training.initial_weights import continued_adapter
+    from ..training.preparation import read_report
 
     settings = read_report(folder)["settings"]
     metadata = {
@@ -188,8 +188,8 @@ def create_samples(
     args: argparse.Namespace, base: BaseModel, adapter: FaceFusionAdapter, folder: Path, held_out: Pairs | None
 ) -> Samples:
     """Faces and prompts of the validation pictures; without `--validation-image` the faces of people set aside."""
-    from ..finetuning.samples import Samples
-    from ..finetuning.sources import DataError
+    from ..training.samples import Samples
+    from ..training.sources import DataError
 
     if base.is_xl:
         raise DataError("validation pictures are made for SD 1.x and 2.x only: leave --validation-prompt out")
@@ -203,7 +203,7 @@ def create_samples(
         crop: dict[str, Any] = {"enlarge": metadata.face_crop, "resolution": metadata.resolution}
         faces = [prepare_face(image, detector, **crop) for image in args.validation_image]
     elif held_out is not None:
-        from ..finetuning.latent_cache import read_picture
+        from ..training.latent_cache import read_picture
 
         rows = [held_out.rows[members[0]] for members in held_out.people]
         count = len(args.validation_prompt) if len(args.validation_prompt) > 1 else 4

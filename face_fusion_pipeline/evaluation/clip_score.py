@@ -35,7 +35,7 @@ class ClipScore:
                 self.processor = CLIPImageProcessorPil.from_pretrained(model)
                 self.tokenizer = CLIPTokenizer.from_pretrained(model)
             else:
-                from ..training.clip import load_clip
+                from ..avatars.training.clip import load_clip
 
                 clip = load_clip(folder)
                 side = clip.config.vision_config.image_size

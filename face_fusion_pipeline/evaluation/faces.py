@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..avatars.evaluation.judges import IMAGE_SIZE, Judges
+from ..avatars.evaluation.renders import from_pil, to_pil
 from ..face_detectors import Face, FaceDetector
 from ..face_images import crop_box, detect_faces, find_upright, load_image
-from ..finetuning.sources import Photo
-from .judges import IMAGE_SIZE, Judges
-from .renders import from_pil, to_pil
+from ..training.sources import Photo
 
 
 FACE_HEIGHT = 52.0  # pixels of a face box in an avatar portrait of 128, the median of the dataset

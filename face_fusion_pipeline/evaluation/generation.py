@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..avatars.evaluation.renders import to_pil
+from ..avatars.evaluation.trials import TRUE_BOX, CutOut, Trial, reference_face
 from ..face_errors import FaceFusionError
 from ..face_images import with_mirrored
 from ..face_self_attention import SelfAttentionReference
@@ -22,8 +24,6 @@ from ..generation.loading import load_pipeline
 from ..generation.provenance import DISCLOSURE, SOURCE_TYPE
 from ..late_guidance import LateGuidance
 from .pictures import Picture
-from .renders import to_pil
-from .trials import TRUE_BOX, CutOut, Trial, reference_face
 
 
 BLACKED_OUT = "blacked_out"  # in the text of a PNG file

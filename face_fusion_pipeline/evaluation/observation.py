@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..avatars.evaluation.judges import Judges
+from ..avatars.evaluation.renders import from_pil
 from ..face_detectors import Face
 from .alignment import align_faces
 from .copying import head_rotation
 from .faces import FaceFinder
-from .judges import Judges
 from .recognisers import CROP_SIZE, Recogniser
-from .renders import from_pil
 
 
 class Classifier(Protocol):

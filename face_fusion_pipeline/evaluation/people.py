@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..face_errors import FaceFusionError
-from ..finetuning.sources import Photo, open_source
+from ..training.sources import Photo, open_source
 
 
 @dataclass(frozen=True)

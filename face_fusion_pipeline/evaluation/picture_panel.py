@@ -9,11 +9,11 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
+from ..avatars.evaluation.judges import WEIGHTS_NAME, Judges, load_judges
 from ..face_detectors import YUNET_WAYS, FaceDetector
 from ..face_errors import ModelNotFoundError
 from .clip_score import CLIP_ID, ClipScore
 from .faces import FaceFinder
-from .judges import WEIGHTS_NAME, Judges, load_judges
 from .observation import AvatarExpression, Classifier, Observer
 from .people import Person
 from .picture_rows import PicturePanel

@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from ..face_errors import FaceFusionError, UnreadableImageError
 from ..face_images import FacePhoto, load_image
 from ..face_pictures import open_picture
-from ..finetuning.sources import Photo
+from ..training.sources import Photo
 from .clip_score import ClipScore
 from .copying import expression_difference, landmark_difference, pixel_agreement, pose_difference, yaw
 from .generation import BLACKED_OUT

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 
-from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata, read_tensors
+from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
 from ..face_defaults import DEFAULTS_NAME, read_defaults
 from ..face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError
 from ..face_file_checks import check_tensors
+from ..face_files import read_tensors
 from .card import REPOSITORY, finish_card
 
 

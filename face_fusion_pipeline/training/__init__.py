@@ -1,1 +1,1 @@
-"""Training of the avatar Stable Diffusion and of the Face Fusion adapter: one loop, four tasks."""
+"""Training a face adapter on photos: prepare data, pair them, learn, judge, keep. `loop` trains any task."""

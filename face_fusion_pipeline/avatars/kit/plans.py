@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from ...finetuning.rendered import WINDOW, scenes
-from ..caption import caption, full_caption
-from ..dataset import PER_IDENTITY, plan
-from ..scene import Scene
+from ..training.rendered import WINDOW, scenes
+from ..world.caption import caption, full_caption
+from ..world.dataset import PER_IDENTITY, plan
+from ..world.scene import Scene
 
 
 WORLD = 2

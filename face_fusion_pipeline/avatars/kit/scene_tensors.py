@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ...face_images import CROP_ENLARGE
-from ...training.data import FEATURES, stretched
-from ..render import render
-from ..scene import MAX_PEOPLE
+from ..training.data import FEATURES, stretched
+from ..world.render import render
+from ..world.scene import MAX_PEOPLE
 from .plans import Planned
 
 
@@ -131,7 +131,7 @@ def _padded(found: list[Tensor]) -> Tensor:
 def detected(boxes: Tensor, draws: Tensor) -> Tensor:
     """Boxes (B, 4) as a detector might have drawn them, by `draws` (B, 3) in [0, 1].
 
-    A fifth larger or smaller and a twelfth of the height aside, as in `finetuning.rendered.detected`.
+    A fifth larger or smaller and a twelfth of the height aside, as in `avatars.training.rendered.detected`.
     """
     middle, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
     aside = (2 * draws[:, 1:] - 1) * half[:, 1:] * 2 / 12

@@ -23,12 +23,12 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ...face_adapter import ADAPTER_WEIGHTS_NAME, create_adapter
-from ...finetuning.base_model import base_of
-from ...finetuning.initial_weights import continued_adapter
 from ...pipeline import StableDiffusionFaceFusionPipeline
+from ...training.base_model import base_of
+from ...training.initial_weights import continued_adapter
 from ...training.loop import LoopOptions, Task, TrainingError, train
-from ...training.unet import Frozen, create_unet, load_unet
-from ..scene import MAX_PEOPLE
+from ..training.unet import Frozen, create_unet, load_unet
+from ..world.scene import MAX_PEOPLE
 from .plans import plan_windows
 from .presets import KitPreset
 from .scene_tensors import SceneTensors, draw_scenes

@@ -15,12 +15,12 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ...face_adapter import FaceFusionAdapter, face_fused_unet
-from ...finetuning.base_model import TEXT, BaseModel
-from ...finetuning.task import FaceFusionOptions, FaceFusionTask
-from ...training.controlnet import ControlNetTask
-from ...training.data import save_grid
+from ...training.base_model import TEXT, BaseModel
 from ...training.loop import Batch, Task, seeded
-from ...training.unet import DiffusionLoss, Frozen, UnetTask, plain_attention_on_cpu
+from ...training.task import FaceFusionOptions, FaceFusionTask
+from ..training.controlnet import ControlNetTask
+from ..training.data import save_grid
+from ..training.unet import DiffusionLoss, Frozen, UnetTask, plain_attention_on_cpu
 from .scene_tensors import SceneTensors
 
 
@@ -196,7 +196,7 @@ Reference = tuple[int, int]
 
 @dataclass
 class ScenePairs:
-    """`finetuning.pairs.Pairs` of drawn scenes: targets with other pictures of the same person as references.
+    """`training.pairs.Pairs` of drawn scenes: targets with other pictures of the same person as references.
 
     Only plain captions: who is shown comes from the face.
     """

@@ -1,0 +1,66 @@
+"""What the judges say about images, one row an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...evaluation.metrics import cosine_similarity
+from ...evaluation.recognisers import Recogniser
+from ...face_detectors import FaceDetector
+from ...face_images import detect_faces
+from .judges import Judges
+from .renders import to_pil
+from .trials import Portraits, Trial
+
+
+@dataclass
+class Panel:
+    """All judges of an evaluation: the shipped ones, recognisers trained on photographs, a detector if any."""
+
+    judges: Judges
+    recognisers: Sequence[Recogniser] = ()
+    detector: FaceDetector | None = None
+    others: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all recognisers, those trained on photographs first."""
+        return [r.name for r in (*self.recognisers, self.judges)]
+
+    def embed(self, images: torch.Tensor) -> dict[str, Any]:
+        """Embeddings (B, D) by recogniser; landmarks come from the locator for every image, true or generated."""
+        landmarks = self.judges.locate(images)
+        return {r.name: r.embed(images, landmarks) for r in (*self.recognisers, self.judges)}
+
+    def finds_face(self, image: torch.Tensor) -> bool | None:
+        """Whether the detector sees a face; None without a detector."""
+        return bool(detect_faces(to_pil(image), self.detector)) if self.detector is not None else None
+
+    def score(
+        self, trial: Trial, images: torch.Tensor, methods: Sequence[str], person: Portraits | None
+    ) -> list[dict]:
+        """One row per image of a trial (an image per method): what is seen, similarity to `person.other`."""
+        said = self.judges.describe(images)
+        similarity: dict[str, Any] = {}
+        if person is not None:
+            if person.person not in self.others:
+                self.others[person.person] = self.embed(person.other[None])
+            found, other = self.embed(images), self.others[person.person]
+            similarity = {name: cosine_similarity(found[name], other[name]) for name in found}
+        return [
+            {
+                "trial": trial.key,
+                "person": trial.person,
+                "method": method,
+                "prompt": trial.text,
+                "wanted": trial.wanted,
+                "said": {trait: said[trait][i] for trait in trial.wanted},
+                "similarity": {name: float(values[i]) for name, values in similarity.items()},
+                "face_found": self.finds_face(images[i]),
+            }
+            for i, method in enumerate(methods)
+        ]

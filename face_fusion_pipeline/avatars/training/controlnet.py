@@ -1,0 +1,174 @@
+"""A depth ControlNet for the avatar UNet, trained on the renderer's exact depth; everything else stays frozen.
+
+The encoder starts as a copy of the UNet's, without the attention of the middle block, which keeps the file below
+15 MB. Depth maps are drawn as photo depth estimators draw them: near is white, and stretched to the picture's range.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...face_pictures import open_picture
+from ...training.loop import Batch, Task, TrainingError, seeded
+from .data import AvatarImages, cached, save_grid, stretched
+from .unet import (
+    TEXT_DROPOUT,
+    DiffusionLoss,
+    Frozen,
+    LatentData,
+    fingerprint,
+    fit_text,
+    load_unet_for,
+    plain_attention_on_cpu,
+)
+
+
+EMBEDDING_CHANNELS = (16, 16, 32, 64)  # of the four convolutions that bring the depth map to an eighth of its size
+
+
+def create_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+    """A ControlNet whose encoder equals the UNet's and whose output is zero."""
+    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=EMBEDDING_CHANNELS)
+    config = {**controlnet.config, "mid_block_type": "UNetMidBlock2D"}
+    smaller = ControlNetModel.from_config(config)
+    shapes = {name: weight.shape for name, weight in smaller.state_dict().items()}
+    kept = {name: w for name, w in controlnet.state_dict().items() if shapes.get(name) == w.shape}
+    smaller.load_state_dict(kept, strict=False)
+    return smaller
+
+
+def load_controlnet_for(
+    frozen: Frozen, base: UNet2DConditionModel, folder: Path, captions: list[str]
+) -> ControlNetModel:
+    """The ControlNet of the model `folder`, fitted to the UNet `base` instead of the one in `folder`.
+
+    What its training added to the copy of its own UNet's encoder is added to this UNet's; the text encoder is changed
+    as in `load_unet_for`. A ControlNet that lies without a UNet stays as it is.
+    """
+    if not (folder / "controlnet").is_dir():
+        raise TrainingError(f"{folder / 'controlnet'} does not exist: leave out --continue-from to train a new one")
+    controlnet = ControlNetModel.from_pretrained(folder / "controlnet", torch_dtype=torch.float32)
+    if (folder / "unet").is_dir():
+        fit_text(controlnet, frozen, folder, captions)
+        now, before = base.state_dict(), load_unet_for(frozen, folder, captions).state_dict()
+        with torch.no_grad():
+            for name, weight in controlnet.named_parameters():
+                if name in now:
+                    weight += now[name] - before[name]
+    return controlnet
+
+
+def load_depth(data: AvatarImages) -> Tensor:
+    """Depth maps uint8 (N, 1, S, S), see `data.stretched`, of images rendered with them or written with `--depth`."""
+    if data.depth is not None:
+        return data.depth
+    missing = [record for record in data.records if "depth_file_name" not in record]
+    if missing:
+        raise TrainingError(f"{data.folder} has no depth maps: write the dataset with `avatars-dataset --depth`")
+
+    def read() -> Tensor:
+        maps = []
+        for record in tqdm(data.records, desc="depth maps", unit="image"):
+            depth = np.asarray(open_picture(data.folder / record["depth_file_name"]))
+            maps.append(torch.from_numpy(depth.astype(np.float32)))
+        return torch.cat([stretched(part) for part in torch.stack(maps).split(1024)])[:, None]
+
+    return cached(data.folder / "depth.safetensors", f"{data.key} stretched", read)
+
+
+class ControlNetTask(Task):
+    """Trains the ControlNet with the UNet's own loss; captions are dropped as often as in its training."""
+
+    name = "controlnet"
+    data: Any  # `LatentData`, or what else has rows: latents, text and faces of indices
+    held_out: Any
+
+    def __init__(
+        self,
+        controlnet: ControlNetModel,
+        unet: UNet2DConditionModel,
+        frozen: Frozen,
+        train: AvatarImages,
+        validation: AvatarImages,
+    ) -> None:
+        super().__init__()
+        self.controlnet = controlnet.requires_grad_(True)
+        self.unet, self.frozen = unet.requires_grad_(False).eval(), frozen
+        self.vae, self.text_encoder = frozen.vae, frozen.text_encoder
+        self.validation, self.size = validation, len(train)
+        self.data, self.held_out = LatentData(frozen, train), LatentData(frozen, validation)
+        self.depth, self.held_out_depth = load_depth(train), load_depth(validation)
+        self.loss = DiffusionLoss(face_weight=1.0)
+
+    @property
+    def subject(self) -> dict[str, Any]:
+        return {"data": self.data.key, "unet": fingerprint(self.unet), **self.frozen.subject}
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device  # see `UnetTask.device`
+
+    def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
+        batch = self.examples(self.data, self.depth, indices)
+        drawn = self.loss.draw(batch["latents"].shape, generator)
+        dropped = torch.rand(len(indices), generator=generator, device=generator.device) < TEXT_DROPOUT
+        batch["text"] = torch.where(dropped[:, None, None], batch["empty_text"], batch["text"])
+        return batch | drawn
+
+    def examples(self, data: LatentData, depth: Tensor, indices: Tensor) -> Batch:
+        near = depth[indices.to(depth.device)].to(self.device).float().div(255).expand(-1, 3, -1, -1)
+        return {**data.rows(indices, self.device), "depth": near}
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        noisy, target = self.loss.noised(batch)
+        with plain_attention_on_cpu(noisy):
+            down, middle = self.controlnet(
+                noisy, batch["timesteps"], batch["text"], controlnet_cond=batch["depth"], return_dict=False
+            )
+            predicted = self.unet(
+                noisy,
+                batch["timesteps"],
+                batch["text"],
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=middle,
+            ).sample
+        return self.loss.per_image(predicted, target, batch).mean(), {}
+
+    def sample(self, path: Path) -> dict[str, float]:
+        """Rows: depth, generated, true image; and the held-out loss with the right and with another depth map."""
+        from diffusers import StableDiffusionControlNetPipeline
+
+        count = min(len(self.validation), 8)
+        rows = torch.arange(count)
+        depth = self.held_out_depth[rows].float().div(255).expand(-1, 3, -1, -1)
+        parts = self.frozen.pipeline(self.unet).components
+        pipe = StableDiffusionControlNetPipeline(**parts, controlnet=self.controlnet, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        images = pipe(
+            [self.validation.captions[int(i)] for i in rows],
+            image=depth,
+            num_inference_steps=20,
+            guidance_scale=4.0,
+            generator=seeded(0, 0, "sample"),
+            output_type="pt",
+        ).images
+        save_grid([depth * 2 - 1, images * 2 - 1, self.validation.images(rows)], path)
+        losses = {}
+        rows = torch.arange(min(len(self.validation), 128))
+        for kind, places in (("right", rows), ("wrong", rows.roll(1))):
+            batch = self.examples(self.held_out, self.held_out_depth, rows)
+            batch["depth"] = self.examples(self.held_out, self.held_out_depth, places)["depth"]
+            batch |= self.loss.draw(batch["latents"].shape, seeded(0, 0, "validation", self.device))
+            losses[f"validation_loss_{kind}_depth"] = float(self.forward(batch)[0])
+        return losses
+
+    def export(self, folder: Path) -> None:
+        copy.deepcopy(self.controlnet).half().cpu().save_pretrained(folder / "controlnet")

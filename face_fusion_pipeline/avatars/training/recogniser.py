@@ -1,0 +1,207 @@
+"""A face recogniser for the identity loss of a training, in nothing like the one that judges (`evaluation/judges.py`).
+
+Two towers look at each picture. One sees the whole head, and has learned from blurred pictures: hair, skin and shape,
+which are there in a noisy step already. The other sees the features twice as large, and has learned from nearly clear
+ones, so it asks for what the first does not miss. Both are residual blocks with group norm, pooled by attention; the
+judge is a plain tower with batch norm on a smaller crop. What was trained to please one network is so measured by
+another.
+
+Loss of each tower: a picture must find the other picture of its person among those of everybody in the batch, both
+ways (InfoNCE with the temperature 0.1 of cosines).
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...evaluation.alignment import align_faces
+from ...evaluation.metrics import verification_auc
+from ...face_errors import ModelNotFoundError
+from ...face_files import save_tensors
+from ...training.loop import Batch, Task, TrainingError
+from ..evaluation.renders import coarse
+from .data import AvatarImages
+
+
+SHIPPED = Path(__file__).parent / "recogniser"
+WEIGHTS_NAME = "recogniser.safetensors"
+CROP = 96  # pixels
+ZOOMS = {"head": 0.55, "features": 1.1}  # of the aligned face: below 1 hair, ears and chin are in the crop
+BLURS = {"head": (2, 4, 8), "features": (2,)}  # pixels, each of them with the probability 0.3
+WIDTHS = (32, 64, 96, 160)
+EMBEDDING = 128
+TEMPERATURE = 0.1
+LANDMARK_JITTER = 1.0  # pixels
+
+
+class _Residual(nn.Module):
+    """x↓ + f(x) at half the size."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.skip = nn.Conv2d(inputs, outputs, 1)
+        self.body = nn.Sequential(
+            nn.GroupNorm(8, inputs),
+            nn.SiLU(),
+            nn.Conv2d(inputs, outputs, 3, 2, 1),
+            nn.GroupNorm(8, outputs),
+            nn.SiLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(F.avg_pool2d(x, 2)) + self.body(x)
+
+
+class _Tower(nn.Module):
+    """Embedding (B, 128) of aligned crops (B, 3, 96, 96) in [0, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTHS[0], 5, 2, 2)
+        self.blocks = nn.Sequential(*(_Residual(a, b) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)))
+        self.norm = nn.GroupNorm(8, WIDTHS[-1])
+        self.attention = nn.Conv2d(WIDTHS[-1], 8, 1)  # eight places that are looked at
+        self.head = nn.Linear(8 * WIDTHS[-1], EMBEDDING)
+
+    def forward(self, faces: Tensor) -> Tensor:
+        x = F.silu(self.norm(self.blocks(self.stem(faces - 0.5)))).flatten(2)
+        weights = self.attention(x.unflatten(2, (CROP // 16, -1))).flatten(2).softmax(-1)  # (B, 8, cells)
+        return self.head((weights @ x.mT).flatten(1))
+
+
+class TrainingRecogniser(nn.Module):
+    """Embeddings of avatars: a `training.objective.Recogniser`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = nn.ModuleDict({name: _Tower() for name in ZOOMS})
+
+    def look(self, name: str, images: Tensor, landmarks5: Tensor) -> Tensor:
+        """What the tower `name` finds, (B, 128) of length 1."""
+        with torch.autocast(images.device.type, enabled=False):  # in bf16 a place would be half a pixel off
+            faces = align_faces(images.float(), landmarks5.float(), CROP, zoom=ZOOMS[name])
+        return F.normalize(self.towers[name](faces).float(), dim=-1)
+
+    def forward(self, images: Tensor, landmarks5: Tensor) -> Tensor:
+        """(B, 256) of images (B, 3, H, W) in [0, 1] and landmarks (B, 5, 2) in their pixels.
+
+        A cosine of two is the mean of those of the towers.
+        """
+        return torch.cat([self.look(name, images, landmarks5) for name in self.towers], -1)
+
+
+def load_recogniser(folder: Path = SHIPPED) -> TrainingRecogniser:
+    """What `avatars-train recogniser` wrote into `folder`, by default the recogniser of the package, frozen."""
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise ModelNotFoundError(f"no recogniser in {folder}: train one, `face-fusion avatars-train recogniser`")
+    recogniser = TrainingRecogniser()
+    recogniser.load_state_dict({name: weight.float() for name, weight in load_file(path).items()})
+    return recogniser.requires_grad_(False).eval()
+
+
+class RecogniserTask(Task):
+    """Trains on the single portraits of people of whom there are two or more; an index is one of these people."""
+
+    name = "recogniser"
+
+    def __init__(self, recogniser: TrainingRecogniser, train: AvatarImages, validation: AvatarImages) -> None:
+        super().__init__()
+        self.recogniser, self.data, self.validation = recogniser.requires_grad_(True), train, validation
+        self.people = [rows for rows in portraits(train).values() if len(rows) > 1]
+        self.size = len(self.people)
+        if self.size < 2:
+            raise TrainingError("a recogniser needs two people with two portraits each, or more: render more images")
+        self.landmarks = landmarks5(train)
+
+    @property
+    def subject(self) -> dict[str, Any]:
+        return {"data": self.data.key, "people": self.size}
+
+    def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
+        device = next(self.recogniser.parameters()).device
+        draws = torch.rand(len(indices), generator=generator, device=generator.device).tolist()
+        pairs = [self.pair(self.people[person], draw) for person, draw in zip(indices.tolist(), draws, strict=True)]
+        rows = torch.tensor(pairs).T.flatten()  # the first pictures of all, then the second ones
+        images = (self.data.images(rows, device) + 1) / 2
+        points = self.landmarks[rows].to(device)
+        shifts = torch.randn(2, *points.shape, generator=generator, device=generator.device).to(device)
+        return {
+            **{name: as_generated(images, generator, sizes) for name, sizes in BLURS.items()},
+            "landmarks5": points + LANDMARK_JITTER * 0.7 * (shifts[0] + shifts[1, :, :1]),
+        }
+
+    @staticmethod
+    def pair(rows: list[int], draw: float) -> tuple[int, int]:
+        """Two different ones of `rows`; `draw` in [0, 1) chooses among the pairs, each in both orders."""
+        first, apart = divmod(int(draw * len(rows) * (len(rows) - 1)), len(rows) - 1)
+        return rows[first], rows[(first + 1 + apart) % len(rows)]
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, measured = [], {}
+        for name in ZOOMS:
+            first, second = self.recogniser.look(name, batch[name], batch["landmarks5"]).chunk(2)
+            logits = first @ second.T / TEMPERATURE
+            truth = torch.arange(len(logits), device=logits.device)
+            losses.append((F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2)
+            measured[f"found_{name}"] = (logits.argmax(1) == truth).float().mean()
+        return torch.stack(losses).sum(), measured
+
+    def sample(self, path: Path) -> dict[str, float]:
+        """How well it tells people apart that it has not seen."""
+        people = portraits(self.validation)
+        rows = torch.tensor([row for members in people.values() for row in members])
+        names = np.array([name for name, members in people.items() for _ in members])
+        device = next(self.recogniser.parameters()).device
+        points = landmarks5(self.validation)
+        found = [
+            self.recogniser((self.validation.images(part, device) + 1) / 2, points[part].to(device))
+            for part in rows.split(64)
+        ]
+        towers = dict(zip(ZOOMS, torch.cat(found).float().cpu().chunk(len(ZOOMS), 1), strict=True))
+        return {f"validation_auc_{name}": verification_auc(rows.numpy(), names) for name, rows in towers.items()}
+
+    def export(self, folder: Path) -> None:
+        state = copy.deepcopy(self.recogniser).half().state_dict()
+        save_tensors(folder / WEIGHTS_NAME, state, {"format": "face-fusion-training-recogniser"})
+
+
+def portraits(images: AvatarImages) -> dict[int, list[int]]:
+    """The single portraits of each person, by identity."""
+    found: dict[int, list[int]] = {}
+    for row, record in enumerate(images.records):
+        if record["people"] == 1:
+            found.setdefault(record["identities"][0], []).append(row)
+    return found
+
+
+def landmarks5(images: AvatarImages) -> Tensor:
+    """Of the first person of each picture (N, 5, 2), pixels."""
+    return torch.tensor([record["landmarks5"][0] for record in images.records], dtype=torch.float32)
+
+
+def as_generated(images: Tensor, generator: torch.Generator, blurs: tuple[int, ...] = BLURS["head"]) -> Tensor:
+    """What one step of a diffusion model makes of pictures (B, 3, H, W) in [0, 1]: blur, noise, other brightness.
+
+    The two pictures of a person are blurred apart: a sharp one must be found by a blurred one.
+    """
+
+    def draw(kind: Any = torch.rand) -> Tensor:
+        return kind(len(images), 1, 1, 1, generator=generator, device=generator.device).to(images)
+
+    blurred = images
+    for size in blurs:
+        blurred = torch.where(draw() < 0.3, coarse(images, size), blurred)
+    images = images + draw() * (blurred - images)
+    noise = torch.randn(images.shape, generator=generator, device=generator.device).to(images)
+    contrast, brightness = 1 + 0.1 * draw(torch.randn), 0.05 * draw(torch.randn)
+    return ((images + 0.05 * draw() * noise - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)

@@ -1,0 +1,1 @@
+"""The world itself: people and scenes as numbers, and their pictures."""

@@ -1,0 +1,65 @@
+"""Weights between those of two trainings (arXiv 2109.01903): the second began where the first one ended.
+
+Weights that were tuned towards one aim give up others. Halfway there they often keep most of what was gained and of
+what would be lost: here likeness, gained by an identity loss, and faces that still look like faces.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
+from ..face_errors import AdapterMismatchError, FaceFusionError
+from ..face_file_checks import check_tensors
+from ..face_files import read_tensors, save_tensors
+from ..unet_family import same_fingerprint
+
+
+RECORD = "training.json"
+
+
+def average_adapters(first: Path, second: Path, share: float, out: Path) -> None:
+    """Write (1 − share) · first + share · second to the folder `out`, with the record of the second's training.
+
+    Args:
+        first, second: adapter files, or folders that `face-fusion train` wrote.
+        share: from 0 to 1.
+
+    Raises:
+        AdapterMismatchError: they belong to different bases, or to different kinds of reference.
+        FaceFusionError: `out` is one of them, or `share` is no share. ModelNotFoundError: one is not there.
+    """
+    if not 0 <= share <= 1:
+        raise FaceFusionError(f"the share of the second must be from 0 to 1, got {share}")
+    files = [path / ADAPTER_WEIGHTS_NAME if path.is_dir() else path for path in (first, second)]
+    target = out / ADAPTER_WEIGHTS_NAME
+    if target.resolve() in [file.resolve() for file in files]:
+        raise FaceFusionError(f"{out} holds what is averaged: take another folder for the result")
+    (a, said), (b, also_said) = (read_tensors(file, check=AdapterMetadata.from_strings) for file in files)
+    one, other = (AdapterMetadata.from_strings(strings) for strings in (said, also_said))
+    same_base = same_fingerprint(one.base_fingerprint, other.base_fingerprint)
+    if not same_base or one != replace(other, base_fingerprint=one.base_fingerprint):
+        raise AdapterMismatchError(f"{files[0]} and {files[1]} are for different bases or kinds of reference")
+    if {key: weight.shape for key, weight in a.items()} != {key: weight.shape for key, weight in b.items()}:
+        raise AdapterMismatchError(f"{files[0]} and {files[1]} have different layers")
+    for file, weights in zip(files, (a, b), strict=True):
+        check_tensors(weights, str(file), AdapterMismatchError)
+    mean = {key: ((1 - share) * a[key].float() + share * b[key].float()).to(a[key].dtype) for key in a}
+    save_tensors(target, mean, one.to_strings())
+    record = files[1].with_name(RECORD)
+    if record.is_file():
+        records = json.loads(record.read_text())
+        for training in records.values():
+            averaged = {"share": share, "with": _described(files[0].with_name(RECORD))}
+            before = {"before": training["averaged"]} if "averaged" in training else {}
+            training["averaged"] = averaged | before
+        (out / RECORD).write_text(json.dumps(records, indent=2) + "\n")
+
+
+def _described(record: Path) -> dict[str, object]:
+    """Which training it was, if it is known, and what its weights were averaged with."""
+    records = json.loads(record.read_text()) if record.is_file() else {}
+    names = ("task", "steps", "date", "averaged")
+    return {name: training[name] for training in records.values() for name in names if name in training}

@@ -1,0 +1,35 @@
+"""Weights of an earlier training to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from diffusers import UNet2DConditionModel
+
+from ..face_adapter import (
+    ADAPTER_WEIGHTS_NAME,
+    AdapterMetadata,
+    FaceFusionAdapter,
+    load_adapter,
+)
+from ..face_files import read_tensors
+from ..unet_family import unet_fingerprint
+from .errors import TrainingError
+
+
+def continued_adapter(unet: UNet2DConditionModel, path: Path, metadata: Mapping[str, object]) -> FaceFusionAdapter:
+    """The weights in a file or folder in float32, to be trained on; `TrainingError` where its metadata are others."""
+    path = path / ADAPTER_WEIGHTS_NAME if path.is_dir() else path
+    tensors, strings = read_tensors(path, check=AdapterMetadata.from_strings)
+    stored = AdapterMetadata.from_strings(strings)
+    changed = [name for name, value in metadata.items() if getattr(stored, name) != value]
+    if changed:
+        raise TrainingError(
+            f"{path} has {changed[0]} {getattr(stored, changed[0])}, not {metadata[changed[0]]}: "
+            "give the same option to go on from it"
+        )
+    adapter = load_adapter(unet, tensors, stored).float()
+    adapter.metadata = replace(adapter.metadata, base_fingerprint=unet_fingerprint(unet))  # what it is trained on now
+    return adapter

@@ -1,0 +1,120 @@
+"""The model card of trained weights: what they are, how to use them, and all that is needed to train them again."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..publishing.card import render_card
+from .loop import add_record, write_atomic
+from .preparation import data_key, read_report
+from .task import FaceFusionTask
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_IN_HUB_CACHE = re.compile(r".*/models--([\w.-]+?)--([\w.-]+)/snapshots/\w+/?")
+
+
+def write_card(
+    out: Path, model: str, data: Path, task: FaceFusionTask, record: dict[str, Any], command: Sequence[str]
+) -> None:
+    """Write `out/README.md`, and into `out/training.json` what only this task knows.
+
+    Args:
+        model: the base as it was given, a folder or Hub id.
+        data: the prepared folder.
+        record: what `training.loop.train` returned.
+        command: the words of the command line.
+    """
+    report = read_report(data)
+    report["sha256"] = data_key(data)
+    record = {
+        **record,
+        "base": public_name(model),
+        "learned": asdict(task.options),
+        "adapter": task.adapter.metadata.to_strings(),
+        "data": report,
+        "command": shlex.join(map(public_name, command)),
+    }
+    add_record(out / "training.json", task.name, record)
+    write_atomic(out / "README.md", card(record, last_validation(out / "logs" / task.name / "metrics.jsonl")))
+
+
+def public_name(word: str) -> str:
+    """A path of this machine reduced to its last part, or to the Hub id that it is a copy of; all else as it is."""
+    if copied := _IN_HUB_CACHE.fullmatch(word):
+        return "/".join(copied.groups())
+    try:
+        is_path = word.startswith(("/", "~", "../")) or Path(word).exists()
+    except OSError:  # longer than a path can be, such as a prompt
+        is_path = False
+    return Path(word).name if is_path else word
+
+
+def last_validation(metrics: Path) -> dict[str, float]:
+    """The last validation losses of a run, by kind of face; empty if there were none."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    found = [row for row in rows if "validation_loss_right_face" in row]
+    return {key: value for key, value in found[-1].items() if key.startswith("validation")} if found else {}
+
+
+def card(record: dict[str, Any], validation: dict[str, float]) -> str:
+    """The text of the card."""
+    options, data, adapter, base = record["options"], record["data"], record["adapter"], record["base"]
+    skipped = ", ".join(f"{reason} {number}" for reason, number in data["skipped"].items()) or "none"
+    rows = {
+        "base": f"{base} (`{adapter['base_family']}`, {options_of(adapter)})",
+        "trained": f"{record['trained_parameters']:,} parameters: `to_k_face`, `to_v_face` of all cross-attentions",
+        "photos": f"{data['kept']} of {data['read']}, of {data['people']} people; skipped: {skipped}",
+        "pairs": f"{data['paired_with_another_photo']} with another photo of the same person, "
+        f"{data['paired_with_itself']} with an altered crop of the same photo",
+        "data": f"`metadata.jsonl` sha256 {data['sha256'][:16]}…, {settings(data['settings'])}",
+        "length": f"{record['steps']:,} steps × {options['batch_size']} ({record['samples']:,} examples), "
+        f"{record['seconds'] / 60:.1f} min",
+        "options": settings({**options, **record["learned"]}),
+        "machine": f"{record['processes']} × {record['machine']}, {record['date'][:10]}",
+        "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+    }
+    losses = "; ".join(
+        f"{kind} face {validation[key]:.4f}"
+        for kind in ("right", "wrong", "no")
+        if (key := f"validation_loss_{kind}_face") in validation
+    )
+    limits = "The licence of the base and the rights in the training photos apply."
+    if adapter["base_family"] == "sdxl":
+        limits += " The pipeline in this repository does not draw with Stable Diffusion XL yet."
+    training = [
+        "| | |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+        "The command, with paths reduced to their last part; everything else is in `training.json`:",
+        "",
+        "```bash",
+        record["command"],
+        "```",
+        "",
+        f"Loss of people set aside, with the same noise: {losses}." if losses else "Nobody was set aside.",
+    ]
+    return render_card(
+        title=f"Face Fusion weights for {base}",
+        summary="New pictures of the person in a photo, as a prompt describes them. These are the trained matrices\n"
+        f"of Face Fusion for `{base}`, two for each of its cross-attention layers.",
+        base=base,
+        training="\n".join(training),
+        limits=limits,
+        base_model=base if _HUB_ID.fullmatch(base) else None,
+    )
+
+
+def options_of(adapter: dict[str, str]) -> str:
+    return f"reference {adapter['reference_mode']} at {adapter['resolution']} pixels, crop {adapter['face_crop']}"
+
+
+def settings(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
