@@ -84,7 +84,7 @@ def load_depth_estimator(estimator: str | DepthEstimator = "auto") -> DepthEstim
     name = DEPTH_REPO if estimator == "auto" else estimator
     try:
         transformers = importlib.import_module("transformers")
-        model = transformers.AutoModelForDepthEstimation.from_pretrained(name)
+        model = transformers.AutoModelForDepthEstimation.from_pretrained(name, use_safetensors=True)
         processor = transformers.AutoImageProcessor.from_pretrained(name)
         pipe = transformers.pipeline("depth-estimation", model=model, image_processor=processor)
     except Exception as error:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .face_attention import attention_layers
-from .face_errors import FaceFusionError, IdentityMismatchError, ModelNotFoundError
+from .face_errors import FaceFusionError, IdentityMismatchError, ModelNotFoundError, short, shown
 
 
 MAX_HEADER = 2**22  # bytes: Stable Diffusion XL's 140 tensors take 20 kB
@@ -23,18 +23,6 @@ MAX_BYTES = 2**32  # of all tensors: the largest adapter has 0.8 GB, a reference
 MAX_NUMBERS = 20_000  # in a fingerprint
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CELLS = {"adapter": ("attn2",), "training-free": ("attn1",), "both": ("attn1", "attn2")}  # layers of each mode
-
-
-def shown(value: Any, limit: int = 80) -> str:
-    """`repr(value)` as a message shows it: of a long one its beginning."""
-    text = repr(value[: limit + 1] if isinstance(value, (str, bytes)) else value)
-    return text if len(text) <= limit + 2 else f"{text[:limit]}..."
-
-
-def short(error: object, limit: int = 300) -> str:
-    """The words of another error, cut where it repeats what it could not read."""
-    text = str(error)
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 # --- Headers ------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError
-from .face_file_checks import read_header, short
+from .face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError, short
+from .face_file_checks import read_header
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .face_defaults import FACE_MODES
-from .face_errors import IdentityMismatchError, InvalidScaleError
-from .face_file_checks import check_identity, is_fingerprint, shown
+from .face_errors import IdentityMismatchError, InvalidScaleError, shown
+from .face_file_checks import check_identity, is_fingerprint
 from .face_files import read_tensors, save_tensors
 from .face_self_attention import WHOLE_AND_CLEAN, SelfAttentionReference
 from .joint_attention import reference_log_weights

@@ -218,7 +218,7 @@ def _mask_values(image: Image.Image, name: str) -> np.ndarray:
     try:
         image = image.convert("LA") if image.mode == "La" else image
         if not image.has_transparency_data:
-            return np.asarray(image.convert("L"))
+            return np.asarray(image.convert("RGB").convert("L"))  # LAB knows no other way
         grey, alpha = image.convert("RGBA").convert("LA").split()
     except ValueError as error:  # such as "conversion from LAB to L not supported"
         raise InvalidLayoutError(f"{name} cannot be read as grey: {error}") from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .face_errors import UnreadableImageError
+from .face_errors import UnreadableImageError, short
 from .face_metadata import without_metadata
 
 
@@ -170,17 +170,13 @@ def open_picture(source: ImageSource, name: str | None = None) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"{name} is above {MAX_PIXELS:,} pixels in all: scale it down first") from error
     except Exception as error:  # PIL's plug-ins raise anything from OSError to struct.error on a broken file
-        reason = _short(str(error)) or type(error).__name__
+        reason = short(error) or type(error).__name__
         raise UnreadableImageError(f"{name} is not a picture that can be read: {reason}") from error
 
 
 def name_of(source: Any) -> str:
     """What errors call a source: its path where it has one."""
-    return _short(str(source)) if isinstance(source, (str, os.PathLike)) else "the image"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 300 else f"{text[:300]}..."
+    return short(str(source)) if isinstance(source, (str, os.PathLike)) else "the image"
 
 
 def read_file(path: Path, name: str) -> bytes:

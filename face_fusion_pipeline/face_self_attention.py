@@ -17,8 +17,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from .face_errors import FaceFusionError, IdentityMismatchError, InvalidScaleError
-from .face_file_checks import short
+from .face_errors import FaceFusionError, IdentityMismatchError, InvalidScaleError, short
 
 
 MAX_SCALE = 100.0
