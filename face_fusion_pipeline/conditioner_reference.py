@@ -14,6 +14,7 @@ from torch import Tensor
 from .conditioner import Conditioner, IdentityOptions, Person, register_conditioner
 from .face_adapter import adapter_fingerprint
 from .face_errors import FaceFusionError, IdentityMismatchError
+from .face_file_checks import check_identity_fits
 from .face_identity import FaceIdentity
 from .face_self_attention import SelfAttentionReference
 from .joint_attention import KeysAndValues, PersonKeys, reference_log_weights
@@ -132,6 +133,7 @@ class ReferenceConditioner(Conditioner):
             adapter_fingerprint(pipe._face_adapter) if self.cross else "",
             weights_fingerprint(pipe.unet, 1.0 if options.lora_scale is None else options.lora_scale),
         )
+        check_identity_fits(identity, pipe.unet)
         identity = identity if options.weights is None else identity.with_weights(options.weights)
         return identity if options.self_scale is None else identity.with_self_scale(options.self_scale)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .face_attention import FaceFusionAttnProcessor, LayerPeople, attention_layers, installed_processors
-from .face_errors import AdapterMismatchError, FaceFusionError
+from .face_errors import AdapterMismatchError, FaceFusionError, short, shown
+from .face_file_checks import check_range, check_tensors, is_fingerprint, number
 from .face_files import save_tensors
 from .joint_attention import KeysAndValues, PersonKeys, reference_log_weights
 from .unet_family import base_family, face_widths, fingerprint, plain_weight, unet_fingerprint
@@ -31,9 +32,12 @@ class AdapterMetadata:
         reference_mode: `"clean"` (timestep 0) or `"noised"` (to `reference_timestep`).
         reference_timestep: timestep of the reference pass, 0 for `"clean"`.
         token_count_bias: see `face_attention.constant_bias`.
-        face_crop: side of the square face crop over the longer side of the face box.
-        resolution: side of the reference image in pixels.
+        face_crop: side of the square face crop over the longer side of the face box, from 0.5 to 5.
+        resolution: side of the reference image in pixels, from 8 to 2048.
         base_fingerprint: `unet_family.fingerprint` of the UNet trained on, for information: fine-tunes may be used.
+
+    Raises:
+        AdapterMismatchError: a value out of range.
     """
 
     base_family: str
@@ -46,8 +50,13 @@ class AdapterMetadata:
 
     def __post_init__(self) -> None:
         if self.reference_mode not in ("clean", "noised"):
-            raise AdapterMismatchError(f"reference_mode must be 'clean' or 'noised', got {self.reference_mode!r}")
-        if (self.reference_timestep > 0) != (self.reference_mode == "noised") or self.reference_timestep < 0:
+            raise AdapterMismatchError(f"reference_mode must be 'clean' or 'noised', got {shown(self.reference_mode)}")
+        check_range("reference_timestep", self.reference_timestep, 0, 999, AdapterMismatchError)
+        check_range("face_crop", self.face_crop, 0.5, 5, AdapterMismatchError)
+        check_range("resolution", self.resolution, 8, 2048, AdapterMismatchError)
+        if not is_fingerprint(self.base_fingerprint):
+            raise AdapterMismatchError(f"base_fingerprint is {shown(self.base_fingerprint)}, not numbers of a UNet")
+        if (self.reference_timestep > 0) != (self.reference_mode == "noised"):
             raise AdapterMismatchError(
                 f"reference_timestep {self.reference_timestep} does not go with mode {self.reference_mode!r}; "
                 "'clean' means 0, 'noised' a positive timestep"
@@ -65,29 +74,26 @@ class AdapterMetadata:
         strings = dict(strings or {})
         if strings.get("format") != FORMAT:
             raise AdapterMismatchError(
-                f"not a Face Fusion adapter: its metadata say format {strings.get('format')!r}, expected {FORMAT!r}"
+                f"not a Face Fusion adapter: its metadata say format {shown(strings.get('format'))}, "
+                f"expected {FORMAT!r}"
             )
         if strings.get("format_version") != str(FORMAT_VERSION):
             raise AdapterMismatchError(
-                f"adapter format version {strings.get('format_version')!r} cannot be read, only {FORMAT_VERSION}; "
-                "update face-fusion-pipeline or convert the file"
+                f"adapter format version {shown(strings.get('format_version'))} cannot be read, only "
+                f"{FORMAT_VERSION}; update face-fusion-pipeline or convert the file"
             )
         try:
             return cls(
                 base_family=strings["base_family"],
                 reference_mode=strings["reference_mode"],
-                reference_timestep=int(strings["reference_timestep"]),
+                reference_timestep=number(strings, "reference_timestep", int, AdapterMismatchError),
                 token_count_bias={"true": True, "false": False}[strings["token_count_bias"]],
-                face_crop=float(strings["face_crop"]),
-                resolution=int(strings["resolution"]),
+                face_crop=number(strings, "face_crop", float, AdapterMismatchError),
+                resolution=number(strings, "resolution", int, AdapterMismatchError),
                 base_fingerprint=strings.get("base_fingerprint", ""),
             )
         except KeyError as error:
-            raise AdapterMismatchError(f"adapter metadata: {error} is missing or not 'true'/'false'") from error
-        except ValueError as error:
-            if isinstance(error, FaceFusionError):
-                raise
-            raise AdapterMismatchError(f"adapter metadata: {error}") from error
+            raise AdapterMismatchError(f"adapter metadata: {short(error)} is missing or not 'true'/'false'") from error
 
 
 class FaceFusionAdapter(nn.Module):
@@ -195,19 +201,21 @@ def load_adapter(
         metadata: `None` (a bare state dict) takes the defaults and the UNet's family.
 
     Raises:
-        AdapterMismatchError: other base family, missing or unknown keys, other shapes.
+        AdapterMismatchError: other base family, missing or unknown keys, other shapes, what is no finite weight.
     """
     metadata = metadata or AdapterMetadata(base_family=base_family(unet))
     if metadata.base_family != base_family(unet):
         raise AdapterMismatchError(
-            f"the adapter was trained for base family {metadata.base_family!r}, this model is {base_family(unet)!r}; "
-            "load the base it was trained on, or another adapter"
+            f"the adapter was trained for base family {shown(metadata.base_family)}, this model is "
+            f"{base_family(unet)!r}; load the base it was trained on, or another adapter"
         )
     adapter = FaceFusionAdapter(face_widths(unet), metadata, device="meta")
     expected = adapter.state_dict()
     for what, keys in (("unknown", state_dict.keys() - expected), ("missing", expected.keys() - state_dict)):
         if keys:
-            raise AdapterMismatchError(f"the adapter has {len(keys)} {what} keys, for example {min(keys)!r}")
+            example = shown(min(keys, key=str))
+            raise AdapterMismatchError(f"the adapter has {len(keys)} {what} keys, for example {example}")
+    check_tensors(state_dict, "the adapter", AdapterMismatchError)
     for key, weight in state_dict.items():
         if weight.shape != expected[key].shape:
             raise AdapterMismatchError(

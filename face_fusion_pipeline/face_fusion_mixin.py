@@ -145,7 +145,8 @@ class FaceFusionMixin(FaceLoaderMixin):
             face_mode, face_resolution, face_mirrored: see [`encode_face`].
             face_boxes: where each person's face goes: XYXY in pixels of the output, one for each person, or one such
                 list for each prompt. The person's mask is the box enlarged 1.6 times.
-            face_masks: instead of boxes one mask for each person, image or array (H, W).
+            face_masks: instead of boxes one mask for each person: path, image or array (H, W), see
+                `face_layout.read_mask`.
             face_layout: instead of boxes a picture with as many faces, which are detected, or a list with one picture
                 for each prompt. Several people without boxes, masks and layout: a draft without faces is generated
                 first, as an ordinary call with its callbacks, and takes its place.

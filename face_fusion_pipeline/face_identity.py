@@ -1,6 +1,7 @@
 """The identity of a person, ready to use: keys and values of references, kept, saved and read."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .face_defaults import FACE_MODES
-from .face_errors import IdentityMismatchError, InvalidScaleError
+from .face_errors import IdentityMismatchError, InvalidScaleError, shown
+from .face_file_checks import check_identity, is_fingerprint
 from .face_files import read_tensors, save_tensors
 from .face_self_attention import WHOLE_AND_CLEAN, SelfAttentionReference
 from .joint_attention import reference_log_weights
@@ -132,31 +134,46 @@ class FaceIdentity:
             ModelNotFoundError: no such file.
             IdentityMismatchError: not an identity, damaged, or of another format version.
         """
-        tensors, metadata = read_tensors(path, IdentityMismatchError)
-        form, version = metadata.get("format"), metadata.get("format_version")
-        if form != IDENTITY_FORMAT or version not in (WITHOUT_SELF_ATTENTION, WITH_SELF_ATTENTION):
-            raise IdentityMismatchError(
-                f"{path} has format {form!r} version {version!r}, expected {IDENTITY_FORMAT!r} version "
-                f"{WITHOUT_SELF_ATTENTION} or {WITH_SELF_ATTENTION}"
-            )
+        tensors, metadata = read_tensors(path, IdentityMismatchError, lambda strings: _check_metadata(strings, path))
         keys, values, cells = (
             {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
             for suffix in (".key", ".value", ".cells")
         )
-        lacking = [name for name in ("mode", "base_fingerprint", "adapter_fingerprint") if name not in metadata]
-        lacking += [] if "weights" in tensors else ["weights"]
-        lacking += [] if keys and keys.keys() == values.keys() else ["a key and a value for each layer"]
-        if lacking:
+        if "weights" not in tensors or keys.keys() != values.keys() or not keys:
             raise IdentityMismatchError(
-                f"{path} lacks {', '.join(lacking)}: it is damaged; encode the face again with `pipe.encode_face(...)`"
+                f"{path} lacks weights, or a key and a value for each layer: it is damaged; encode the face again "
+                "with `pipe.encode_face(...)`"
             )
+        if len(tensors) != 1 + 2 * len(keys) + len(cells):
+            raise IdentityMismatchError(f"{path} has tensors that are of no identity: it is damaged")
         mode, fingerprints = metadata["mode"], (metadata["base_fingerprint"], metadata["adapter_fingerprint"])
-        if mode not in FACE_MODES:
-            raise IdentityMismatchError(f"{path} has mode {mode!r}, expected one of {', '.join(FACE_MODES)}")
         own = None
-        if version == WITH_SELF_ATTENTION:
+        if metadata["format_version"] == WITH_SELF_ATTENTION:
             own = SelfAttentionReference.from_strings(metadata)
         elif mode == "training-free":
             own = WHOLE_AND_CLEAN
         every = metadata.get("weights_fingerprint", "")
-        return cls(keys, values, tensors["weights"], mode, *fingerprints, own, cells, every)
+        identity = cls(keys, values, tensors["weights"], mode, *fingerprints, own, cells, every)
+        check_identity(identity, str(path))
+        return identity
+
+
+def _check_metadata(strings: Mapping[str, str], path: str | os.PathLike[str]) -> None:
+    """Raise [`IdentityMismatchError`] unless these are the metadata of an identity file that can be read."""
+    form, version = strings.get("format"), strings.get("format_version")
+    if form != IDENTITY_FORMAT or version not in (WITHOUT_SELF_ATTENTION, WITH_SELF_ATTENTION):
+        raise IdentityMismatchError(
+            f"{path} has format {shown(form)} version {shown(version)}, expected {IDENTITY_FORMAT!r} version "
+            f"{WITHOUT_SELF_ATTENTION} or {WITH_SELF_ATTENTION}"
+        )
+    if lacking := [name for name in ("mode", "base_fingerprint", "adapter_fingerprint") if name not in strings]:
+        raise IdentityMismatchError(
+            f"{path} lacks {', '.join(lacking)}: it is damaged; encode the face again with `pipe.encode_face(...)`"
+        )
+    if strings["mode"] not in FACE_MODES:
+        raise IdentityMismatchError(
+            f"{path} has mode {shown(strings['mode'])}, expected one of {', '.join(FACE_MODES)}"
+        )
+    names = ("base_fingerprint", "adapter_fingerprint", "weights_fingerprint")
+    if wrong := [name for name in names if not is_fingerprint(strings.get(name, ""))]:
+        raise IdentityMismatchError(f"{path} has the {wrong[0]} {shown(strings[wrong[0]])}, not numbers of a model")

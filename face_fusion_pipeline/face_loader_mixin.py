@@ -171,7 +171,7 @@ class FaceLoaderMixin:
                 path = _get_model_file(str(source), weights_name=weight_name, subfolder=subfolder, **kwargs)
             except (OSError, ValueError) as error:
                 raise ModelNotFoundError(f"no adapter {weight_name!r} found in {str(source)!r}: {error}") from error
-            source, strings = read_tensors(path)
+            source, strings = read_tensors(path, check=AdapterMetadata.from_strings)
             metadata = AdapterMetadata.from_strings(strings)
         self.set_face_fusion_adapter(load_adapter(self.unet, source, metadata))
 

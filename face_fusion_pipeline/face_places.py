@@ -20,6 +20,7 @@ from .face_layout import (
     layout_from_boxes,
     scale_boxes,
 )
+from .face_pictures import load_images
 
 
 logger = logging.getLogger(__name__)
@@ -65,9 +66,7 @@ def found_layouts(
     pipe: Any, placement: Placement, people: list[int], prompts: int, height: int, width: int
 ) -> list[Layout]:
     """The faces found in the layout pictures; one layout for all prompts, or one for each."""
-    from .face_images import load_image
-
-    pictures = [load_image(picture) for picture in placement.pictures()]
+    pictures = load_images(placement.layout)
     if len(pictures) not in (1, prompts):
         raise FaceAxesError(
             f"face_layout has {len(pictures)} pictures, but there are {prompts} prompts: give one picture for "

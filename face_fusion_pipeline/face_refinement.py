@@ -10,13 +10,13 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter
 
 from .face_axes import face_axes, per_person, weights_per_person
 from .face_errors import FaceAxesError, FaceFusionError, InvalidPromptError, InvalidScaleError
-from .face_images import crop_face, load_image
+from .face_images import crop_face
 from .face_layout import Box, Placement, assign_boxes, box_masks, check_box, visible_people
+from .face_pictures import load_images
 from .pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
 
 
@@ -36,7 +36,7 @@ def refine_faces(
 ) -> list[Image.Image]:
     """See `StableDiffusionFaceFusionPipeline.refine_faces`."""
     check_refinable(kwargs)
-    pictures = [load_image(picture) for picture in each_picture(image)]
+    pictures = load_images(image)
     casts = face_axes(people, len(pictures))
     places = None if face_boxes is None else Placement(boxes=face_boxes).per_prompt()
     if places is not None and len(places) not in (1, len(pictures)):
@@ -62,20 +62,6 @@ def refine_faces(
         boxes = [check_box(box, picture.height, picture.width) for box in boxes]
         refined.append(_refined(inner, picture, prompts, cast, boxes, strength, own))
     return refined
-
-
-def each_picture(image: Any) -> list[Any]:
-    """One picture or several, as a list of what `face_images.load_image` takes.
-
-    Args:
-        image: picture, path, or array (H, W, 3); tensor (3, H, W) in [0, 1]; a list of these, or an array or tensor
-            with one axis more, such as the images of a result.
-    """
-    if isinstance(image, torch.Tensor):
-        image = image.detach().float().cpu().movedim(-3, -1).numpy()
-    if isinstance(image, np.ndarray) and image.ndim == 4:
-        return list(image)
-    return [one for member in image for one in each_picture(member)] if isinstance(image, (list, tuple)) else [image]
 
 
 def check_refinable(arguments: dict[str, Any]) -> None:

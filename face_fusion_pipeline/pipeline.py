@@ -41,7 +41,9 @@ from .unet_family import base_family
 
 if TYPE_CHECKING:  # not always needed, but the loader has to find their names here
     from .face_detectors import load_detector  # noqa: F401
+    from .face_file_checks import read_header  # noqa: F401
     from .face_images import detect_faces  # noqa: F401
+    from .face_metadata import without_metadata  # noqa: F401
     from .pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline  # noqa: F401
 
 

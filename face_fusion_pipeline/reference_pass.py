@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from .face_attention import (
@@ -18,9 +16,9 @@ from .face_attention import (
     installed_processors,
     is_ip_adapter_processor,
 )
-from .face_errors import FaceFusionError, UnreadableImageError
+from .face_errors import FaceFusionError
 from .face_ownership import OwnThread, own_thread
-from .face_pictures import upright_rgb
+from .face_pictures import centre_square, load_images
 from .face_self_attention import SelfAttentionReference
 from .joint_attention import KeysAndValues
 from .unet_family import quick_format
@@ -33,46 +31,15 @@ def face_tensors(images: Any, resolution: int) -> list[Tensor]:
     """One or several face crops as `(1, 3, resolution, resolution)` in [-1, 1], centre-cropped to a square.
 
     Args:
-        images: PIL image (turned as its EXIF orientation says), uint8 HWC array, tensor `(3, H, W)` or `(n, 3, H, W)`
-            in [0, 1], or a list of these.
+        images: what `face_pictures.load_image` takes, a batch of arrays or tensors, or a list of these. All kinds of
+            one picture give the same tensor, resized as `FacePhoto.crop` does.
 
     Raises:
-        UnreadableImageError: another type, shape or range, or no image at all.
+        UnreadableImageError: a picture that cannot be read, or no image at all.
     """
-    items = list(images) if isinstance(images, (list, tuple)) else [images]
-    tensors = [tensor[None] for item in items for tensor in _pixels(item, resolution)]
-    if not tensors:
-        raise UnreadableImageError("no face image given; pass at least one, or face_image=None for none")
-    return [_square(tensor, resolution) * 2 - 1 for tensor in tensors]
-
-
-def _pixels(image: Any, resolution: int) -> Tensor:
-    """`(n, 3, H, W)` in [0, 1]; of a PIL image already a square of `resolution`, resized as `FacePhoto.crop` does."""
-    if isinstance(image, Image.Image):
-        image = np.asarray(ImageOps.fit(upright_rgb(image), (resolution, resolution), Image.Resampling.LANCZOS))
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3:
-        return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
-    if isinstance(image, Tensor) and image.is_floating_point() and image.ndim in (3, 4) and image.shape[-3] == 3:
-        pixels = image.detach().float()
-        if not (pixels.numel() and pixels.min() >= 0 and pixels.max() <= 1):
-            raise UnreadableImageError("a face tensor must have finite values in [0, 1]; is it scaled to [-1, 1]?")
-        return pixels if pixels.ndim == 4 else pixels[None]
-    shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
-    raise UnreadableImageError(
-        f"a face image must be a PIL image, a uint8 HWC array or a (3, H, W) tensor in [0, 1], got "
-        f"{type(image).__name__}{shape}; open files with PIL.Image.open first"
-    )
-
-
-def _square(pixels: Tensor, resolution: int) -> Tensor:
-    height, width = pixels.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    pixels = pixels[..., top : top + side, left : left + side]
-    if side != resolution:
-        size = (resolution, resolution)
-        pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    return pixels
+    squares = [centre_square(image, resolution) for image in load_images(images, min_side=1)]
+    arrays = [torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() for square in squares]
+    return [pixels / 255 * 2 - 1 for pixels in arrays]
 
 
 def noise_latents(latents: Tensor, alphas_cumprod: Tensor, timestep: int, seed: int = NOISE_SEED) -> Tensor:

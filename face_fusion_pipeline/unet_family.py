@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .face_attention import attention_layers
 from .face_errors import AdapterMismatchError, FaceFusionError
+from .face_file_checks import is_fingerprint
 
 
 # (text width, number of layers 320, 640 and 1280 wide, number of all layers)
@@ -169,6 +170,8 @@ def same_fingerprint(a: str, b: str) -> bool:
     """True if two fingerprints agree within the rounding of bfloat16, or if one is unknown."""
     if not a or not b:
         return True
+    if not (is_fingerprint(a) and is_fingerprint(b)):
+        return False
     x, y = (torch.tensor([float(value) for value in text.split()]) for text in (a, b))
     return x.shape == y.shape and torch.allclose(x, y, rtol=2**-7, atol=1e-6)
 
@@ -252,5 +255,7 @@ def same_weights(a: str, b: str) -> bool:
     """True if two [`weights_fingerprint`]s agree within the rounding of bfloat16, or if one is unknown."""
     if not a or not b:
         return True
+    if not (is_fingerprint(a) and is_fingerprint(b)):
+        return False
     x, y = (torch.tensor([float(value) for value in text.split()]) for text in (a, b))
     return x.shape == y.shape and torch.allclose(x, y, rtol=0, atol=0.02)

@@ -16,7 +16,8 @@ from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 
 from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
 from ..face_defaults import DEFAULTS_NAME, read_defaults
-from ..face_errors import ModelNotFoundError
+from ..face_errors import AdapterMismatchError, ModelNotFoundError
+from ..face_file_checks import check_tensors
 from ..face_files import read_tensors
 from ..files.atomic import new_folder
 from .card import REPOSITORY, finish_card
@@ -52,7 +53,8 @@ def repository_files(
     adapter = weights / ADAPTER_WEIGHTS_NAME
     if not adapter.is_file():
         raise ModelNotFoundError(f"{weights} has no {ADAPTER_WEIGHTS_NAME} beside its card")
-    AdapterMetadata.from_strings(read_tensors(adapter)[1])  # refuses anything else of that name
+    tensors, _ = read_tensors(adapter, check=AdapterMetadata.from_strings)  # refuses anything else of that name
+    check_tensors(tensors, str(adapter), AdapterMismatchError)
 
     pictures = sorted(folder.glob(PICTURES))
     files: dict[str, Path | bytes] = {

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
 from ..face_errors import AdapterMismatchError, FaceFusionError
+from ..face_file_checks import check_tensors
 from ..face_files import read_tensors, save_tensors
 from ..files.atomic import replacing
 from ..unet_family import same_fingerprint
@@ -36,13 +37,15 @@ def average_adapters(first: Path, second: Path, share: float, out: Path) -> None
     target = out / ADAPTER_WEIGHTS_NAME
     if target.resolve() in [file.resolve() for file in files]:
         raise FaceFusionError(f"{out} holds what is averaged: take another folder for the result")
-    (a, said), (b, also_said) = (read_tensors(file) for file in files)
+    (a, said), (b, also_said) = (read_tensors(file, check=AdapterMetadata.from_strings) for file in files)
     one, other = (AdapterMetadata.from_strings(strings) for strings in (said, also_said))
     same_base = same_fingerprint(one.base_fingerprint, other.base_fingerprint)
     if not same_base or one != replace(other, base_fingerprint=one.base_fingerprint):
         raise AdapterMismatchError(f"{files[0]} and {files[1]} are for different bases or kinds of reference")
     if {key: weight.shape for key, weight in a.items()} != {key: weight.shape for key, weight in b.items()}:
         raise AdapterMismatchError(f"{files[0]} and {files[1]} have different layers")
+    for file, read in zip(files, (a, b), strict=True):
+        check_tensors(read, str(file), AdapterMismatchError)
     mean = {key: ((1 - share) * a[key].float() + share * b[key].float()).to(a[key].dtype) for key in a}
     records = averaged_records(files[0].with_name(RECORD), files[1].with_name(RECORD), share)
     with replacing(target) as weights, replacing(out / RECORD) as record:  # both, or neither

@@ -14,7 +14,7 @@ import transformers.utils.logging as transformers_logging
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from ..face_errors import ModelNotFoundError
+from ..generation.loading import unloadable
 from ..pipeline import StableDiffusionFaceFusionPipeline
 from ..unet_family import TEXT, encode_latents, text_conditions, unet_arguments
 from .loop import TrainingError
@@ -125,15 +125,16 @@ def load_base(name: str | Path, dtype: torch.dtype = torch.float32, **hub: Any) 
         if not kind.startswith("StableDiffusion") or kind.startswith("StableDiffusion3"):
             raise TrainingError(f"{name} is a {kind}: Face Fusion can be trained for Stable Diffusion 1.x, 2.x and XL")
         if "XL" in kind:
-            pipeline = StableDiffusionXLPipeline.from_pretrained(name, dtype=dtype, **hub)
+            pipeline = StableDiffusionXLPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub)
         else:
-            without = {"safety_checker": None, "requires_safety_checker": False, "controlnet": None}
-            pipeline = StableDiffusionFaceFusionPipeline.from_pretrained(name, dtype=dtype, **without, **hub)
+            parts: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "controlnet": None}
+            parts["use_safetensors"] = True  # never a pickle
+            pipeline = StableDiffusionFaceFusionPipeline.from_pretrained(name, dtype=dtype, **parts, **hub)
             pipeline.face_defaults = None  # what a training and its samples see is said with every call
     except TrainingError:
         raise
-    except (OSError, ValueError, KeyError) as error:  # not there, offline, gated, another or a broken model
-        raise ModelNotFoundError(f"cannot load the model {name}: {error}") from error
+    except Exception as error:  # not there, offline, gated, another or a broken model, pickles: any type
+        raise unloadable(f"model {name}", error) from error
     pipeline.vae.to(memory_format=torch.channels_last)  # encodes up to twice as fast, on CPUs too
     return base_of(pipeline, str(name))
 

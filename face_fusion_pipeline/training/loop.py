@@ -30,11 +30,11 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..face_pictures import load_image
 from ..files.atomic import write_text
 from ..files.texts import read_log
 from .checkpoints import (
@@ -435,8 +435,7 @@ def digest(weights: Mapping[str, Tensor]) -> str:
 def log_image(accelerator: Accelerator, path: Path, step: int) -> None:
     """Show the picture at `path`, if there is one, in the trackers that take pictures."""
     if path.is_file() and accelerator.trackers:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))[None]
+        pixels = np.asarray(load_image(path))[None]
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 tracker.log_images({"samples": pixels}, step)

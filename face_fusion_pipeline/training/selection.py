@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..face_detectors import Face, FaceDetector, faces_on_picture
 from ..face_errors import FaceFusionError, FaceTooSmallError, NoFaceError, SeveralFacesError, UnreadableImageError
-from ..face_images import CROP_ENLARGE, crop_box, crop_face, find_face, load_image
+from ..face_images import CROP_ENLARGE, crop_box, crop_face, find_upright, load_image
 from .photos import Box, Fault, Photo
 
 
@@ -92,7 +92,7 @@ def select(photo: Photo, options: SelectionOptions, detector: Callable[[], FaceD
         raise (SeveralFacesError if photo.people else NoFaceError)(f"{photo.people} people are in the picture")
     image = load_image(photo.content)
     photo = possible(photo, image.size)
-    face = find(photo, image, options, detector)
+    image, face = find(photo, image, options, detector)
     left, top, side = square_around(face, image.size, options.min_face_share)
     scale = options.resolution / side
     placed = face.moved(scale, -left * scale, -top * scale)
@@ -123,28 +123,33 @@ def possible(photo: Photo, size: tuple[int, int]) -> Photo:
     return photo
 
 
-def find(photo: Photo, image: Image.Image, options: SelectionOptions, detector: Callable[[], FaceDetector]) -> Face:
-    """The one face of a photo, where the source says or the detector sees it; refused if small or blurred."""
+def find(
+    photo: Photo, image: Image.Image, options: SelectionOptions, detector: Callable[[], FaceDetector]
+) -> tuple[Image.Image, Face]:
+    """A photo and its one face, where the source says, or where the detector sees it with the photo turned upright.
+
+    Raises RefusedPhotoError where the face is small or blurred.
+    """
     if min(image.size) < options.min_side:
         raise RefusedPhotoError(
             "photo too small", f"{image.width}x{image.height} pixels, below {options.min_side} a side"
         )
     if photo.box is None:
-        face = find_face(image, detector(), min_size=options.min_face)
+        image, face = find_upright(image, detector(), min_size=options.min_face)
     else:
         face = Face(photo.box, 1.0, None if photo.landmarks5 is None else np.asarray(photo.landmarks5))
         if face.height < options.min_face:
             raise FaceTooSmallError(f"the face is {face.height:.0f} pixels high, below {options.min_face:g}")
     if (found := sharpness(image, face.box)) < options.min_sharpness:
         raise RefusedPhotoError("blurred", f"sharpness {found:.1f}, below {options.min_sharpness:g}")
-    return face
+    return image, face
 
 
 def reference_crop(path: object, options: SelectionOptions, detector: Callable[[], FaceDetector]) -> Image.Image:
     """The face crop of a photo that the source names as reference; its errors say that it is the reference."""
     try:
         image = load_image(path)  # type: ignore[arg-type]
-        face = find_face(image, detector(), min_size=options.min_face)
+        image, face = find_upright(image, detector(), min_size=options.min_face)
     except FaceFusionError as error:
         raise type(error)(f"reference {path}: {error}") from error
     return crop_face(image, face.box, CROP_ENLARGE, options.reference_resolution)

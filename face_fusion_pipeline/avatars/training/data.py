@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...face_errors import UnreadableImageError
+from ...face_pictures import load_image
 from ...files.atomic import replacing
 from ...files.texts import read_json_lines
 from ...training.loop import TrainingError, process_group
@@ -171,10 +173,9 @@ def cached(path: Path, key: str, make: Callable[[], Tensor]) -> Tensor:
 def read_image(path: Path) -> np.ndarray:
     """HWC uint8 RGB."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise TrainingError(f"cannot read {path}: {error}") from error
+        return np.asarray(load_image(path))
+    except UnreadableImageError as error:
+        raise TrainingError(str(error)) from error
 
 
 def save_grid(rows: list[Tensor], path: Path) -> None:
