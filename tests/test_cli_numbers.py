@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from face_fusion_pipeline.cli import HelpFormatter, _arguments, build_parser, commands, main
+from face_fusion_pipeline.cli import HelpFormatter, build_parser, commands, main
 from face_fusion_pipeline.cli._arguments import Gather, Number, real, whole
 
 
@@ -174,10 +174,8 @@ def test_files_that_are_not_utf8_are_named(tmp_path: Path, capsys: pytest.Captur
         (["ablate", "pairs", "--data", "d", "--steps", "1", "--docs", str(table), *out], "--docs"),
     ):
         assert main(words) == 2
-        assert f"error: {option} {table}: not UTF-8 text" in capsys.readouterr().err
+        assert f"error: {option} {table} is not UTF-8 text" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    table.write_bytes(b"\xef\xbb\xbf| a |")
-    assert _arguments.read_text(table, "--table") == "| a |"
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_an_image_folder_says_who_and_where(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{}", "'file_name' is missing"), ("{", "line 2"), ('{"file_name": "a", "box": [1, 2, 0, 4]}', "x0 < x1")],
+    [("{}", "'file_name' is missing"), ("{", "line 2"), ('{"file_name": 7}', "file_name 7 is no text")],
 )
 def test_bad_metadata_name_the_line(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png"}}\n{line}\n')

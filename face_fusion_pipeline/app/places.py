@@ -61,11 +61,9 @@ def read_picture(file: str | Path) -> Image.Image:
     Raises [`FieldError`] with the file's name, never its path.
     """
     try:
-        picture = load_image(Path(file).read_bytes())
+        picture = load_image(Path(file), "the image")
         picture.thumbnail((KEPT, KEPT), reducing_gap=2.0)
         return picture
-    except OSError as error:  # its own words name the path on this machine
-        raise FieldError("places", f"{Path(file).name}: cannot be read: {error.strerror}") from error
     except FaceFusionError as error:
         raise FieldError("places", f"{Path(file).name}: {error}") from error
 

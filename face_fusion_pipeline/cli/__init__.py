@@ -14,10 +14,12 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
 from ..face_errors import FaceFusionError
+from ..files.atomic import check_writable
 from ._arguments import Number
 
 
@@ -92,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
+        if isinstance(getattr(args, "out", None), Path):
+            check_writable(args.out)  # before hours of work
         return args.run(args)
     except KeyboardInterrupt:
         return _fail("interrupted; every file that was written is complete", INTERRUPTED)

@@ -4,10 +4,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from ..face_errors import FaceFusionError
 
 
 MANY = 10**9  # no count of steps, pictures or pixels is larger
@@ -88,14 +85,6 @@ STRENGTH = real(0, 100)  # of a face
 GUIDANCE = real(0, 100)
 GUIDED = real(1, 100, above=True)
 AVATAR_SIDE = whole(32, 1024, step=8)  # pixels that the renderer can draw
-
-
-def read_text(path: Path, option: str) -> str:
-    """The UTF-8 text of the file given as `option`. Raises [`FaceFusionError`] that names both."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FaceFusionError(f"{option} {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
 
 
 class Gather(argparse.Action):

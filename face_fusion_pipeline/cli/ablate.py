@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from ..face_errors import FaceFusionError
+from ..files.texts import read_text
 from ..generation.arguments import check_model
-from ._arguments import COUNT, GUIDED, RATE, SEED, STEPS, THREADS, Gather, read_text, real, whole
+from ._arguments import COUNT, GUIDED, RATE, SEED, STEPS, THREADS, Gather, real, whole
 
 
 HELP = "answer a reviewers' question: train variants of the method alike and compare them on avatars"

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ._arguments import read_text
+from ..files.texts import read_text
 
 
 HELP = "copy a trained avatar model without its logs, and write its card"

@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.pictures import photos_to_compare
 
     model = args.model or str(embedded_model())
-    people = read_people(args.identities, args.max_identities)
+    people = read_people(args.identities, args.max_identities, exclude=(args.out,))
     settings = _settings(args, model) if args.prompts is not None else None
     pictures = _pictures(args, people, settings)
     device = _device(args.device)
@@ -142,8 +142,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise FaceFusionError(f"evaluate needs {missing[0]}: pip install 'face-fusion-pipeline[evaluate]'")
     if args.prompts is None and args.images is None:
         raise FaceFusionError("nothing to evaluate: give --prompts FILE to generate, or --images DIR, or both")
-    if args.out.exists() and not args.out.is_dir():
-        raise FaceFusionError(f"--out {args.out} is a file: name a folder")
     if args.model is not None and args.prompts is not None:
         check_model(args.model)
     defaults = None if args.prompts is None else defaults_beside(args.model)

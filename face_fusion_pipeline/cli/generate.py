@@ -1,15 +1,17 @@
 """`face-fusion generate`: new pictures of the person in a photo, as a prompt describes them."""
 
 import argparse
+import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..face_defaults import FACE_MODES
 from ..face_errors import FaceFusionError
+from ..files.folders import is_litter
 from ..generation.arguments import (
     MAX_IMAGES,
     MAX_SEED,
@@ -23,6 +25,7 @@ from ..generation.loading import ADAPTER_FILE, adapter_beside, defaults_beside, 
 from ..generation.prompt_words import groups_of_words, unknown_words_line
 from ..generation.provenance import describe
 from ..generation.references import reference_crops
+from ..training.photos import begins_as_picture
 from ._arguments import GUIDANCE, GUIDED, STEPS, STRENGTH, whole
 
 
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
     from ..face_images import FacePhoto
 
 SIDE = whole(64, 4096, step=8)  # pixels
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 BATCH_SIZE = 4
 MOST_PHOTOS = 32  # of a folder: each is one more reference
 HELP = "new pictures of the person in a photo, as a prompt describes them"
@@ -142,15 +144,16 @@ def run(args: argparse.Namespace) -> int:
     references, identity = encode(pipe, faces, args.mirror, args.mode)
     settings = settings_of(args, pipe, identity)
 
-    from ..generation.contact_sheet import contact_sheet, save_png
+    from ..generation.contact_sheet import contact_sheet, save_new_png, save_png
 
     written: list[Path] = []
     fused: list[Image.Image] = []
-    first = next_number(args.out)
+    numbers = free_numbers(args.out)
     for prompt, seed, picture in generate(pipe, args, identity):  # each is saved at once: a stop keeps what there is
         text = {**settings, "prompt": prompt, "seed": seed}
         marked = add_watermark(picture) if args.watermark else picture
-        written.append(save_png(marked, args.out / f"image_{first + len(fused):03d}.png", text))
+        names = (f"image_{number:03d}.png" for number in numbers)
+        written.append(save_new_png(marked, args.out, names, text))
         fused.append(picture)
     if not args.no_sheet:
         plain = [picture for *_, picture in generate(pipe, args, None)]
@@ -158,7 +161,8 @@ def run(args: argparse.Namespace) -> int:
         rows = [prompt[:60] for prompt in args.prompt for _ in range(args.num_images)] if len(args.prompt) > 1 else []
         sheet = contact_sheet({label: pictures for label, pictures in columns.items() if pictures}, rows)
         sheet = add_watermark(sheet) if args.watermark else sheet
-        name = f"contact_sheet_{first:03d}.png" if first else "contact_sheet.png"
+        number = number_of(written[0])  # no other run has that of our first picture
+        name = f"contact_sheet_{number:03d}.png" if number else "contact_sheet.png"
         written.append(save_png(sheet, args.out / name, {**settings, "seed": args.seed}))
     if args.json:
         print(json.dumps({"files": [str(path) for path in written], "seed": args.seed, **settings}))
@@ -179,8 +183,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise FaceFusionError("a saved identity holds all references of a person: give it alone as --face")
     if args.mirror and args.face[0].endswith(".safetensors"):
         raise FaceFusionError("--mirror is for photos: a saved identity is encoded already")
-    if args.out.exists() and not args.out.is_dir():
-        raise FaceFusionError(f"--out {args.out} is a file: name a folder")
     if args.watermark:
         from ..generation.watermark import blind_watermark, check_size
 
@@ -217,10 +219,10 @@ def photos_in(face: str) -> list[str]:
     folder = Path(face)
     if not folder.is_dir():
         return [face]
-    shown = (path for path in folder.iterdir() if not path.name.startswith("."))
-    photos = sorted(str(path) for path in shown if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
+    files = (path for path in folder.iterdir() if path.is_file() and not is_litter(path.name))
+    photos = sorted(str(path) for path in files if begins_as_picture(path))
     if not photos:
-        raise FaceFusionError(f"--face {face} has no photos in it ({', '.join(PHOTO_SUFFIXES)})")
+        raise FaceFusionError(f"--face {face} has no photos in it")
     if len(photos) > MOST_PHOTOS:
         raise FaceFusionError(f"--face {face} has {len(photos)} photos: keep the best {MOST_PHOTOS} or fewer in it")
     return photos
@@ -305,12 +307,16 @@ def encode(
     return crops, pipe.encode_face(with_mirrored(crops) if mirror else crops, face_mode=mode, mirrored=False)
 
 
-def next_number(folder: Path) -> int:
-    """The number of the next picture in `folder`: what earlier runs wrote there stays."""
-    taken = [
-        int(path.stem.removeprefix("image_")) for path in folder.glob("image_[0-9]*.png") if path.stem[6:].isdigit()
-    ]
-    return max(taken, default=-1) + 1
+def number_of(path: Path) -> int | None:
+    """The number of a picture or contact sheet; None for another file."""
+    found = re.fullmatch(r"(?:image|contact_sheet)_([0-9]{1,18})\.png", path.name)
+    return int(found[1]) if found else 0 if path.name == "contact_sheet.png" else None
+
+
+def free_numbers(folder: Path) -> Iterator[int]:
+    """Numbers for the next pictures in `folder`: what earlier runs wrote there stays."""
+    taken = [number for path in folder.glob("*.png") if (number := number_of(path)) is not None]
+    return itertools.count(max(taken, default=-1) + 1)
 
 
 def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[tuple[str, int, Image.Image]]":
@@ -320,7 +326,7 @@ def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[tu
     """
     import torch
 
-    batches = product(args.prompt, range(0, args.num_images, args.batch_size))
+    batches = itertools.product(args.prompt, range(0, args.num_images, args.batch_size))
     for prompt, first in batches:
         count = min(args.batch_size, args.num_images - first)
         seeds = range(args.seed + first, args.seed + first + count)

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 from ..face_errors import FaceFusionError, ModelNotFoundError
-from ._arguments import read_text
+from ..files.atomic import check_new
+from ..files.texts import read_text
 
 
 HELP = "upload weights, their card and the pipeline to the Hugging Face Hub"
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
     from ..publishing import card, hub, repository
 
+    if args.out is not None and not args.dry_run:
+        check_new(args.out)
     tables = [read_text(path, "--table") for path in args.table]
     files = repository.repository_files(args.folder, args.to or card.REPOSITORY, tables, args.license)
     if args.out is not None and not args.dry_run:

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from ..generation.contact_sheet import contact_sheet, save_png
+    from ..generation.contact_sheet import contact_sheet, save_new_png
     from ..generation.references import reference_crops
 
     pipe = load_model(args)
@@ -127,7 +127,8 @@ def run(args: argparse.Namespace) -> int:
     rows = [f"{layers}, timestep {timestep}" for layers, timestep in itertools.product(args.layers, args.timesteps)]
     sheet = contact_sheet(columns, rows)
     text = {"prompt": args.prompt[0], "seed": args.seed, "watermark": args.watermark}
-    path = save_png(add_watermark(sheet) if args.watermark else sheet, args.out / SHEET, text)
+    names = (f"sweep_{number:03d}.png" if number else SHEET for number in itertools.count())
+    path = save_new_png(add_watermark(sheet) if args.watermark else sheet, args.out, names, text)
     if args.json:
         print(json.dumps({"files": [str(path)], "columns": list(columns), "rows": rows, **text}))
     else:

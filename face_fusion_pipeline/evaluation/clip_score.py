@@ -31,7 +31,7 @@ class ClipScore:
         self.knows_quality = not is_pipeline_folder(folder)
         try:
             if self.knows_quality:
-                clip = CLIPModel.from_pretrained(model, dtype=torch.float32)
+                clip = CLIPModel.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
                 self.processor = CLIPImageProcessorPil.from_pretrained(model)
                 self.tokenizer = CLIPTokenizer.from_pretrained(model)
             else:

@@ -12,7 +12,7 @@ from PIL import Image
 from ..avatars.evaluation.judges import IMAGE_SIZE, Judges
 from ..avatars.evaluation.renders import from_pil, to_pil
 from ..face_detectors import Face, FaceDetector
-from ..face_images import crop_box, detect_faces, find_face, load_image
+from ..face_images import crop_box, detect_faces, find_upright, load_image
 from ..training.sources import Photo
 
 
@@ -59,7 +59,7 @@ class FaceFinder:
         """
         image = load_image(photo.content)
         if photo.box is None:
-            return image, find_face(image, self.detector)
+            return find_upright(image, self.detector)
         points = None if photo.landmarks5 is None else np.asarray(photo.landmarks5, np.float64)
         return image, Face(photo.box, 1.0, points)
 

@@ -19,6 +19,8 @@ from ..avatars.evaluation.trials import TRUE_BOX, CutOut, Trial, reference_face
 from ..face_errors import FaceFusionError
 from ..face_images import with_mirrored
 from ..face_self_attention import SelfAttentionReference
+from ..files.atomic import write_text
+from ..files.texts import read_json
 from ..generation.contact_sheet import save_png
 from ..generation.loading import load_pipeline
 from ..generation.provenance import DISCLOSURE, SOURCE_TYPE
@@ -115,10 +117,10 @@ def keep_settings(out: Path, settings: Settings) -> None:
     The size of the batch may be another one: where memory was short, a run goes on with a smaller one.
     """
     path, now = out / "settings.json", asdict(settings)
-    if path.is_file() and _LATER | json.loads(path.read_text()) | {"batch": settings.batch} != now:
+    earlier = read_json(path, "choose an empty folder") if path.is_file() else now
+    if not isinstance(earlier, dict) or _LATER | earlier | {"batch": settings.batch} != now:
         raise FaceFusionError(f"{out} holds images made with other settings ({path}): choose an empty folder")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=1) + "\n")
+    write_text(path, json.dumps(now, indent=1) + "\n")
 
 
 def image_path(out: Path, trial: Trial, method: str) -> Path:

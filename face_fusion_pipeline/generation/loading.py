@@ -10,7 +10,7 @@ from typing import Any
 
 from ..avatar_model import embedded_model
 from ..face_defaults import FaceDefaults, defaults_of
-from ..face_errors import FaceFusionError, ModelNotFoundError
+from ..face_errors import FaceFusionError, ModelNotFoundError, short
 
 
 ADAPTER_FILE = "face_fusion_adapter.safetensors"
@@ -81,6 +81,26 @@ def usable_device(name: str) -> str:
     return device
 
 
+def unloadable(what: str, error: Exception) -> ModelNotFoundError:
+    """The error of a model that cannot be loaded, in one line; of one that has pickles alone, with the way out."""
+    reason = short(error) or type(error).__name__
+    if _is_offline(error):
+        reason = "it is not in the cache, and the Hub cannot be reached: go online once, or name a folder"
+    if "safetensors" in reason or ".bin" in reason:
+        reason += "; only .safetensors weights are read: convert pickled ones, `save_pretrained` writes them"
+    return ModelNotFoundError(f"cannot load the {what}: {reason}")
+
+
+def _is_offline(error: BaseException | None) -> bool:
+    """Whether an error came of a Hub that cannot be reached, or must not be."""
+    from httpx import TransportError
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while error is not None and not isinstance(error, (ConnectionError, TransportError, LocalEntryNotFoundError)):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def load_pipeline(
     model: str | None = None,
     adapter: str | None = None,
@@ -122,30 +142,13 @@ def _from_pretrained(
     from ..pipeline import StableDiffusionFaceFusionPipeline
 
     name = ("float16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
-    settings: dict[str, Any] = {"dtype": getattr(torch, name)}
-    if controlnet is not None:
-        with _named("ControlNet", controlnet):
-            settings["controlnet"] = ControlNetModel.from_pretrained(controlnet, **settings)
-    with _named("model", model):
-        return StableDiffusionFaceFusionPipeline.from_pretrained(model, revision=revision, variant=variant, **settings)
-
-
-@contextmanager
-def _named(kind: str, name: str) -> Iterator[None]:
-    """Whatever goes wrong meanwhile is a [`ModelNotFoundError`] in one line that says of what."""
-    from httpx import TransportError
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
+    settings: dict[str, Any] = {"dtype": getattr(torch, name), "use_safetensors": True}  # never a pickle
+    what = f"model {model}"
     try:
-        yield
-    except FaceFusionError:
-        raise
-    except Exception as error:  # not there, gated, of another kind; and on broken files diffusers raises anything
-        chain: list[BaseException | None] = [error]
-        while chain[-1] is not None:
-            chain.append(chain[-1].__cause__ or chain[-1].__context__)
-        offline = any(isinstance(each, (ConnectionError, TransportError, LocalEntryNotFoundError)) for each in chain)
-        why = f"{type(error).__name__}: {error}" if not isinstance(error, (OSError, ValueError)) else str(error)
-        if offline and not Path(name).exists():
-            why = "it is not in the cache, and the Hub cannot be reached: go online once, or name a folder"
-        raise ModelNotFoundError(f"cannot load the {kind} {name}: {why}") from error
+        if controlnet is not None:
+            what = f"ControlNet {controlnet}"
+            settings["controlnet"] = ControlNetModel.from_pretrained(controlnet, **settings)
+            what = f"model {model}"
+        return StableDiffusionFaceFusionPipeline.from_pretrained(model, revision=revision, variant=variant, **settings)
+    except Exception as error:  # not there, offline, gated, a broken or other kind of model, pickles: any type
+        raise unloadable(what, error) from error

@@ -28,10 +28,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..avatars.training.unet import fingerprint
-from ..face_adapter import save_tensors
+from ..face_errors import UnreadableImageError
+from ..face_files import save_tensors
+from ..face_pictures import load_image
+from ..files.atomic import write_text
 from .augmentation import augmented
 from .base_model import BaseModel
-from .preparation import Row, data_key, has_partner, read_rows, write_text
+from .preparation import Row, data_key, has_partner, read_rows
 from .sources import DataError
 
 
@@ -166,9 +169,8 @@ def encode_pictures(base: BaseModel, pictures: list[Image.Image]) -> Tensor:
 
 def read_picture(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
+        return load_image(path)
+    except UnreadableImageError as error:
         raise DataError(f"cannot read {path}: {error}; run `face-fusion prepare` again") from error
 
 

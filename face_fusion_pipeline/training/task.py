@@ -29,8 +29,8 @@ from ..face_adapter import (
     face_fused_unet,
     save_adapter,
 )
-from ..face_identity import capture_hidden_states, noise_latents
 from ..face_layout import layer_sizes
+from ..reference_pass import capture_hidden_states, noise_latents
 from .base_model import BaseModel
 from .loop import Batch, Part, Task, seeded
 from .objective import Recogniser, face_mask, face_places, jittered, spread_timesteps, unlikeness, weighted_error

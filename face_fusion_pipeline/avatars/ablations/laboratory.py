@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ...evaluation.reports import circumstances
-from ...face_adapter import adapter_fingerprint, unet_fingerprint
+from ...face_adapter import adapter_fingerprint
 from ...face_errors import FaceFusionError
+from ...files.atomic import write_text
+from ...files.texts import read_json
 from ...training.initial_weights import continued_adapter
-from ...training.loop import write_atomic
 from ...training.preparation import data_key, read_rows
+from ...unet_family import unet_fingerprint
 from ..evaluation.avatar_table import CEILING, FLOOR
 from ..evaluation.judges import load_judges
 from ..evaluation.trials import Trial
@@ -89,15 +91,14 @@ class Laboratory:
     def keep_settings(self) -> None:
         path, settings = self.trainer.out / "settings.json", self.settings()
         if path.is_file():
-            known = json.loads(path.read_text())
+            known = read_json(path, "choose another --out")
             changed = [key for key in settings if known.get(key) != settings[key]]
             if changed:
                 raise FaceFusionError(
                     f"{self.trainer.out} holds runs with another {changed[0]}: {known.get(changed[0])}, not "
                     f"{settings[changed[0]]}; choose another --out"
                 )
-        self.trainer.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(settings, indent=1) + "\n")
+        write_text(path, json.dumps(settings, indent=1) + "\n")
 
     def _path(self, scorer: Scorer, name: str, seed: int, condition: Condition) -> Path:
         slug = scorer.recogniser.name.replace(" ", "-").replace("/", "-")
@@ -135,11 +136,10 @@ class Laboratory:
 
 
 def write_run(path: Path, run: Run) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps({**asdict(run), **circumstances()}, indent=1) + "\n")
+    write_text(path, json.dumps({**asdict(run), **circumstances()}, indent=1) + "\n")
 
 
 def read_run(path: Path) -> Run:
-    content = json.loads(path.read_text())
+    content = read_json(path, "remove it, and it is measured again")
     values = {key: content[key] for key in ("variant", "seed", "rows", "training")}
     return Run(condition=Condition(**content["condition"]), **values)

@@ -22,6 +22,7 @@ from ...evaluation.generation import Settings, denoising, image_path, keep_setti
 from ...evaluation.metrics import Estimate, bootstrap_mean, cosine_similarity
 from ...evaluation.reports import circumstances, contact_sheet, markdown_table, write_report
 from ...face_depth import depth_image
+from ...files.atomic import write_text
 from .. import Scene, render
 from .judges import IMAGE_SIZE, Judges
 from .renders import depth_cells, from_pil, read_image, to_pil, write_image
@@ -77,7 +78,7 @@ def compare_depth(
         for method in missing:
             write_image(image_path(out, trial, slug(method)), _image(pipe, trial, method, face, settings))
     rows = _score(trials, judges, settings, out, methods)
-    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     names = [*(method.name for method in methods), POSED, STRANGER]
     result = {
         "settings": asdict(settings),

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ...evaluation.metrics import verification_auc
 from ...evaluation.reports import circumstances
 from ...face_errors import FaceFusionError
+from ...files.atomic import write_text
 from .judges import IMAGE_SIZE, JUDGE_NAMES, SCENE_TRAITS, TRAITS, Judges, decidable, heatmap_cells, load_judges
 from .renders import Renders, coarse, load_renders
 
@@ -81,7 +82,7 @@ def train_judges(
         **circumstances(),
     }
     figures["judges"] = known | dict.fromkeys(only, run)
-    path.write_text(json.dumps(figures, indent=1) + "\n")
+    write_text(path, json.dumps(figures, indent=1) + "\n")
     return figures
 
 

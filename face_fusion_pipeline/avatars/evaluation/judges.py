@@ -18,6 +18,8 @@ from torch import nn
 
 from ...evaluation.alignment import align_faces
 from ...face_errors import ModelNotFoundError
+from ...files.atomic import write_text
+from ...files.texts import read_json
 
 
 JUDGE_NAMES = ("locator", "scene", "expression", "recogniser", "depth")
@@ -192,7 +194,7 @@ class Judges:
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.half() if v.is_floating_point() else v for k, v in self.networks.state_dict().items()}
         save_file({k: v.contiguous().cpu() for k, v in state.items()}, folder / WEIGHTS_NAME)
-        (folder / LABELS_NAME).write_text(json.dumps(self.labels, indent=1) + "\n")
+        write_text(folder / LABELS_NAME, json.dumps(self.labels, indent=1) + "\n")
 
 
 def load_judges(folder: str | Path = SHIPPED) -> Judges:
@@ -202,7 +204,7 @@ def load_judges(folder: str | Path = SHIPPED) -> Judges:
         raise ModelNotFoundError(
             f"no judges in {folder}: train them, `face-fusion avatars-evaluate train-judges --data DIR --out {folder}`"
         )
-    judges = Judges.new(json.loads((folder / LABELS_NAME).read_text()))
+    judges = Judges.new(read_json(folder / LABELS_NAME, "train the judges again"))
     state = load_file(folder / WEIGHTS_NAME)
     judges.networks.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     judges.networks.eval().requires_grad_(False)

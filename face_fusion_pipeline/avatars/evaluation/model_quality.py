@@ -13,7 +13,7 @@ import torch
 from ...evaluation.generation import Settings, denoising, generate, image_path
 from ...evaluation.metrics import psnr
 from ...evaluation.reports import circumstances, markdown_table, write_report
-from ...face_identity import encode_latents
+from ...unet_family import encode_latents
 from .judges import IMAGE_SIZE, TRAITS
 from .renders import read_image
 from .scoring import Panel

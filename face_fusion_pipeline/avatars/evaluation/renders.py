@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ...face_images import load_image
+from ...files.atomic import replacing
 
 
 @dataclass
@@ -96,7 +97,5 @@ def from_pil(image: Image.Image) -> torch.Tensor:
 
 def write_image(path: Path, image: torch.Tensor | Image.Image) -> None:
     """Save as PNG, written aside and moved into place, so that no half file is ever seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    (image if isinstance(image, Image.Image) else to_pil(image)).save(aside, format="PNG")
-    aside.replace(path)
+    with replacing(path) as partial:
+        (image if isinstance(image, Image.Image) else to_pil(image)).save(partial, format="PNG")

@@ -31,7 +31,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ...training.loop import Batch, Task, write_atomic
+from ...files.atomic import write_text
+from ...training.loop import Batch, Task
 from .data import AvatarImages
 
 
@@ -159,7 +160,7 @@ def run_in_float32(folder: Path) -> None:
     """
     for path in (folder / name / "config.json" for name in PARTS):
         if path.is_file():
-            write_atomic(path, json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+            write_text(path, json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def own_weights(model: torch.nn.Module, weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...face_pictures import open_picture
 from ...training.loop import Batch, Task, TrainingError, seeded
 from .data import AvatarImages, cached, save_grid, stretched
 from .unet import (
@@ -77,8 +77,8 @@ def load_depth(data: AvatarImages) -> Tensor:
     def read() -> Tensor:
         maps = []
         for record in tqdm(data.records, desc="depth maps", unit="image"):
-            with Image.open(data.folder / record["depth_file_name"]) as image:
-                maps.append(torch.from_numpy(np.asarray(image).astype(np.float32)))
+            depth = np.asarray(open_picture(data.folder / record["depth_file_name"]))
+            maps.append(torch.from_numpy(depth.astype(np.float32)))
         return torch.cat([stretched(part) for part in torch.stack(maps).split(1024)])[:, None]
 
     return cached(data.folder / "depth.safetensors", f"{data.key} stretched", read)

@@ -20,6 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...face_errors import UnreadableImageError
+from ...face_pictures import load_image
+from ...files.atomic import replacing
+from ...files.texts import read_json_lines
 from ...training.loop import TrainingError, process_group
 from ..world.dataset import PER_IDENTITY, draw, plan
 
@@ -94,7 +98,7 @@ def load_avatars(folder: Path, split: str, limit: int | None = None) -> AvatarIm
     if not metadata.is_file():
         raise TrainingError(f"{metadata} does not exist: make a dataset with `face-fusion avatars-dataset`")
     text = metadata.read_bytes()
-    records = [json.loads(line) for line in text.splitlines() if line.strip()][:limit]
+    records = read_json_lines(metadata, "make the dataset again with `face-fusion avatars-dataset`")[:limit]
     if not records:
         raise TrainingError(f"{metadata} is empty")
     key = hashlib.sha256(text).hexdigest() + f"/{len(records)}"
@@ -161,19 +165,17 @@ def cached(path: Path, key: str, make: Callable[[], Tensor]) -> Tensor:
         torch.set_num_threads(os.cpu_count() or threads)  # nobody else works meanwhile
         tensor = make().cpu().contiguous()
         torch.set_num_threads(threads)
-        partial = path.with_suffix(".partial")
-        save_file({"tensor": tensor}, partial, {"key": key})
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file({"tensor": tensor}, partial, {"key": key})
     return tensor
 
 
 def read_image(path: Path) -> np.ndarray:
     """HWC uint8 RGB."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise TrainingError(f"cannot read {path}: {error}") from error
+        return np.asarray(load_image(path))
+    except UnreadableImageError as error:
+        raise TrainingError(str(error)) from error
 
 
 def save_grid(rows: list[Tensor], path: Path) -> None:

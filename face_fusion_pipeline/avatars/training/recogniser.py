@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from ...evaluation.alignment import align_faces
 from ...evaluation.metrics import verification_auc
-from ...face_adapter import save_tensors
 from ...face_errors import ModelNotFoundError
+from ...face_files import save_tensors
 from ...training.loop import Batch, Task, TrainingError
 from ..evaluation.renders import coarse
 from .data import AvatarImages

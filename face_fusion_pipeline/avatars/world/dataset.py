@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ...files.atomic import write_text
+from ...files.texts import read_json
 from .caption import caption
 from .identity import SPLITS
 from .render import Rendered, render
@@ -114,9 +116,7 @@ def _write_chunk(task: tuple[str, str, int, int, int, int, bool]) -> int:
                 row |= {"depth_file_name": f"depth/{name}", "mask_file_name": f"masks/{name}"}
             rows.append(json.dumps(row))
     # The part file appears only when all its pictures are on disk: it is what resuming trusts.
-    partial = target.with_suffix(".tmp")
-    partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    partial.replace(target)
+    write_text(target, "\n".join(rows) + "\n")
     return last - first
 
 
@@ -139,11 +139,11 @@ def write(
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     settings = {"split": split, "size": size, "per_identity": per_identity, "depth": depth}
     stamp = out / "settings.json"
-    if stamp.exists() and (found := json.loads(stamp.read_text())) != settings:
+    if stamp.exists() and (found := read_json(stamp, "choose another folder")) != settings:
         raise ValueError(f"{out} was begun with {found}, not {settings}: choose another folder")
     for name in ("images", "parts", *(("depth", "masks") if depth else ())):
         (out / name).mkdir(parents=True, exist_ok=True)
-    stamp.write_text(json.dumps(settings))
+    write_text(stamp, json.dumps(settings))
     tasks = [
         (str(out), split, first, min(first + _CHUNK, count), size, per_identity, depth)
         for first in range(0, count, _CHUNK)
@@ -155,9 +155,7 @@ def write(
             written += number
             bar.update(number)
     parts = (out / "parts" / f"{first:07d}.jsonl" for first in range(0, count, _CHUNK))
-    whole = out / "metadata.tmp"
-    whole.write_text("".join(part.read_text(encoding="utf-8") for part in parts), encoding="utf-8")
-    whole.replace(out / "metadata.jsonl")
+    write_text(out / "metadata.jsonl", "".join(part.read_text(encoding="utf-8") for part in parts))
     return written
 
 
