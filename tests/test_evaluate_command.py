@@ -21,7 +21,6 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model, face_detectors
 from face_fusion_pipeline.avatars import caption, render, sample_scene
-from face_fusion_pipeline.avatars.evaluation.renders import to_pil
 from face_fusion_pipeline.cli import avatars_evaluate, evaluate, main
 from face_fusion_pipeline.evaluation.alignment import face_template
 from face_fusion_pipeline.evaluation.clip_score import QUALITY_PROMPTS, ClipScore
@@ -38,6 +37,7 @@ from face_fusion_pipeline.evaluation.copying import (
 from face_fusion_pipeline.evaluation.distribution import cmmd
 from face_fusion_pipeline.evaluation.faces import FaceFinder
 from face_fusion_pipeline.evaluation.generation import METHODS, Settings, hash_weights, keep_settings, pipeline_of
+from face_fusion_pipeline.evaluation.image_files import to_pil
 from face_fusion_pipeline.evaluation.metrics import copy_paste_score, psnr
 from face_fusion_pipeline.evaluation.observation import Observation, Observer, distribution
 from face_fusion_pipeline.evaluation.people import Person, read_people

@@ -27,10 +27,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ..avatars.training.unet import fingerprint
 from ..face_adapter import save_tensors
 from .augmentation import augmented
 from .base_model import BaseModel
+from .loop import digest
 from .preparation import Row, data_key, has_partner, read_rows, write_text
 from .sources import DataError
 
@@ -55,8 +55,12 @@ class Cache:
 def cache_folders(folder: Path, base: BaseModel, augmentations: int = AUGMENTATIONS) -> Cache:
     """Where the shards of a prepared folder lie for this base: another part of it or other data is another place."""
     data = data_key(folder)
-    vae = [fingerprint(base.vae), base.vae.config.scaling_factor, data, augmentations]
-    text = [[fingerprint(encoder) for encoder in base.text_encoders], base.is_xl, data]  # XL takes an earlier layer
+    vae = [digest(base.vae.state_dict()), base.vae.config.scaling_factor, data, augmentations]
+    text = [
+        [digest(encoder.state_dict()) for encoder in base.text_encoders],
+        base.is_xl,
+        data,
+    ]  # XL takes an earlier layer
     return Cache(folder / "latents" / _digest(vae), folder / "conditions" / _digest(text))
 
 

@@ -20,6 +20,7 @@ from ..face_layout import BOX_ENLARGE
 from .loop import TrainingError
 
 
+RECOGNISERS = {"avatars": "face_fusion_pipeline.avatars.training.recogniser:load_training_recogniser"}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # Images (B, 3, H, W) in [0, 1] and landmarks5 (B, 5, 2) in their pixels -> embeddings (B, D), differentiable.
 Recogniser = Callable[[Tensor, Tensor], Tensor]
@@ -151,16 +152,12 @@ def jittered(landmarks5: Tensor, draws: Tensor, strength: float) -> Tensor:
     return middle + (landmarks5 - middle) @ rotation.mT + (0.1 * extent[:, None] * torch.stack(aside, -1))[:, None]
 
 
-def load_recogniser(name: str) -> Any:
-    """The recogniser of an identity loss: `avatars`, or `MODULE:FUNCTION`, a function that returns a [`Recogniser`].
+def load_identity_recogniser(name: str) -> Any:
+    """That of an identity loss: `avatars`, or `MODULE:FUNCTION`, a function that returns a [`Recogniser`].
 
     An nn.Module is frozen and moves with the training. Raises [`TrainingError`] if there is none.
     """
-    if name == "avatars":
-        from ..avatars.training.recogniser import load_recogniser as load_avatar_recogniser
-
-        return load_avatar_recogniser()
-    module, colon, function = name.partition(":")
+    module, colon, function = RECOGNISERS.get(name, name).partition(":")
     try:
         if not colon:
             raise ValueError("it has no colon")

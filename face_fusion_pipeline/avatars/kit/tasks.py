@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ...face_adapter import FaceFusionAdapter, face_fused_unet
 from ...training.base_model import TEXT, BaseModel
+from ...training.kernels import plain_attention_on_cpu
 from ...training.loop import Batch, Task, seeded
 from ...training.task import FaceFusionOptions, FaceFusionTask
 from ..training.controlnet import ControlNetTask
 from ..training.data import save_grid
-from ..training.unet import DiffusionLoss, Frozen, UnetTask, plain_attention_on_cpu
+from ..training.unet import DiffusionLoss, Frozen, UnetTask
 from .scene_tensors import SceneTensors
 
 

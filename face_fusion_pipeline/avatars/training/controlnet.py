@@ -17,17 +17,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...training.loop import Batch, Task, TrainingError, seeded
+from ...training.kernels import plain_attention_on_cpu
+from ...training.loop import Batch, Task, TrainingError, digest, seeded
 from .data import AvatarImages, cached, save_grid, stretched
 from .unet import (
     TEXT_DROPOUT,
     DiffusionLoss,
     Frozen,
     LatentData,
-    fingerprint,
     fit_text,
     load_unet_for,
-    plain_attention_on_cpu,
 )
 
 
@@ -110,7 +109,7 @@ class ControlNetTask(Task):
 
     @property
     def subject(self) -> dict[str, Any]:
-        return {"data": self.data.key, "unet": fingerprint(self.unet), **self.frozen.subject}
+        return {"data": self.data.key, "unet": digest(self.unet.state_dict()), **self.frozen.subject}
 
     @property
     def device(self) -> torch.device:

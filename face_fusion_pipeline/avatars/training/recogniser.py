@@ -99,7 +99,7 @@ class TrainingRecogniser(nn.Module):
         return torch.cat([self.look(name, images, landmarks5) for name in self.towers], -1)
 
 
-def load_recogniser(folder: Path = SHIPPED) -> TrainingRecogniser:
+def load_training_recogniser(folder: Path = SHIPPED) -> TrainingRecogniser:
     """What `avatars-train recogniser` wrote into `folder`, by default the recogniser of the package, frozen."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():

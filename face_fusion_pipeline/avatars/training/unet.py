@@ -11,8 +11,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from ...training.kernels import plain_attention_on_cpu
 from ...training.loop import Batch, Task, TrainingError, digest, seeded
 from .clip import equal_caption_ids, run_in_float32, tokenize
 from .data import AvatarImages, cached, save_grid
@@ -57,8 +55,8 @@ class Frozen:
     def subject(self) -> dict[str, str]:
         """What was learned below, see `Task.subject`."""
         return {
-            "vae": f"{fingerprint(self.vae.encoder)}/{self.vae.config.scaling_factor}",
-            "text_encoder": fingerprint(self.text_encoder),
+            "vae": f"{digest(self.vae.encoder.state_dict())}/{self.vae.config.scaling_factor}",
+            "text_encoder": digest(self.text_encoder.state_dict()),
         }
 
     def pipeline(self, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
@@ -183,15 +181,10 @@ def fit_text(network: nn.Module, frozen: Frozen, folder: Path, captions: list[st
     """
     former = load_frozen(folder)
     same_words = former.tokenizer.get_vocab() == frozen.tokenizer.get_vocab()
-    if same_words and fingerprint(former.text_encoder) != fingerprint(frozen.text_encoder):
+    if same_words and digest(former.text_encoder.state_dict()) != digest(frozen.text_encoder.state_dict()):
         solution, explained = text_map(*(part.text_states(captions).flatten(0, 1) for part in (former, frozen)))
         change_text(network, solution)
         logger.info("another text encoder: R² of its states for the former ones is %.2f", explained)
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Hash of all weights, so that cached results of one network are not taken for another's."""
-    return digest(module.state_dict())
 
 
 class LatentData:
@@ -207,11 +200,11 @@ class LatentData:
             parts = tqdm(torch.arange(len(data)).split(AT_ONCE[device.type] // 2), desc="latents", unit="batch")
             return torch.cat([quick.latents(data.images(part, device)).half().cpu() for part in parts])
 
-        key = f"{data.key}/{fingerprint(frozen.vae.encoder)}/{frozen.vae.config.scaling_factor}"
+        key = f"{data.key}/{digest(frozen.vae.encoder.state_dict())}/{frozen.vae.config.scaling_factor}"
         self.latents = cached(data.folder / "latents.safetensors", key, encode_images)
         self.caption_ids = equal_caption_ids(data.captions)
         captions = list(dict.fromkeys(data.captions))
-        key = f"{data.key}/{fingerprint(frozen.text_encoder)}"
+        key = f"{data.key}/{digest(frozen.text_encoder.state_dict())}"
         self.text = cached(data.folder / "text.safetensors", key, lambda: frozen.text_states(captions))
         self.empty_text = frozen.text_states([""])
         self.faces = data.face_emphasis(self.latents.shape[-1], data.pixels.shape[-1] // self.latents.shape[-1])
@@ -273,30 +266,6 @@ class DiffusionLoss:
         mask = 1 + (self.face_weight - 1) * batch["faces"].float()
         mask = mask / mask.mean(dim=(1, 2, 3), keepdim=True)
         return weight * (mask * (predicted.float() - target).square()).mean(dim=(1, 2, 3))
-
-
-def plain_attention_on_cpu(latents: Tensor) -> AbstractContextManager[None]:
-    """On a CPU the fused attention takes up to twice the time of plain products, in training at 256 tokens.
-
-    At 4096 it is the other way round, for the products no longer fit into the cache.
-    """
-    small = latents.shape[-1] * latents.shape[-2] <= 1024
-    return plain_attention(small and not torch.cuda.is_available())
-
-
-@contextmanager
-def plain_attention(chosen: bool = True) -> Iterator[None]:
-    """Attention by plain products if that is `chosen`."""
-    if not chosen:
-        yield
-        return
-    reduced = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # in spite of its name also for CPUs
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(reduced)
 
 
 class UnetTask(Task):
