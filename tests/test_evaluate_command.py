@@ -161,6 +161,24 @@ def test_faces_are_assigned_by_likeness() -> None:
     assert match([KnownPerson(small, {})], [small, large]) == [large]
 
 
+def test_a_locator_adds_the_landmarks_that_a_detector_lacks() -> None:
+    class Locator:
+        def landmarks(self, image: Image.Image, boxes: list[Any]) -> list[np.ndarray]:
+            return [np.full((5, 2), box[0]) for box in boxes]
+
+    class Detector:
+        name, sizes = "boxes", (64,)
+
+        def detect(self, image: Image.Image) -> list[Face]:
+            return [Face((4, 8, 20, 28), 1.0), Face((30, 8, 50, 30), 0.9)]
+
+    picture = Image.new("RGB", (64, 64))
+    alone, located = (FaceFinder(Detector(), locator).find(picture) for locator in (None, Locator()))
+    assert [face.landmarks5 for face in alone] == [None, None]
+    assert [face.box for face in located] == [face.box for face in alone]
+    assert [np.unique(face.landmarks5).tolist() for face in located] == [[face.box[0]] for face in alone]
+
+
 def test_neighbours_are_compared() -> None:
     panel = PicturePanel({}, Observer(FaceFinder(None)))  # type: ignore[arg-type]
     row = panel.compare(_seen(0), _seen(0), [], [_seen(60), _seen(90)])

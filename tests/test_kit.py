@@ -20,7 +20,7 @@ from face_fusion_pipeline.avatars.training.data import AvatarImages
 from face_fusion_pipeline.avatars.training.tokenizer import train_tokenizer
 from face_fusion_pipeline.avatars.training.vae import create_vae
 from face_fusion_pipeline.avatars.world.caption import caption, full_caption
-from face_fusion_pipeline.avatars.world.dataset import describe, plan
+from face_fusion_pipeline.avatars.world.dataset import plan, scene_records
 from face_fusion_pipeline.avatars.world.render import render
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.face_images import CROP_ENLARGE, crop_face
@@ -121,7 +121,7 @@ def test_drawn_scenes_hold_what_the_renderer_says(start):
     window = planned._replace(scenes=planned.scenes[:12], tokens=planned.tokens[:12])
     data = draw_scenes([window], lambda images: images[:, :2, ::8, ::8], 64, torch.device("cpu"), 12, at_once=5)
     rendered = render(window.scenes, 64)
-    records = describe(window.scenes, rendered)
+    records = scene_records(window.scenes, rendered)
     assert len(data) == 12
     torch.testing.assert_close(data.latents.float(), (rendered.images * 2 - 1)[:, :2, ::8, ::8], atol=1e-3, rtol=0)
     for row, scene in enumerate(window.scenes):

@@ -21,6 +21,7 @@ from face_fusion_pipeline.avatars.world.dataset import write
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.face_errors import ModelNotFoundError
 from face_fusion_pipeline.training import loop
+from face_fusion_pipeline.training.latent_cache import cached
 from face_fusion_pipeline.training.loop import LoopOptions, Task, TrainingError, data_order, learning_rate, train
 
 
@@ -269,6 +270,20 @@ def test_pixels_are_cached_until_the_metadata_change(dataset, tmp_path):
     assert not first.face_emphasis(4, 8)[0].any()
     with pytest.raises(TrainingError, match="avatars-dataset"):
         load_avatars(tmp_path, "train")
+
+
+def test_a_cache_that_was_cut_off_is_made_again(tmp_path):
+    path = tmp_path / "numbers.safetensors"
+    made = []
+
+    def make():
+        made.append(None)
+        return torch.arange(5.0)
+
+    assert cached(path, "key", make).tolist() == cached(path, "key", make).tolist() and len(made) == 1
+    path.write_bytes(path.read_bytes()[:-8])
+    assert cached(path, "key", make).tolist() == [0, 1, 2, 3, 4] and len(made) == 2
+    assert cached(path, "another", make).tolist() == cached(path, "another", make).tolist() and len(made) == 3
 
 
 def test_rendered_data_equal_a_dataset_on_disk(tmp_path):

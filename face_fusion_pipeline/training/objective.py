@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,10 @@ class NoiseSchedule:
 
     def __len__(self) -> int:
         return len(self.alphas)
+
+    def to(self, device: torch.device) -> NoiseSchedule:
+        """The same on `device`, where looking up a level waits for nothing."""
+        return replace(self, alphas=self.alphas.to(device))
 
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ and √(1−ᾱ), each (B, 1, 1, 1)."""
@@ -83,12 +87,12 @@ class NoiseSchedule:
 
 
 def spread_timesteps(count: int, length: int, generator: torch.Generator, power: float = 1.0) -> Tensor:
-    """Timesteps (count,), length * u^power with u from each of `count` equal ranges in random order.
+    """Timesteps (count,) on the generator's device, length * u^power, u from each of `count` equal ranges at random.
 
     So they vary less than independent ones. With a power below 1 noisy steps come more often.
     """
-    ranges = torch.randperm(count, generator=generator)
-    within = torch.rand(count, generator=generator)
+    ranges = torch.randperm(count, generator=generator, device=generator.device)
+    within = torch.rand(count, generator=generator, device=generator.device)
     return (((ranges + within) / count) ** power * length).long().clamp(max=length - 1)
 
 
