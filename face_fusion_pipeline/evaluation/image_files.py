@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ..face_images import load_image
+from ..generation.contact_sheet import save_png
 
 
 def read_image(path: str | Path, size: int | None = None) -> torch.Tensor:
@@ -30,8 +31,5 @@ def from_pil(image: Image.Image) -> torch.Tensor:
 
 
 def write_image(path: Path, image: torch.Tensor | Image.Image) -> None:
-    """Save as PNG, written aside and moved into place, so that no half file is ever seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    (image if isinstance(image, Image.Image) else to_pil(image)).save(aside, format="PNG")
-    aside.replace(path)
+    """Save as PNG, see `generation.contact_sheet.save_png`."""
+    save_png(image if isinstance(image, Image.Image) else to_pil(image), path)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...face_images import load_image
 from ...training.latent_cache import cached
 from ...training.loop import TrainingError
 from ..world.dataset import PER_IDENTITY, draw, plan
@@ -109,7 +110,8 @@ def load_avatars(folder: Path, split: str, limit: int | None = None) -> AvatarIm
     """Read `folder/split`, or the first `limit` images of it.
 
     Decoded pixels are kept beside the images as `pixels.safetensors`, so that the second start is quick; the file is
-    made again when `metadata.jsonl` has changed. Raises `TrainingError` where files are missing or sizes differ.
+    made again when `metadata.jsonl` has changed. Raises `TrainingError` where there is no dataset or sizes differ,
+    UnreadableImageError for a picture that is missing or broken.
     """
     folder = Path(folder) / split
     metadata = folder / "metadata.jsonl"
@@ -124,7 +126,7 @@ def load_avatars(folder: Path, split: str, limit: int | None = None) -> AvatarIm
 
     def decode() -> Tensor:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            arrays = list(pool.map(lambda record: read_image(folder / record["file_name"]), records))
+            arrays = list(pool.map(lambda record: np.asarray(load_image(folder / record["file_name"])), records))
         if len({array.shape for array in arrays}) != 1:
             raise TrainingError(f"images of {folder} differ in size: {sorted({array.shape for array in arrays})}")
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
@@ -167,15 +169,6 @@ def stretched(depth: Tensor) -> Tensor:
     """Depth maps (B, H, W), larger is nearer, each stretched to its own range as uint8: 255 is the nearest."""
     low, high = depth.amin((1, 2), keepdim=True), depth.amax((1, 2), keepdim=True)
     return ((depth - low) / (high - low).clamp_min(1e-4) * 255).round().byte()
-
-
-def read_image(path: Path) -> np.ndarray:
-    """HWC uint8 RGB."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise TrainingError(f"cannot read {path}: {error}") from error
 
 
 def save_grid(rows: list[Tensor], path: Path) -> None:
