@@ -203,7 +203,7 @@ def _panel(
     args: argparse.Namespace, people: list[Person], model: str | None, device: Any
 ) -> tuple[PicturePanel, dict[str, str]]:
     """All that looks at the pictures; a model of avatars brings its CLIP and the judges of avatars along."""
-    from ..avatars.evaluation.judges import SHIPPED
+    from ..avatars.evaluation.judges import SHIPPED, load_judges
     from ..evaluation.clip_score import is_pipeline_folder
     from ..evaluation.picture_panel import load_panel
     from ..face_detectors import load_detector
@@ -217,7 +217,7 @@ def _panel(
         folder=args.recognisers,
         expression=args.expression,
         clip=args.clip or (model if avatars else None),
-        judges=judges,
+        judges=load_judges(judges) if judges is not None else None,
         device=device,
     )
 

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ...evaluation.generation import MIRRORED, Settings, denoising, generate, image_path
+from ...evaluation.generation import MIRRORED, Settings, denoising
+from ...evaluation.image_files import read_image, to_pil, write_image
 from ...evaluation.metrics import bootstrap_mean, closed_share
 from ...evaluation.reports import circumstances, contact_sheet, markdown_table, write_report
 from ...files.atomic import write_text
 from .judges import IMAGE_SIZE
-from .renders import read_image, to_pil, write_image
 from .scoring import Panel
+from .trial_pictures import generate, image_path
 from .trials import Trial, detected_face, portraits, reference_face, true_renders
 
 
