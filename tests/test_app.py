@@ -644,6 +644,17 @@ def test_a_port_that_is_taken_is_named() -> None:
             pass
 
 
+def test_a_page_that_this_machine_does_not_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
+    from gradio import networking
+
+    from face_fusion_pipeline.app.server import serving
+
+    monkeypatch.setattr(networking, "url_ok", lambda url: False)
+    with pytest.raises(FaceFusionError, match="NO_PROXY"), serving(make_engine(), port=0):
+        pass
+
+
 def test_the_command_serves_this_machine_and_leaves_nothing(tmp_path: Path) -> None:
     pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
     command = [sys.executable, "-m", "face_fusion_pipeline", "app", "--port", "0", "--device", "cpu"]

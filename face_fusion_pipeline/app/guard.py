@@ -95,6 +95,6 @@ class Guard:
         if not uploads:
             return PlainTextResponse("This is more than a form holds.", 413) if length > MAX_FORM else None
         if length + self._arriving + size_of(self.sessions.root) > self.quota:
-            words = "the files of all pages take too much room: close pages that are not needed, or wait an hour"
+            words = "the files of all pages take too much room: close pages that are not needed, or wait two hours"
             return PlainTextResponse(words, 507)
         return None

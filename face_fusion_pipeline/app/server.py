@@ -170,7 +170,7 @@ def serving(
         max_upload_mb: largest file that a user may upload; the files of all users may take ten times as much.
 
     Raises:
-        FaceFusionError: the port is taken.
+        FaceFusionError: the port is taken, or the page cannot be reached from here.
     """
     sessions, limit = Sessions(), int(max_upload_mb * 2**20)
     guard = Middleware(Guard, sessions=sessions, host=host, quota=QUOTA * limit)
@@ -196,6 +196,10 @@ def serving(
                 )
             except OSError as error:
                 raise FaceFusionError(f"cannot listen on {host}:{port}: {error}; take another --port") from error
+            except ValueError as error:  # Gradio has asked its own page, and waited for some seconds
+                blocks.close(verbose=False)
+                words = "this machine does not reach its own page: it is too busy now, or a proxy is in the way"
+                raise FaceFusionError(f"{words} (set NO_PROXY=127.0.0.1,localhost)") from error
             try:
                 yield address
             finally:
