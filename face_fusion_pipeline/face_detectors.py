@@ -310,7 +310,7 @@ def load_detector(detector: DetectorName | FaceDetector = "auto", model: str | P
 
     Args:
         detector: "auto" takes YuNet where its model is at hand or can be fetched and the Haar cascades otherwise, and
-            logs which and why.
+            logs why those.
         model: model file for "yunet" (and "auto"), model pack for "insightface".
 
     Raises:
@@ -338,5 +338,6 @@ def load_detector(detector: DetectorName | FaceDetector = "auto", model: str | P
         chosen = InsightFaceDetector(model)
     else:
         raise FaceFusionError(f"unknown face detector {detector!r}: take 'auto', 'yunet', 'haar' or 'insightface'")
-    logger.info("face detector: %s (%s)", chosen.name, why)
+    fallback = detector == "auto" and chosen.name == "haar"
+    logger.log(logging.INFO if fallback else logging.DEBUG, "face detector: %s (%s)", chosen.name, why)
     return chosen
