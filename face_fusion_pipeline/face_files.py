@@ -14,13 +14,18 @@ from .face_file_checks import read_header
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file by renaming a finished one, so that no half-written file can be left behind."""
+    """Write a safetensors file by renaming a finished one, so that no half-written file can be left behind.
+
+    Raises OSError where it cannot be written, for example on a full disk.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -217,7 +217,7 @@ class FaceFusionMixin(FaceLoaderMixin):
         from .face_detectors import load_detector
         from .face_images import detect_faces
 
-        return [face.box for face in detect_faces(image, load_detector(detector))]
+        return [face.box for face in detect_faces(image, self._kept("detector", detector, load_detector))]
 
     def _default_resolution(self) -> int:
         return min(self._default_size())

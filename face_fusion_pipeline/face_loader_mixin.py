@@ -3,7 +3,7 @@
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -81,7 +81,12 @@ class FaceLoaderMixin:
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As diffusers' `from_pipe`; from another Face Fusion pipeline come adapter, scales and defaults, too."""
+        """As diffusers' `from_pipe`; from another Face Fusion pipeline come adapter, scales and defaults, too.
+
+        An `AutoencoderTiny` comes along. A pipeline of diffusers' own takes it only if it is named:
+        `StableDiffusionPipeline.from_pipe(pipe, vae=pipe.vae)`.
+        """
+        kwargs.setdefault("vae", pipeline.vae)  # diffusers would look at its type
         new = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
         if not (hasattr(new, "_face_adapter") and hasattr(pipeline, "_face_adapter")):
             return new
@@ -122,8 +127,18 @@ class FaceLoaderMixin:
         new.face_defaults = self.face_defaults
         new.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         new.maybe_free_model_hooks = self.maybe_free_model_hooks
+        new._tools = self.__dict__.setdefault("_tools", {})
         new._outer, self._interrupt = self, False  # what stopped an earlier call does not stop this one
         return new
+
+    def _kept(self, kind: str, name: Any, load: Callable[[Any], Any]) -> Any:
+        """`load(name)`, such as a detector, loaded once for each name and kept with the pipeline."""
+        if not isinstance(name, str):
+            return load(name)
+        tools = self.__dict__.setdefault("_tools", {})
+        if (kind, name) not in tools:
+            tools[kind, name] = load(name)
+        return tools[kind, name]
 
     def load_face_fusion_adapter(
         self,

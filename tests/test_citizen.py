@@ -431,6 +431,15 @@ TASKS = [
 ]
 
 
+@pytest.mark.parametrize("task", [StableDiffusionFaceFusionPipeline, StableDiffusionImg2ImgFaceFusionPipeline])
+def test_from_pipe_takes_a_tiny_vae_both_ways(task):
+    ours = tiny_pipeline(tiny_vae=True)
+    stock = StableDiffusionPipeline.from_pipe(ours, vae=ours.vae)
+    again = task.from_pipe(stock)
+    assert again.vae is stock.vae is ours.vae and again.unet is ours.unet
+    assert task.from_pipe(ours).vae is ours.vae
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_from_pipe_carries_adapter_and_layer_scales(pipe, task):
     pipe.set_face_fusion_scale({"down_blocks": 1.0, "up_blocks": 0.5})

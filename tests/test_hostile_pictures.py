@@ -446,7 +446,7 @@ def transparent(mode: str, hidden: int = 255) -> Image.Image:
         torch.from_numpy(INSIDE).bfloat16(),
         torch.from_numpy(INSIDE) * 255,
     ],
-    ids=lambda mask: f"{getattr(mask, 'mode', '')}{getattr(mask, 'dtype', '')}",
+    ids=lambda mask: str(mask.mode if isinstance(mask, Image.Image) else mask.dtype),
 )
 def test_a_mask_means_the_same_in_every_type(mask):
     assert np.array_equal((read_mask(mask) > 0.5).numpy(), INSIDE)
