@@ -316,7 +316,7 @@ def test_everybody_learns_from_people_who_are_alone_and_have_another_photo(
     monkeypatch.setattr(training, "train", lambda task, *_: seen.append(task))
     trainer = Trainer(base, data, tmp_path, Budget(steps=1, batch_size=4))
     monkeypatch.setattr(training, "split_people", lambda *_, **__: split_people(rows, 0, seed=0))
-    with pytest.raises(FileNotFoundError):  # nothing was trained
+    with pytest.raises(KeyError):  # nothing was trained
         trainer.trained(VARIANTS[METHOD], 0)
     identities = [rows[index]["identity"] for index in seen[0].pairs.targets]
     assert identities == ["bob", "bob", "dan", "dan"], "ada stands beside somebody, cy's reference was named"

@@ -146,7 +146,7 @@ class Engine:
         if identity.needs_adapter and not adapter:
             raise FaceFusionError("this identity needs the adapter it was made with: start the app with --adapter")
         identity.check(unet_fingerprint(self.pipe.unet), adapter)
-        check_identity_fits(identity, self.pipe.unet)
+        check_identity_fits(identity, self.pipe.unet, self.pipe._face_adapter)
         return identity
 
     def find_boxes(self, picture: Image.Image) -> list[Box]:
