@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--render", type=int, metavar="N", help="render N training images on the device instead; --data takes caches"
     )
     parser.add_argument("--size", type=int, help="pixels of a rendered image's side (default: 128)")
-    parser.add_argument("--world", type=int, choices=(1, 2), help="traits, drawing: whose people (default: the model's)")
+    parser.add_argument("--world", type=int, choices=(1, 2), help="traits, drawing: of the people (default: 1)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch decides)")
     parser.add_argument(
         "--processes",
@@ -80,7 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     drawing = parser.add_argument_group("drawing")
     drawing.add_argument(
-        "--verdicts", type=Path, metavar="FILE", help="judged eyes: FILE.json and FILE.webp (default: the package's, for 128 pixels)"
+        "--verdicts",
+        type=Path,
+        metavar="FILE",
+        help="judged eyes, FILE.json and FILE.webp (default: the package's, for 128 pixels of the first world)",
     )
 
     unet = parser.add_argument_group("unet")
@@ -110,6 +113,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise FaceFusionError(f"--world is for the stages {' and '.join(MEASURES)}, not {args.stage}")
     if args.images and args.stage in MEASURES:
         raise FaceFusionError(f"the stage {args.stage} draws its own images: say how many with --render")
+    if args.size and args.size % 32 and args.stage in MEASURES:
+        raise FaceFusionError(f"--size is {args.size}: for the stage {args.stage} choose a multiple of 32")
     if args.size and not args.render and args.stage not in MEASURES:
         raise FaceFusionError("--size is for --render: images from disk have a size of their own")
 

@@ -76,6 +76,13 @@ def coarse(images: torch.Tensor, size: int) -> torch.Tensor:
     return F.interpolate(F.avg_pool2d(images, size), scale_factor=size, mode="bilinear", align_corners=False)
 
 
+def at_size(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Square pictures (N, C, S, S) at another size; those that have it are given back as they are."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+
+
 def read_image(path: str | Path, size: int | None = None) -> torch.Tensor:
     """An image file as floats (3, H, W) in [0, 1]; with `size` it is resized to a square where it differs."""
     image = load_image(path)

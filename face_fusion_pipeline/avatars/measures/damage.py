@@ -135,7 +135,9 @@ def doubled(images: Tensor, landmarks: Tensor, eyes: Tensor, dice: Dice) -> Tens
     angle = dice.uniform(0, 6.2832)
     aside = torch.stack([angle.cos(), angle.sin()], 1) * (dice.uniform(0.14, 0.32) * _apart(landmarks))[:, None]
     again = _sample(images, _places(images) + aside[:, None, None])
-    return torch.lerp(images, again, _mask(images, landmarks, eyes, dice.uniform(0.3, 0.5)) * dice.uniform(0.4, 0.7, 1, 1, 1))
+    return torch.lerp(
+        images, again, _mask(images, landmarks, eyes, dice.uniform(0.3, 0.5)) * dice.uniform(0.4, 0.7, 1, 1, 1)
+    )
 
 
 def streaked(images: Tensor, landmarks: Tensor, eyes: Tensor, dice: Dice) -> Tensor:

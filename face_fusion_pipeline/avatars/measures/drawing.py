@@ -50,8 +50,12 @@ class EyeJudge:
 
     @torch.inference_mode()
     def logits(self, images: Tensor, landmarks: Tensor) -> Tensor:
-        """(B,) of images (B, 3, S, S) in [0, 1] with landmarks (B, 5, 2) in their pixels; mirrored ones count alike."""
-        bands = eye_bands(images, landmarks)
+        """(B,) of images (B, 3, S, S) in [0, 1], landmarks (B, 5, 2) in pixels: the mean with the mirrored one."""
+        return self.of_bands(eye_bands(images, landmarks))
+
+    @torch.inference_mode()
+    def of_bands(self, bands: Tensor) -> Tensor:
+        """As `logits`, of bands of eyes (B, 3, H, W) in [0, 1] that are cut out already."""
         return (self.network(bands) + self.network(bands.flip(-1))) / 2
 
     def well_drawn(self, images: Tensor, landmarks: Tensor) -> list[bool]:

@@ -1,4 +1,4 @@
-"""Training of the judge of eyes: true renders are good, damaged ones are not, and some pictures a person has judged."""
+"""Training of the judge of eyes: true renders are good, damaged ones are not; a person has judged some pictures."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from ..evaluation.judges import load_judges
 from ..training.data import AvatarImages
 from ..training.recogniser import LANDMARK_JITTER, as_generated, landmarks5
 from ..world.identity import WORLD
-from .crops import eye_bands, locate
+from .agreement import agreement
+from .crops import band_eyes, eye_bands, locate
 from .damage import damaged
 from .drawing import EyeJudge, EyeNetwork
+from .portraits import DOTS, NO_EYES, eyes_shown
 from .verdicts import Verdicts
 
 
 BLURS = (2, 4)  # pixels: soft eyes may be whole
 SHARE = 3  # a third of each batch is damaged, and a third judged where there are verdicts
 DOUBT = 0.3  # target of "good" where a person was not sure, and 1 less it
-RENDERS_GOOD = 0.995  # share of held-out renders whose eyes have to pass
+RENDERS_GOOD = 0.9925  # share of held-out renders that have to pass, of those whose eyes show
 _HELD_OUT = 6  # each sixth picture with a verdict is never learned from
 
 
@@ -44,7 +46,9 @@ class DrawingTask(Task):
         super().__init__()
         self.network, self.data, self.validation = network.requires_grad_(True), train, validation
         self.verdicts, self.judges, self.world = verdicts, load_judges(), WORLD if world is None else world
-        self.size = len(train)
+        shown = eyes_shown(train.records, self.world)
+        self.rows = ((shown >= DOTS) | (shown < NO_EYES)).nonzero()[:, 0]  # dots are neither good nor bad
+        self.size, self.whole = len(self.rows), shown >= DOTS
         self.landmarks = landmarks5(train)
         self.jitter = LANDMARK_JITTER * train.pixels.shape[-1] / 128
         if verdicts is not None:
@@ -52,6 +56,8 @@ class DrawingTask(Task):
             self.seen, self.unseen = seen.nonzero()[:, 0], (~seen).nonzero()[:, 0]
             doubt = torch.where(verdicts.sure, 0.02, DOUBT)
             self.targets = torch.where(verdicts.good, 1 - doubt, doubt)
+            places = band_eyes(verdicts.bands.shape[-1], verdicts.bands.shape[-2])
+            self.usual = places.expand(len(verdicts), -1, -1)
 
     @property
     def subject(self) -> dict[str, Any]:
@@ -61,19 +67,23 @@ class DrawingTask(Task):
         device = next(self.network.parameters()).device
         judged = 0 if self.verdicts is None else len(indices) // SHARE
         wrong = len(indices) // SHARE if judged else len(indices) // 2
-        indices = indices[judged:]
+        indices = self.rows[indices[judged:]]
         images, points = (self.data.images(indices, device) + 1) / 2, self.landmarks[indices].to(device)
         images = torch.cat([damaged(images[:wrong], points[:wrong], generator), images[wrong:]])
         shifts = torch.randn(2, *points.shape, generator=generator, device=generator.device).to(device)
         points = points + self.jitter * 0.7 * (shifts[0] + shifts[1, :, :1])
-        bands, good = as_generated(eye_bands(images, points), generator, BLURS), torch.ones(len(indices), device=device)
-        good[:wrong] = 0
+        bands = as_generated(eye_bands(images, points), generator, BLURS)
+        good = (self.whole[indices] & (torch.arange(len(indices)) >= wrong)).float().to(device)
         if self.verdicts is not None:
             rows = torch.randint(len(self.seen), (judged,), generator=generator, device=generator.device).cpu()
             rows = self.seen[rows]
             mine = moved(self.verdicts.bands[rows].to(device), generator)
+            spoiled = len(mine) // 6  # eyes that are soft and wrong, of which there are few otherwise
+            mine = torch.cat([damaged(mine[:spoiled], self.usual[:spoiled].to(device), generator), mine[spoiled:]])
             bands = torch.cat([bands, as_generated(mine, generator, ())])
-            good = torch.cat([good, self.targets[rows].to(device)])
+            targets = self.targets[rows]
+            targets[:spoiled] = 0
+            good = torch.cat([good, targets.to(device)])
         mirrored = torch.rand(len(bands), 1, 1, 1, generator=generator, device=generator.device).to(device) < 0.5
         return {"bands": torch.where(mirrored, bands.flip(-1), bands), "good": good}
 
@@ -89,13 +99,14 @@ class DrawingTask(Task):
     def judge(self) -> EyeJudge:
         """The network as it is, with the threshold that lets `RENDERS_GOOD` of the validation portraits pass."""
         judge = EyeJudge(self.network, 0.0, {})
-        logits = []
+        parts = []
         for rows in torch.arange(len(self.validation)).split(64):
             images = (self.validation.images(rows) + 1) / 2
-            logits.append(judge.logits(images, locate(self.judges, images)))
-        renders = torch.cat(logits)
-        judge.threshold = min(0.0, float(renders.quantile(1 - RENDERS_GOOD)))
-        figures = {"renders_good": float((renders >= judge.threshold).float().mean()), "threshold": judge.threshold}
+            parts.append(judge.logits(images, locate(self.judges, images)))
+        logits, shown = torch.cat(parts), eyes_shown(self.validation.records, self.world)
+        judge.threshold = min(0.0, float(logits[shown >= DOTS].quantile(1 - RENDERS_GOOD)))
+        passed = (logits >= judge.threshold).float()
+        figures = {"renders_good": float(passed[shown >= DOTS].mean()), "all_renders_good": float(passed.mean())}
         if self.verdicts is not None:
             figures |= agreement(judge, self.verdicts, self.unseen)
         about = {"size": self.validation.pixels.shape[-1], "world": self.world, "portraits": self.size}
@@ -104,20 +115,6 @@ class DrawingTask(Task):
 
     def export(self, folder: Path) -> None:
         self.judge().save(folder)
-
-
-@torch.inference_mode()
-def agreement(judge: EyeJudge, verdicts: Verdicts, rows: Tensor | None = None) -> dict[str, float]:
-    """Of broken eyes the share caught, of good ones the share passed; also among those with sure verdicts alone."""
-    rows = torch.arange(len(verdicts)) if rows is None else rows
-    bands = verdicts.bands[rows]
-    passed = (judge.network(bands) + judge.network(bands.flip(-1))) / 2 >= judge.threshold
-    good, sure = verdicts.good[rows], verdicts.sure[rows]
-    figures = {}
-    for name, kept in (("", torch.ones_like(sure)), ("_sure", sure)):
-        figures[f"broken_caught{name}"] = float((~passed[kept & ~good]).float().mean())
-        figures[f"good_passed{name}"] = float(passed[kept & good].float().mean())
-    return figures
 
 
 def moved(bands: Tensor, generator: torch.Generator) -> Tensor:

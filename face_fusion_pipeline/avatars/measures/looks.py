@@ -1,4 +1,4 @@
-"""What a person looks like, trait by trait, as far as a picture of a scene can show it; read from the renderer's genes.
+"""What a person looks like, trait by trait, as far as a picture of a scene can show it; read from the genes.
 
 Some traits are one of several words, others a gene in [0, 1]. Nothing here looks at pixels.
 """

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...face_errors import ModelNotFoundError
 from ..evaluation.judges import Judges
+from ..evaluation.renders import at_size
 from .crops import eye_bands, heads, locate
 from .drawing import EyeJudge, load_eye_judge
 from .looks import Look
@@ -35,7 +35,7 @@ class Seen:
 
 @dataclass
 class Measures:
-    """Trait estimators and the judge of drawing; `judges` find the faces. `size`, in pixels, is what they learned at."""
+    """Trait estimators and the judge of drawing, made for pictures of `size` pixels; `judges` find the faces."""
 
     judges: Judges
     traits: TraitEstimators
@@ -48,8 +48,7 @@ class Measures:
     @torch.inference_mode()
     def look(self, images: Tensor, people: Sequence[Look]) -> list[Seen]:
         """Images (B, 3, S, S) in [0, 1] of any size, each compared with a person (`people` has one, or one each)."""
-        if images.shape[-1] != self.size:
-            images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", antialias=True)
+        images = at_size(images, self.size)
         points = locate(self.judges, images)
         estimates, eyes = self.traits.estimate(images, points), self.drawing.well_drawn(images, points)
         head_features = self.traits.network.features(heads(images, points)).numpy()
@@ -62,7 +61,7 @@ class Measures:
 
 
 def load_measures(judges: Judges, folder: Path = SHIPPED) -> Measures | None:
-    """The measures in a folder, by default those of the package; None, with a line in the log, where there are none."""
+    """The measures in a folder, by default those of the package; None, and a line in the log, where there are none."""
     try:
         return Measures(judges, load_traits(folder), load_eye_judge(folder))
     except ModelNotFoundError as error:

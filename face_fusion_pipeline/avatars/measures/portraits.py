@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...face_adapter import save_tensors
 from ..training.data import AvatarImages
 from ..world.dataset import draw
-from ..world.identity import SPLITS, WORLD
+from ..world.first_world import head as first_head
+from ..world.identity import SPLITS, WORLD, traits
 from ..world.scene import Scene, sample_scene
 
 
 PART = 500  # portraits in a file
+DOTS, NO_EYES = 0.2, 0.05  # shares of the eyes that show: below the first a person has dots, below the second nothing
 _SCENE_SEEDS = 3 << 40  # far from those of datasets and of trials
 
 
-class _Wanted(NamedTuple):
+@dataclass(frozen=True)
+class _Wanted:
     path: Path
     split: str
     first: int
@@ -35,6 +40,17 @@ def portrait_scene(split: str, index: int, world: int) -> Scene:
     """Portrait `index` of a split: a photograph of its person number `index`, all else free."""
     person = SPLITS[split][index]
     return sample_scene(_SCENE_SEEDS + person, [person], world, style="photo")
+
+
+def eyes_shown(records: list[dict[str, Any]], world: int) -> Tensor:
+    """How much of the eyes of the first person of each record shows (N,), from 0 to 1.
+
+    In the first world some eyes lie below the skin, wholly or up to a dot; in later ones all are whole.
+    """
+    if world != 1:
+        return torch.ones(len(records))
+    genes = traits(torch.tensor([record["identity_vectors"][0] for record in records]))
+    return first_head.eyes_shown(genes, first_head.measure(genes, [record["expression"] for record in records]))
 
 
 def draw_portraits(
@@ -54,7 +70,7 @@ def draw_portraits(
     wanted = [
         _Wanted(place / f"{first:07d}.safetensors", split, first, PART, size, world) for first in range(0, count, PART)
     ]
-    wanted[-1] = wanted[-1]._replace(count=count - wanted[-1].first)
+    wanted[-1] = replace(wanted[-1], count=count - wanted[-1].first)
     missing = [part for part in wanted if _drawn(part.path) < part.count]
     with tqdm(total=sum(part.count for part in missing), desc=f"drawing {split}", unit="image") as bar:
         if processes > 1 and len(missing) > 1:

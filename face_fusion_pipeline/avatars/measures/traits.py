@@ -57,7 +57,7 @@ class TraitEstimators:
 
     @torch.inference_mode()
     def estimate(self, images: Tensor, landmarks: Tensor) -> list[dict[str, str | float]]:
-        """By picture of images (B, 3, H, W) in [0, 1], landmarks (B, 5, 2) in pixels: every kept trait as estimated."""
+        """By picture of images (B, 3, S, S) in [0, 1], landmarks (B, 5, 2) in pixels: each kept trait as estimated."""
         logits, measures = self.network(heads(images, landmarks))
         chosen = {name: rows.argmax(1).tolist() for name, rows in logits.items()}
         numbers = dict(zip(MEASURES, measures.T.tolist(), strict=True))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..evaluation.judges import Judges, load_judges
 from ...evaluation.reports import circumstances
-from ..training.data import AvatarImages
 from ...training.loop import Batch, Task
+from ..evaluation.judges import Judges, load_judges
+from ..training.data import AvatarImages
 from ..training.recogniser import LANDMARK_JITTER, as_generated, landmarks5
 from ..world.identity import WORLD
 from .crops import heads, locate
@@ -65,7 +65,7 @@ class TraitsTask(Task):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the words, and squared errors of the measures as shares of their variance."""
         logits, estimates = self.network(batch["heads"])
-        words = torch.stack([F.cross_entropy(logits[name].float(), batch[name], ignore_index=_UNSEEN) for name in WORDS])
+        words = torch.stack([F.cross_entropy(logits[t].float(), batch[t], ignore_index=_UNSEEN) for t in WORDS])
         seen = ~batch["measures"].isnan()
         errors = 12 * (estimates.float() - batch["measures"].nan_to_num()).square()[seen]
         return words.sum() + errors.mean() * len(MEASURES) / 4, {"words": words.mean(), "measures": errors.mean()}

@@ -69,4 +69,4 @@ def write_verdicts(name: Path, bands: Tensor, about: dict[str, Any]) -> None:
     Image.fromarray(pixels).save(name.with_suffix(".webp"), quality=95, method=6)
     lines = ",\n  ".join(json.dumps(picture) for picture in about["pictures"])
     rest = json.dumps({key: value for key, value in about.items() if key != "pictures"}, indent=1)[1:-2].strip()
-    name.with_suffix(".json").write_text(f"{{\n {rest},\n \"pictures\": [\n  {lines}\n ]\n}}\n")
+    name.with_suffix(".json").write_text(f'{{\n {rest},\n "pictures": [\n  {lines}\n ]\n}}\n')
