@@ -219,8 +219,8 @@ def test_shipped_measures_are_small_and_know_true_renders() -> None:
     assert np.mean([seen.eyes for seen in measures.look(wrong, [Look.of_scene(scenes[0])])]) < 0.4
 
 
-def test_shipped_judge_of_eyes_agrees_with_a_person(capsys: pytest.CaptureFixture[str]) -> None:
-    """On 100 pictures of weights that it never learned from, some with a verdict that others might not share."""
+def test_shipped_judge_of_eyes_agrees_with_verdicts_by_eye(capsys: pytest.CaptureFixture[str]) -> None:
+    """On 100 pictures of weights that it never learned from, some with a verdict that is not sure."""
     verdicts, judge = read_verdicts(VERDICTS), load_eye_judge()
     assert len(verdicts) == 100 and int((~verdicts.good).sum()) >= 30
     assert {p["method"] for p in verdicts.about["pictures"]} == {"none", "adapter", "both-mirrored"}

@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     eyes = actions.add_parser(
-        "eyes", help="does the judge of eyes agree with a person? Draws the judged pictures anew"
+        "eyes", help="does the judge of eyes agree with verdicts given by eye?"
     )
     eyes.add_argument(
         "verdicts", type=Path, metavar="FILE", help="FILE.json and FILE.webp, as tests/data/eye_verdicts"

@@ -1,4 +1,4 @@
-"""Does the judge of eyes agree with a person? On true renders, and on pictures that it never learned from."""
+"""Does the judge of eyes see what one sees? On true renders, and on pictures that it never learned from."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from ...face_adapter import ADAPTER_WEIGHTS_NAME
 from ...face_errors import FaceFusionError
 from ..evaluation.judges import load_judges
 from ..evaluation.renders import read_image
-from ..evaluation.trials import Trial, plan_trials
+from ..evaluation.trials import Trial
+from ..world.caption import caption
 from ..world.dataset import draw
+from ..world.scene import sample_scene
 from .crops import eye_bands, locate
 from .drawing import EyeJudge, load_eye_judge
 from .portraits import DOTS, eyes_shown, portrait_scene
@@ -86,13 +88,17 @@ def drawn_anew(verdicts: Verdicts, model: str, out: Path, device: str) -> Verdic
             f"the verdicts are on pictures of the weights {about['weights']}, {model} has {settings.weights_hash}: "
             "leave --model out, to have the pictures judged that lie beside the verdicts"
         )
-    planned = plan_trials(about["identities"], about["prompts"], seed=about["seed"], style="photo")
-    trials = {(trial.person, trial.number): trial for trial in planned}
     pipe = pipeline_of(settings, device)
-    wanted = [(trials[picture["person"], picture["number"]], picture["method"]) for picture in about["pictures"]]
+    wanted = [(_trial(picture), picture["method"]) for picture in about["pictures"]]
     for method in dict.fromkeys(method for _, method in wanted):
         generate(pipe, [trial for trial, its in wanted if its == method], [method], settings, out)
     return Verdicts(_bands(wanted, out), verdicts.good, verdicts.sure, about)
+
+
+def _trial(picture: dict[str, Any]) -> Trial:
+    """What a picture of the first world was asked to show."""
+    scene = sample_scene(picture["scene"], [picture["person"]], 1, style="photo")
+    return Trial(picture["person"], picture["number"], caption(scene, plain=True), scene, picture["seed"])
 
 
 def _bands(wanted: Sequence[tuple[Trial, str]], out: Path) -> Tensor:

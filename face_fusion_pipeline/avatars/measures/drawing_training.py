@@ -1,4 +1,4 @@
-"""Training of the judge of eyes: true renders are good, damaged ones are not; a person has judged some pictures."""
+"""Training of the judge of eyes: true renders are good, damaged ones are not; some pictures were judged by eye."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .verdicts import Verdicts
 
 BLURS = (2, 4)  # pixels: soft eyes may be whole
 SHARE = 3  # a third of each batch is damaged, and a third judged where there are verdicts
-DOUBT = 0.3  # target of "good" where a person was not sure, and 1 less it
+DOUBT = 0.3  # target of "good" where a verdict is not sure, and 1 less it
 RENDERS_GOOD = 0.9925  # share of held-out renders that have to pass, of those whose eyes show
 _HELD_OUT = 6  # each sixth picture with a verdict is never learned from
 

@@ -1,4 +1,4 @@
-"""Eyes that a person has looked at: bands of generated pictures with verdicts, and how each picture is drawn again.
+"""Eyes that were looked at: bands of generated pictures with verdicts, and how each picture is drawn again.
 
 A folder, or a common beginning of two files: `NAME.json` has the verdicts in order, `NAME.webp` the bands of eyes
 (`crops.eye_bands` of pictures of 128 pixels), ten in a row.
@@ -31,7 +31,7 @@ class Verdicts:
     Attributes:
         bands: (N, 3, 48, 112) in [0, 1].
         good: (N,) bool, both eyes are well drawn.
-        sure: (N,) bool, false where two people might disagree.
+        sure: (N,) bool, false where another look might say otherwise.
         about: everything else in the file: `pictures` says how each one is drawn.
     """
 
