@@ -108,9 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", choices=METHODS, default="both-mirrored", help="of the tables (default: both-mirrored)"
     )
 
-    eyes = actions.add_parser(
-        "eyes", help="does the judge of eyes agree with verdicts given by eye?"
-    )
+    eyes = actions.add_parser("eyes", help="does the judge of eyes agree with verdicts given by eye?")
     eyes.add_argument(
         "verdicts", type=Path, metavar="FILE", help="FILE.json and FILE.webp, as tests/data/eye_verdicts"
     )
