@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from face_fusion_pipeline import FaceFusionAdapter, create_adapter, embedded_model, load_adapter
-from face_fusion_pipeline.face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata, read_tensors
+from face_fusion_pipeline.face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
+from face_fusion_pipeline.face_files import read_tensors
 
 
 @dataclass(frozen=True)

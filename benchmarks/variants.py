@@ -15,7 +15,8 @@ from torch import Tensor
 
 from face_fusion_pipeline import FaceFusionMixin, StableDiffusionFaceFusionPipeline
 from face_fusion_pipeline.face_attention import attention_layers
-from face_fusion_pipeline.face_identity import encode_latents, face_tensors
+from face_fusion_pipeline.reference_pass import face_tensors
+from face_fusion_pipeline.unet_family import encode_latents
 
 from .floor import Use
 from .shapes import Model, Shape, picture

@@ -8,11 +8,13 @@ from pathlib import Path
 
 
 OUT = Path(__file__).parent / "images" / "method.svg"
-WIDTH, HEIGHT, BOX = 1000, 385, 60  # pixels; height of a box
+WIDTH, HEIGHT, BOX = 1000, 660, 60  # pixels; height of a box
 FROZEN, TRAINED, KEPT, PLAIN = "#e8ebf0", "#ffd9a8", "#cfe6d4", "#ffffff"
 COLUMNS = {"input": (20, 110), "encoder": (165, 205), "matrix": (460, 95), "keys": (605, 115)}  # left, width
 ROWS = {"face": 45, "prompt": 145, "picture": 245}  # top
+OWN_ROWS = {"face": 445, "picture": 545}
 ATTENTION = (760, 45, 220, 260)  # left, top, width, height
+OWN_ATTENTION = (760, 445, 220, 160)
 
 
 def words(text: str) -> str:
@@ -45,9 +47,9 @@ def arrow(points: list[tuple[float, float]], text: str = "") -> list[str]:
     return drawn
 
 
-def row(name: str, cells: dict[str, tuple[str, ...]], state: str) -> list[str]:
+def row(top: int, cells: dict[str, tuple[str, ...]], state: str) -> list[str]:
     """One line of boxes from left to right into the attention; `state` is what the layer gets from the encoder."""
-    top, drawn = ROWS[name], []
+    drawn: list[str] = []
     ends = [*COLUMNS.values(), (ATTENTION[0], 0)]
     for (column, (left, width)), (following, _) in zip(COLUMNS.items(), ends[1:], strict=True):
         fill, *texts = cells[column]
@@ -55,6 +57,15 @@ def row(name: str, cells: dict[str, tuple[str, ...]], state: str) -> list[str]:
         text = state if column == "encoder" else ""
         drawn += arrow([(left + width, top + BOX / 2), (following - 2, top + BOX / 2)], text)
     return drawn
+
+
+def frame(top: int, height: int, title: str) -> list[str]:
+    """A dashed frame around what happens inside a layer."""
+    shape = (
+        f'<rect x="440" y="{top}" width="{WIDTH - 450}" height="{height}" rx="12" fill="none" stroke="#59657a" '
+        'stroke-dasharray="6 5"/>'
+    )
+    return [shape, label(455, top + 23, title, anchor="start", size=14, fill="#59657a")]
 
 
 def draw() -> str:
@@ -79,6 +90,19 @@ def draw() -> str:
         "matrix": (FROZEN, "W_q"),
         "keys": (PLAIN, "Q"),
     }
+    own_face = {
+        "input": (PLAIN, "face", "photo, cropped"),
+        "encoder": (FROZEN, "VAE and UNet", "once; a little noise"),
+        "matrix": (FROZEN, "W_k , W_v"),
+        "keys": (KEPT, "K_f , V_f", "face cells only"),
+    }
+    own_picture = {
+        "input": (PLAIN, "noise"),
+        "encoder": (FROZEN, "the same UNet", "at every step"),
+        "matrix": (FROZEN, "W_q, W_k, W_v"),
+        "keys": (PLAIN, "Q , K , V"),
+    }
+    own_left, own_top, own_width, own_height = OWN_ATTENTION
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         'font-family="Helvetica, Arial, sans-serif" role="img">',
@@ -86,12 +110,11 @@ def draw() -> str:
         '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M 0 0 L 10 5 L 0 10 z" fill="#59657a"/></marker></defs>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-        f'<rect x="440" y="8" width="{WIDTH - 450}" height="{HEIGHT - 65}" rx="12" fill="none" stroke="#59657a" '
-        'stroke-dasharray="6 5"/>',
-        label(455, 31, "in each cross-attention layer", anchor="start", size=14, fill="#59657a"),
-        *row("face", face, "h_f"),
-        *row("prompt", prompt, "c"),
-        *row("picture", picture, "h"),
+        *frame(8, 320, "in each cross-attention layer: the paper"),
+        *frame(410, 215, "in the self-attention layers of the upward half: ours, without training"),
+        *row(ROWS["face"], face, "h_f"),
+        *row(ROWS["prompt"], prompt, "c"),
+        *row(ROWS["picture"], picture, "h"),
         *box(left, top, width, height, PLAIN),
         label(center, top + 55, "K = [ K_c ; K_f ]"),
         label(center, top + 85, "V = [ V_c ; V_f ]"),
@@ -100,6 +123,13 @@ def draw() -> str:
         label(center, top + 215, "who may see whom", size=13),
         *arrow([(center, top + height), (center, 350), (middle, 350), (middle, bottom + 2)]),
         label((center + middle) / 2, 370, "into h, and on to the next layer", size=14),
+        *row(OWN_ROWS["face"], own_face, "h_f"),
+        *row(OWN_ROWS["picture"], own_picture, "h"),
+        *box(own_left, own_top, own_width, own_height, PLAIN),
+        label(center, own_top + 35, "K' = [ K ; K_f ]"),
+        label(center, own_top + 62, "V' = [ V ; V_f ]"),
+        label(center, own_top + 100, "softmax( M + QK'ᵀ / √d ) V'", size=15),
+        label(center, own_top + 130, "M on K_f: log of the strength", size=13),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"

@@ -9,8 +9,7 @@ import sys
 
 import torch
 
-from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model, prepare_face
-from face_fusion_pipeline.generation.contact_sheet import contact_sheet
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, contact_sheet, embedded_model, prepare_face
 
 
 def main(prompt: str, photos: list[str], steps: int = 25) -> None:

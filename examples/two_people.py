@@ -10,8 +10,7 @@ import sys
 
 import torch
 
-from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model, prepare_face
-from face_fusion_pipeline.generation.contact_sheet import contact_sheet
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, contact_sheet, embedded_model, prepare_face
 
 
 LEFT, RIGHT = (16, 36, 48, 80), (80, 36, 112, 80)  # face boxes: x0, y0, x1, y1 in pixels of the 128x128 picture

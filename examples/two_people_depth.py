@@ -13,10 +13,14 @@ import torch
 from diffusers import ControlNetModel
 from PIL import Image
 
-from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model, prepare_face
-from face_fusion_pipeline.face_depth import control_depth
-from face_fusion_pipeline.face_images import load_image
-from face_fusion_pipeline.generation.contact_sheet import contact_sheet
+from face_fusion_pipeline import (
+    StableDiffusionFaceFusionPipeline,
+    contact_sheet,
+    control_depth,
+    embedded_model,
+    load_image,
+    prepare_face,
+)
 
 
 def main(ada: str, bob: str, layout: str, prompt: str, depth: str | None = None, steps: int = 25) -> None:

@@ -1,40 +1,26 @@
 """The trainable weights W_kf, W_vf of Eq. 2: create, apply, save, load, and refuse what does not fit."""
 
-import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .face_attention import (
-    Cast,
-    FaceFusionAttnProcessor,
-    PersonKeys,
-    attention_layers,
-    installed_processors,
-    reference_log_weights,
-)
-from .face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError
+from .face_attention import FaceFusionAttnProcessor, LayerPeople, attention_layers, installed_processors
+from .face_errors import AdapterMismatchError, FaceFusionError, short, shown
+from .face_file_checks import check_range, check_tensors, is_fingerprint, number
+from .face_files import save_tensors
+from .joint_attention import KeysAndValues, PersonKeys, reference_log_weights
+from .unet_family import base_family, face_widths, fingerprint, plain_weight, unet_fingerprint
 
 
 ADAPTER_WEIGHTS_NAME = "face_fusion_adapter.safetensors"
 FORMAT = "face-fusion-adapter"
 FORMAT_VERSION = 1
 PROJECTIONS = ("to_k_face", "to_v_face")
-# (text width, number of layers 320, 640 and 1280 wide, number of all layers)
-KNOWN_FAMILIES: dict[tuple[int, tuple[int, ...], int], str] = {
-    (768, (5, 5, 6), 16): "sd1",
-    (1024, (5, 5, 6), 16): "sd2",
-    (2048, (0, 10, 60), 70): "sdxl",
-}
-KeysAndValues = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,13 +28,16 @@ class AdapterMetadata:
     """What besides shapes must agree between training and use; stored as strings in the weights file.
 
     Attributes:
-        base_family: which UNets the weights fit, see [`base_family`].
+        base_family: which UNets the weights fit, see `unet_family.base_family`.
         reference_mode: `"clean"` (timestep 0) or `"noised"` (to `reference_timestep`).
         reference_timestep: timestep of the reference pass, 0 for `"clean"`.
         token_count_bias: see `face_attention.constant_bias`.
-        face_crop: side of the square face crop over the longer side of the face box.
-        resolution: side of the reference image in pixels.
-        base_fingerprint: [`fingerprint`] of the UNet trained on, for information: fine-tunes may be used.
+        face_crop: side of the square face crop over the longer side of the face box, from 0.5 to 5.
+        resolution: side of the reference image in pixels, from 8 to 2048.
+        base_fingerprint: `unet_family.fingerprint` of the UNet trained on, for information: fine-tunes may be used.
+
+    Raises:
+        AdapterMismatchError: a value out of range.
     """
 
     base_family: str
@@ -61,8 +50,13 @@ class AdapterMetadata:
 
     def __post_init__(self) -> None:
         if self.reference_mode not in ("clean", "noised"):
-            raise AdapterMismatchError(f"reference_mode must be 'clean' or 'noised', got {self.reference_mode!r}")
-        if (self.reference_timestep > 0) != (self.reference_mode == "noised") or self.reference_timestep < 0:
+            raise AdapterMismatchError(f"reference_mode must be 'clean' or 'noised', got {shown(self.reference_mode)}")
+        check_range("reference_timestep", self.reference_timestep, 0, 999, AdapterMismatchError)
+        check_range("face_crop", self.face_crop, 0.5, 5, AdapterMismatchError)
+        check_range("resolution", self.resolution, 8, 2048, AdapterMismatchError)
+        if not is_fingerprint(self.base_fingerprint):
+            raise AdapterMismatchError(f"base_fingerprint is {shown(self.base_fingerprint)}, not numbers of a UNet")
+        if (self.reference_timestep > 0) != (self.reference_mode == "noised"):
             raise AdapterMismatchError(
                 f"reference_timestep {self.reference_timestep} does not go with mode {self.reference_mode!r}; "
                 "'clean' means 0, 'noised' a positive timestep"
@@ -80,29 +74,26 @@ class AdapterMetadata:
         strings = dict(strings or {})
         if strings.get("format") != FORMAT:
             raise AdapterMismatchError(
-                f"not a Face Fusion adapter: its metadata say format {strings.get('format')!r}, expected {FORMAT!r}"
+                f"not a Face Fusion adapter: its metadata say format {shown(strings.get('format'))}, "
+                f"expected {FORMAT!r}"
             )
         if strings.get("format_version") != str(FORMAT_VERSION):
             raise AdapterMismatchError(
-                f"adapter format version {strings.get('format_version')!r} cannot be read, only {FORMAT_VERSION}; "
-                "update face-fusion-pipeline or convert the file"
+                f"adapter format version {shown(strings.get('format_version'))} cannot be read, only "
+                f"{FORMAT_VERSION}; update face-fusion-pipeline or convert the file"
             )
         try:
             return cls(
                 base_family=strings["base_family"],
                 reference_mode=strings["reference_mode"],
-                reference_timestep=int(strings["reference_timestep"]),
+                reference_timestep=number(strings, "reference_timestep", int, AdapterMismatchError),
                 token_count_bias={"true": True, "false": False}[strings["token_count_bias"]],
-                face_crop=float(strings["face_crop"]),
-                resolution=int(strings["resolution"]),
+                face_crop=number(strings, "face_crop", float, AdapterMismatchError),
+                resolution=number(strings, "resolution", int, AdapterMismatchError),
                 base_fingerprint=strings.get("base_fingerprint", ""),
             )
         except KeyError as error:
-            raise AdapterMismatchError(f"adapter metadata: {error} is missing or not 'true'/'false'") from error
-        except ValueError as error:
-            if isinstance(error, FaceFusionError):
-                raise
-            raise AdapterMismatchError(f"adapter metadata: {error}") from error
+            raise AdapterMismatchError(f"adapter metadata: {short(error)} is missing or not 'true'/'false'") from error
 
 
 class FaceFusionAdapter(nn.Module):
@@ -149,22 +140,6 @@ class FaceFusionAdapter(nn.Module):
 # --- Creating ----------------------------------------------------------------------------------------------------
 
 
-def _widths(unet: Any) -> dict[str, tuple[int, int]]:
-    layers = attention_layers(unet, "attn2")
-    if not layers:
-        raise AdapterMismatchError("this UNet has no cross-attention layers, so there is nothing to adapt")
-    return {name: (attn.to_q.in_features, attn.to_k.out_features) for name, attn in layers.items()}
-
-
-def base_family(unet: Any) -> str:
-    """Which adapters fit: "sd1", "sd2", "sdxl", or a hash of all layer names, widths and the text width."""
-    widths = [(name, *width) for name, width in _widths(unet).items()]
-    text = sorted({attn.to_k.in_features for attn in attention_layers(unet, "attn2").values()})
-    counts = tuple(sum(width[1] == c for width in widths) for c in (320, 640, 1280))
-    family = KNOWN_FAMILIES.get((text[0], counts, len(widths))) if len(text) == 1 else None
-    return family or "unet-" + hashlib.sha256(repr((text, widths)).encode()).hexdigest()[:12]
-
-
 def create_adapter(
     unet: Any,
     init: str = "attn1",
@@ -186,7 +161,7 @@ def create_adapter(
         raise FaceFusionError(f"init must be 'attn1', 'zero_v' or 'xavier', got {init!r}")
     described = AdapterMetadata(base_family=base_family(unet), base_fingerprint=unet_fingerprint(unet))
     device = next(unet.parameters()).device
-    adapter = FaceFusionAdapter(_widths(unet), replace(described, **(metadata or {})), device=device, dtype=dtype)  # type: ignore[arg-type]
+    adapter = FaceFusionAdapter(face_widths(unet), replace(described, **(metadata or {})), device=device, dtype=dtype)  # type: ignore[arg-type]
     self_attention = attention_layers(unet, "attn1")
     with torch.no_grad():
         for name in adapter.layer_names:
@@ -197,86 +172,19 @@ def create_adapter(
                 if init == "xavier" or source is None:
                     nn.init.xavier_uniform_(weight)
                 else:
-                    weight.copy_(_plain_weight(getattr(source, projection.removesuffix("_face"))))
+                    weight.copy_(plain_weight(getattr(source, projection.removesuffix("_face"))))
             if init == "zero_v":
                 layer.to_v_face.weight.zero_()
     return adapter
 
 
-def _plain_weight(module: Any) -> Tensor:
-    module = getattr(module, "base_layer", module)  # PEFT wraps a Linear and keeps it as base_layer
-    elsewhere = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # sequential offload
-    return module.weight if elsewhere is None else elsewhere["weight"]
-
-
-# --- Fingerprints ------------------------------------------------------------------------------------------------
-
-
-def fingerprint(weights: Sequence[Tensor], samples: int = 4) -> str:
-    """A few weights of each tensor as text: tells models apart, yet survives a change of precision (unlike a hash).
-
-    Empty where weights cannot be read (meta device) or are kept in 8 bits, which round too much.
-    """
-    if any(weight.device.type == "meta" or weight.dtype.itemsize < 2 for weight in weights):
-        return ""
-    picked = [w.detach().flatten()[:: max(1, w.numel() // samples)][:samples].float().cpu() for w in weights]
-    return " ".join(f"{value:.6g}" for value in torch.cat(picked).tolist())
-
-
-def same_fingerprint(a: str, b: str) -> bool:
-    """True if two fingerprints agree within the rounding of bfloat16, or if one is unknown."""
-    if not a or not b:
-        return True
-    x, y = (torch.tensor([float(value) for value in text.split()]) for text in (a, b))
-    return x.shape == y.shape and torch.allclose(x, y, rtol=2**-7, atol=1e-6)
-
-
-def unet_fingerprint(unet: Any) -> str:
-    """[`fingerprint`] of the first and last convolution and of eight attention layers."""
-    unet = getattr(unet, "_orig_mod", unet)
-    layers = list(attention_layers(unet, "attn2").values()) + list(attention_layers(unet, "attn1").values())
-    weights = [_plain_weight(unet.conv_in), _plain_weight(unet.conv_out)]
-    return fingerprint(weights + [_plain_weight(attn.to_q) for attn in layers[:: max(1, len(layers) // 8)][:8]])
-
-
 def adapter_fingerprint(adapter: FaceFusionAdapter) -> str:
-    """[`fingerprint`] of up to sixteen projections."""
+    """[`unet_family.fingerprint`] of up to sixteen projections."""
     weights = list(adapter.parameters())
     return fingerprint(weights[:: max(1, len(weights) // 16)][:16])
 
 
 # --- Files -------------------------------------------------------------------------------------------------------
-
-
-def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file by renaming a finished one, so that no half-written file can be left behind."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_tensors(
-    path: str | os.PathLike[str], unreadable: type[FaceFusionError] = AdapterMismatchError
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    Raises:
-        ModelNotFoundError: no such file.
-        FaceFusionError: not a safetensors file, as the type `unreadable`.
-    """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = file.keys()  # the file itself cannot be iterated
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except FileNotFoundError as error:
-        raise ModelNotFoundError(f"no such file: {path}") from error
-    except (SafetensorError, OSError) as error:
-        raise unreadable(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def save_adapter(adapter: FaceFusionAdapter, path: str | os.PathLike[str]) -> None:
@@ -293,19 +201,21 @@ def load_adapter(
         metadata: `None` (a bare state dict) takes the defaults and the UNet's family.
 
     Raises:
-        AdapterMismatchError: other base family, missing or unknown keys, other shapes.
+        AdapterMismatchError: other base family, missing or unknown keys, other shapes, what is no finite weight.
     """
     metadata = metadata or AdapterMetadata(base_family=base_family(unet))
     if metadata.base_family != base_family(unet):
         raise AdapterMismatchError(
-            f"the adapter was trained for base family {metadata.base_family!r}, this model is {base_family(unet)!r}; "
-            "load the base it was trained on, or another adapter"
+            f"the adapter was trained for base family {shown(metadata.base_family)}, this model is "
+            f"{base_family(unet)!r}; load the base it was trained on, or another adapter"
         )
-    adapter = FaceFusionAdapter(_widths(unet), metadata, device="meta")
+    adapter = FaceFusionAdapter(face_widths(unet), metadata, device="meta")
     expected = adapter.state_dict()
     for what, keys in (("unknown", state_dict.keys() - expected), ("missing", expected.keys() - state_dict)):
         if keys:
-            raise AdapterMismatchError(f"the adapter has {len(keys)} {what} keys, for example {min(keys)!r}")
+            example = shown(min(keys, key=str))
+            raise AdapterMismatchError(f"the adapter has {len(keys)} {what} keys, for example {example}")
+    check_tensors(state_dict, "the adapter", AdapterMismatchError)
     for key, weight in state_dict.items():
         if weight.shape != expected[key].shape:
             raise AdapterMismatchError(
@@ -351,7 +261,9 @@ def face_fused_unet(
     log_weights = reference_log_weights(weights.float(), drop)
     log_weights = None if log_weights is None else log_weights.to(tokens.device)
     processors = {
-        name: FaceFusionAttnProcessor([Cast((PersonKeys(key, value, log_weights, scale, token_count_bias, places),))])
+        name: FaceFusionAttnProcessor(
+            [LayerPeople((PersonKeys(key, value, log_weights, scale, token_count_bias, places),))]
+        )
         for name, (key, value) in adapter(identity_tokens).items()
     }
     with installed_processors(unet, processors):

@@ -12,14 +12,16 @@ and images differs from what is expected, the call is refused with the shapes in
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 from .face_errors import FaceAxesError
 
 
 def is_identity(face: Any) -> bool:
-    """Whether `face` is a `FaceIdentity`; a class loaded through diffusers is not the installed one, hence no type."""
-    return isinstance(getattr(face, "adapter_fingerprint", None), str)
+    """Whether `face` is an identity of a conditioner; a class loaded through diffusers is not the installed one, hence
+    no type."""
+    return isinstance(getattr(face, "n_refs", None), int) and isinstance(getattr(face, "mode", None), str)
 
 
 def depth(face: Any) -> int:
@@ -84,7 +86,7 @@ def weights_per_person(weights: Any, casts: list[list[Any]]) -> list[list[Any]]:
     if weights is None or sum(map(len, casts)) == 1:
         return [[weights] * len(cast) for cast in casts]
     nested = isinstance(weights, (list, tuple))
-    if not nested or any(isinstance(member, (int, float)) or getattr(member, "ndim", 1) == 0 for member in weights):
+    if not nested or any(isinstance(member, Real) or getattr(member, "ndim", 1) == 0 for member in weights):
         example = [[1] * (face.n_refs if is_identity(face) else len(face)) for face in casts[0]]
         people = " and ".join(str(len(cast)) for cast in casts)
         raise FaceAxesError(

@@ -2,14 +2,15 @@
 
 import importlib
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .face_errors import FaceFusionError, ModelNotFoundError, UnreadableImageError
-from .face_pictures import upright_rgb
+from .face_pictures import eight_bits, open_picture, upright_rgb
 
 
 logger = logging.getLogger(__name__)
@@ -18,14 +19,15 @@ DepthEstimator = Callable[[Image.Image], Any]
 ControlKind = Literal["auto", "depth", "photo", "map"]
 MIDAS_REPO = "lllyasviel/Annotators"
 DEPTH_REPO = "depth-anything/Depth-Anything-V2-Small-hf"
+NUMBERS = ("1", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # modes whose values are stretched to their range
 GREY = 2  # a decoded JPEG of a grey image has channels that differ by so much
 
 
 def is_depth_map(image: Image.Image) -> bool:
     """Whether an image has no colour, as depth maps have none. A grey photo has to be announced as a photo."""
-    if image.mode in ("L", "I", "F", "1") or image.mode.startswith("I;16"):
+    if image.mode in ("L", *NUMBERS):
         return True
-    pixels = np.asarray(image.convert("RGB")).astype(np.int16)
+    pixels = np.asarray(_opaque(image)).astype(np.int16)
     return bool((pixels.max(-1) - pixels.min(-1)).max() <= GREY)
 
 
@@ -37,8 +39,8 @@ def depth_image(depth: Any) -> Image.Image:
             is kept as it is.
     """
     if isinstance(depth, Image.Image):
-        if depth.mode in ("RGB", "RGBA", "L", "P"):
-            return depth.convert("RGB")
+        if depth.mode not in NUMBERS:
+            return _opaque(depth)
         depth = np.asarray(depth)
     if hasattr(depth, "detach"):
         depth = depth.detach().cpu()
@@ -82,7 +84,7 @@ def load_depth_estimator(estimator: str | DepthEstimator = "auto") -> DepthEstim
     name = DEPTH_REPO if estimator == "auto" else estimator
     try:
         transformers = importlib.import_module("transformers")
-        model = transformers.AutoModelForDepthEstimation.from_pretrained(name)
+        model = transformers.AutoModelForDepthEstimation.from_pretrained(name, use_safetensors=True)
         processor = transformers.AutoImageProcessor.from_pretrained(name)
         pipe = transformers.pipeline("depth-estimation", model=model, image_processor=processor)
     except Exception as error:
@@ -108,7 +110,7 @@ def photo_of(image: Any, kind: ControlKind = "auto") -> Image.Image | None:
     if kind == "photo" and picture is None:
         shape = tuple(getattr(image, "shape", ()))
         raise UnreadableImageError(
-            f"a photo must be a PIL image or a uint8 array (H, W, 3), got {type(image).__name__} of shape {shape}"
+            f"a photo is a file, a PIL image or a uint8 array (H, W, 3), got {type(image).__name__} of shape {shape}"
         )
     if picture is None or kind in ("depth", "map") or (kind == "auto" and is_depth_map(picture)):
         return None
@@ -119,8 +121,8 @@ def control_depth(image: Any, kind: ControlKind = "auto", estimator: str | Depth
     """A control image as diffusers takes it: an RGB depth map, from a depth map or a photo, or another map as it is.
 
     Args:
-        image: PIL image, turned as its EXIF orientation says, or array. Arrays and tensors of three channels, one
-            picture or a batch of them, are what diffusers takes and are given back, unless they are uint8 (H, W, 3).
+        image: path or PIL image, turned as its EXIF orientation says, or array. Arrays and tensors of three channels,
+            one picture or a batch of them, are what diffusers takes and are given back, unless uint8 (H, W, 3).
         kind: what it is. `"depth"`: a depth map, near is white; `"photo"`: its depth is estimated; `"map"`: the map
             that another kind of ControlNet takes (edges, poses ...), as it is; `"auto"`: a picture without colour is
             a depth map, one with colour a photo.
@@ -134,15 +136,24 @@ def control_depth(image: Any, kind: ControlKind = "auto", estimator: str | Depth
         return depth_image(load_depth_estimator(estimator)(photo)).resize(photo.size, Image.Resampling.BICUBIC)
     picture = _picture(image)
     if kind == "map" or _has_channels(image):
-        return image if picture is None else picture
+        return image if picture is None else _opaque(eight_bits(picture))
     return depth_image(image if picture is None else picture)
 
 
 def _picture(image: Any) -> Image.Image | None:
-    """A PIL image upright, a uint8 array `(H, W, 3 or 4)` as one; None for anything else."""
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] in (3, 4):
-        return Image.fromarray(image)
-    return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else None
+    """A path, encoded file or PIL image upright, a uint8 array `(H, W, 3 or 4)` as one; None for anything else."""
+    bytes_of_one = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((3,), (4,))
+    if bytes_of_one or isinstance(image, (str, os.PathLike, bytes, Image.Image)):
+        return open_picture(image, None if isinstance(image, (str, os.PathLike)) else "the control image")
+    return None
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """As RGB; transparency, which means nothing in a map, is left out."""
+    try:
+        return image.convert("RGB")
+    except ValueError as error:  # such as "conversion from LAB to RGB not supported"
+        raise UnreadableImageError(f"the control image cannot be shown as RGB: {error}") from error
 
 
 def _has_channels(image: Any) -> bool:

@@ -88,6 +88,10 @@ def faces_on_picture(faces: Iterable[Face], size: tuple[int, int]) -> list[Face]
 class FaceDetector(Protocol):
     """Anything with these three members is a detector.
 
+    One whose scores tell turned faces from upright ones may also have `clear`, the score from which a face surely
+    stands upright, and `turned`, the sureness from which it does so in a turned picture: see
+    `face_images.upright_faces`.
+
     Attributes:
         name: what log lines call it.
         sizes: longest image sides (pixels) at which it works well, best first; `detect_faces` tries them in turn.
@@ -106,6 +110,9 @@ class YuNetDetector:
 
     name = "yunet"
     sizes: tuple[int, ...] = (640, 320, 1280)
+    # Of photographs .95 have a face of more than .905, turned .003 (at most .913); measured means of four views of
+    # pictures that are turned the wrong way are below .84 wherever they are above that of the upright picture.
+    clear, turned = 0.905, 0.87
     smallest = 64  # pixels a side: of narrower pictures its boxes are no numbers, and not the same ones twice
 
     def __init__(self, model: str | Path, threshold: float = 0.6) -> None:

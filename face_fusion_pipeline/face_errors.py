@@ -1,5 +1,19 @@
 """Errors a user can act on. Every message names the bad value and the way out."""
 
+from typing import Any
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """`repr(value)` as a message shows it: of a long one its beginning."""
+    text = repr(value[: limit + 1] if isinstance(value, (str, bytes)) else value)
+    return text if len(text) <= limit + 2 else f"{text[:limit]}..."
+
+
+def short(error: object, limit: int = 300) -> str:
+    """The words of another error in one line, cut where it repeats what it could not read."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
 
 class FaceFusionError(ValueError):
     """Base of all errors that Face Fusion raises on bad input."""

@@ -1,87 +1,27 @@
 """From a photograph to the square face crop that Face Fusion takes as reference: load, detect, choose, crop."""
 
-import io
 import logging
-import warnings
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from .face_detectors import YUNET_WAYS, DetectorName, Face, FaceDetector, faces_on_picture, load_detector
 from .face_errors import FaceTooSmallError, NoFaceError, SeveralFacesError, UnreadableImageError
-from .face_pictures import upright_rgb
+from .face_pictures import ImageSource, centre_square, load_image
 
 
 logger = logging.getLogger(__name__)
 
-ImageSource: TypeAlias = str | Path | bytes | np.ndarray | Image.Image
-
-MIN_SIDE = 16  # pixels: nothing to see below
-MAX_PIXELS = 100_000_000  # beyond any camera this is for; a tiny file can claim more and fill the memory
+MAX_CROP = 20_000  # pixels a side: 1.2 GB
 MIN_FACE = 24  # pixels: the smallest face height worth encoding
 SURE = 0.5  # a face of this score needs no other look at the picture
+TURNED_MARGIN = 0.03  # of the mean score: so much surer a turned picture has to be than as it is
+TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)  # anticlockwise
 BYSTANDER = 1 / 3  # a face below this part of the largest face's height is taken for a passer-by
 CROP_ENLARGE = 1.6  # side of the crop in face heights: hair and chin are in
-
-
-def load_image(source: ImageSource) -> Image.Image:
-    """Any picture as an upright RGB image.
-
-    Args:
-        source: path, encoded file content, PIL image, or array (H, W), (H, W, 3) or (H, W, 4): uint8 in [0, 255] or
-            float in [0, 1].
-
-    Returns:
-        RGB image, turned as its EXIF orientation says; transparency becomes white.
-
-    Raises:
-        UnreadableImageError: missing, empty, broken, no picture, below 16 pixels a side or above 100 megapixels.
-    """
-    name = "the image" if not isinstance(source, (str, Path)) else str(source)
-    if isinstance(source, (str, Path)):
-        try:
-            source = Path(source).read_bytes()
-        except OSError as error:
-            raise UnreadableImageError(f"cannot read {name}: {error.strerror or error}") from error
-    if isinstance(source, bytes) and not source:
-        raise UnreadableImageError(f"{name} is empty (0 bytes)")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size is stricter
-            image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
-            image = Image.fromarray(_to_uint8(image)) if isinstance(image, np.ndarray) else image
-            _check_size(image.size, name)  # before decoding
-            return upright_rgb(image)
-    except UnreadableImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"{name} is not a picture: give a JPEG, PNG, WebP or another image file") from error
-    except Exception as error:  # PIL's plug-ins raise anything from OSError to struct.error on a broken file
-        raise UnreadableImageError(f"{name} is not a picture that can be read: {error}") from error
-
-
-def _check_size(size: tuple[int, int], name: str) -> None:
-    width, height = size
-    if min(size) < MIN_SIDE:
-        raise UnreadableImageError(f"{name} is {width}x{height} pixels: at least {MIN_SIDE} a side are needed")
-    if width * height > MAX_PIXELS:
-        raise UnreadableImageError(
-            f"{name} is {width}x{height} pixels, above {MAX_PIXELS:,} in all: scale it down first"
-        )
-
-
-def _to_uint8(array: np.ndarray) -> np.ndarray:
-    if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all() or array.min(initial=0) < 0 or array.max(initial=0) > 1:
-            raise ValueError("a float array must lie in [0, 1]")
-        array = (array * 255).round().astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ValueError(f"an array must be uint8 or float, got {array.dtype}")
-    return array
 
 
 def detect_faces(image: Image.Image, detector: FaceDetector) -> list[Face]:
@@ -115,12 +55,51 @@ def _views(image: Image.Image, sizes: tuple[int, ...]) -> Iterator[tuple[Image.I
             yield view, scale, border / scale
 
 
+def upright_faces(image: Image.Image, detector: FaceDetector) -> tuple[Image.Image, list[Face]]:
+    """The picture, turned by quarters where its faces are surer so, and all faces of it from left to right.
+
+    Detectors find faces that lie or hang, too, as those of other people. Their scores tell, but not alone: so the
+    mean over four views counts, which has to be high in the turned picture and above that of the picture as it is. A
+    picture with a face of the score `detector.clear` is not looked at again, nor is any by a detector without it.
+    """
+    faces = detect_faces(image, detector)
+    clear, least = getattr(detector, "clear", None), getattr(detector, "turned", 1.0)
+    if clear is None or max((face.score for face in faces), default=0.0) >= clear:
+        return image, faces
+    small = image.copy()
+    small.thumbnail((2 * max(detector.sizes[:2]),) * 2, Image.Resampling.BICUBIC)
+    as_it_is, *sureness = (_sureness(small if turn is None else small.transpose(turn), detector) for turn in TURNS)
+    best = max(range(len(sureness)), key=sureness.__getitem__)
+    if sureness[best] < max(least, as_it_is + TURNED_MARGIN):
+        return image, faces
+    logger.info(
+        "the face lies or hangs: the picture is turned by %d degrees (sureness %.2f, as it was %.2f)",
+        *(90 * (best + 1), sureness[best], as_it_is),
+    )
+    image = image.transpose(TURNS[best + 1])  # type: ignore[arg-type]
+    return image, detect_faces(image, detector)
+
+
+def _sureness(image: Image.Image, detector: FaceDetector) -> float:
+    """Mean over views, of two sizes with and without a margin, of the score of the surest face."""
+    views = [view for view, _, _ in _views(image, detector.sizes[:2])]
+    return sum(max((face.score for face in detector.detect(view)), default=0.0) for view in views) / len(views)
+
+
 def find_face(
     image: Image.Image, detector: FaceDetector, face_index: int | None = None, min_size: float = MIN_FACE
+) -> Face:
+    """The one face that is meant, in a picture as it stands; see [`chosen_face`]."""
+    return chosen_face(detect_faces(image, detector), image, detector, face_index, min_size)
+
+
+def chosen_face(
+    faces: Sequence[Face], image: Image.Image, detector: FaceDetector, face_index: int | None, min_size: float
 ) -> Face:
     """The one face that is meant.
 
     Args:
+        faces: all of the image, from left to right.
         face_index: which face, counted from 0 and from left to right. None: the only one, where faces below a third
             of the largest one's height count as passers-by.
         min_size: smallest height in pixels.
@@ -128,7 +107,6 @@ def find_face(
     Raises:
         NoFaceError, SeveralFacesError (lists index and box of each), FaceTooSmallError.
     """
-    faces = detect_faces(image, detector)
     if not faces:
         better = f". YuNet finds more faces than haar: {YUNET_WAYS}" if detector.name == "haar" else ""
         raise NoFaceError(
@@ -157,14 +135,21 @@ def find_face(
 
 
 def crop_box(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
-    """The part of the image inside an XYXY pixel box; beyond the image, its edge pixels are repeated."""
+    """The part of the image inside an XYXY pixel box; beyond the image, its edge pixels are repeated.
+
+    Raises:
+        UnreadableImageError: a box that is not finite, or a side above 20,000 pixels.
+    """
+    if not (np.isfinite(box).all() and max(box[2] - box[0], box[3] - box[1]) <= MAX_CROP):
+        sides = ", ".join(f"{side:g}" for side in box)
+        raise UnreadableImageError(f"the crop ({sides}) of the image is above {MAX_CROP} pixels a side, or no box")
     x0, y0, x1, y1 = (round(value) for value in box)
     columns = np.arange(x0, max(x1, x0 + 1)).clip(0, image.width - 1)
     rows = np.arange(y0, max(y1, y0 + 1)).clip(0, image.height - 1)
     # cut out first what lies inside: the rest of a large photo need not be copied
     left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     inside = np.asarray(image.crop((int(left), int(top), int(right), int(bottom))))
-    return Image.fromarray(inside[rows - top][:, columns - left])
+    return Image.fromarray(inside[np.ix_(rows - top, columns - left)])
 
 
 def crop_face(
@@ -202,9 +187,16 @@ class FacePhoto:
         None keeps the pixels of the photo; what encodes the reference resizes it to what its model takes.
         """
         if self.face is None:
-            side = resolution or min(self.image.size)
-            return ImageOps.fit(self.image, (side, side), Image.Resampling.LANCZOS)
+            return centre_square(self.image, resolution or min(self.image.size))
         return crop_face(self.image, self.face.box, enlarge, resolution)
+
+
+def find_upright(
+    image: Image.Image, detector: FaceDetector, face_index: int | None = None, min_size: float = MIN_FACE
+) -> tuple[Image.Image, Face]:
+    """A picture, turned where its faces are surer so (see [`upright_faces`]), and the face that is meant in it."""
+    image, faces = upright_faces(image, detector)
+    return image, chosen_face(faces, image, detector, face_index, min_size)
 
 
 def locate_face(
@@ -212,24 +204,25 @@ def locate_face(
     detector: DetectorName | FaceDetector | None = "auto",
     face_index: int | None = None,
     min_size: float = MIN_FACE,
+    name: str | None = None,
 ) -> FacePhoto:
-    """Load a picture and find the face that is meant.
+    """Load a picture, turn it upright and find the face that is meant.
 
     Args:
-        source: as for `load_image`.
+        source, name: as for `load_image`.
         detector: as for `load_detector`. None: the picture already is a face crop.
-        face_index, min_size: as for `find_face`.
+        face_index, min_size: as for `chosen_face`, in the picture turned upright.
 
     Raises:
         UnreadableImageError, NoFaceError, SeveralFacesError, FaceTooSmallError, ModelNotFoundError.
     """
-    image = load_image(source)
+    image = load_image(source, name)
     if detector is None:
         return FacePhoto(image, None)
     try:
-        face = find_face(image, load_detector(detector), face_index, min_size)
+        image, face = find_upright(image, load_detector(detector), face_index, min_size)
     except (NoFaceError, SeveralFacesError, FaceTooSmallError) as error:
-        if isinstance(source, (str, Path)):
+        if name is None and isinstance(source, (str, os.PathLike)):
             raise type(error)(f"{source}: {error}") from error
         raise
     logger.info("face at (%s), score %.2f", ", ".join(f"{value:.0f}" for value in face.box), face.score)

@@ -5,6 +5,7 @@ grouped into regions; each region attends to the text and to the keys of its own
 is the same sum with the zero terms left out, in less memory and time.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from .face_errors import InvalidLayoutError
+from .face_pictures import open_picture
 
 
 Overlap = Literal["nearest", "shared", "literal"]
@@ -100,10 +102,6 @@ class Placement:
             if value not in allowed:
                 raise InvalidLayoutError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
-    def pictures(self) -> list[Any]:
-        """The layout pictures: one for all prompts, or one for each."""
-        return list(self.layout) if isinstance(self.layout, (list, tuple)) else [self.layout]
-
     def per_prompt(self) -> list[list[Any]]:
         """The boxes or masks as prompts (1 or more) × people. A box is flat, a mask has two axes."""
         places = self.boxes if self.boxes is not None else self.masks
@@ -116,8 +114,8 @@ class Placement:
 
 
 def _levels(places: Any) -> int:
-    """Depth of nesting down to the numbers; an image counts as two axes."""
-    if isinstance(places, Image.Image):
+    """Depth of nesting down to the numbers; an image and its file count as two axes."""
+    if isinstance(places, (Image.Image, str, os.PathLike, bytes)):
         return 2
     if isinstance(places, (np.ndarray, Tensor)):
         return int(places.ndim)
@@ -160,23 +158,71 @@ def check_box(box: Any, height: int, width: int) -> Box:
 
 
 def given_masks(masks: Sequence[Any], height: int, width: int) -> Tensor:
-    """Bool `(n, height, width)` from one mask image, array or tensor `(H, W)` for each person; above half is inside.
+    """Bool `(n, height, width)` from one mask for each person, see [`read_mask`]; above half is inside.
 
     Raises:
-        InvalidLayoutError: another shape, or nothing inside.
+        InvalidLayoutError: what is no mask, or nothing inside. UnreadableImageError: a file that cannot be read.
     """
     result = []
     for index, mask in enumerate(masks):
-        array = np.asarray(mask.convert("L")) / 255 if isinstance(mask, Image.Image) else mask
-        tensor = torch.as_tensor(np.asarray(array) if not isinstance(array, Tensor) else array).float().cpu()
-        if tensor.ndim != 2:
-            raise InvalidLayoutError(f"mask {index} must have the shape (H, W), got {tuple(tensor.shape)}")
-        tensor = tensor / 255 if tensor.max() > 1 else tensor
-        inside = tensor > 0.5
+        inside = read_mask(mask, f"mask {index}") > 0.5
         if not inside.any():
             raise InvalidLayoutError(f"mask {index} is empty: nothing in it is above one half")
         result.append(pool(inside[None], height, width)[0])
     return torch.stack(result)
+
+
+def read_mask(mask: Any, name: str = "the mask") -> Tensor:
+    """How far each pixel is inside, float `(H, W)` in [0, 1].
+
+    Args:
+        mask: path, PIL image, array or tensor `(H, W)`. What values mean follows from their type, and what resizing
+            left beyond its range is clipped: bool and float, also of a PIL image, are in [0, 1], unsigned integers in
+            [0, their largest value], other integers as uint8 or, with values above 255, uint16. Integers of 0 and 1
+            alone are yes and no; floats above 2, which no resizing makes of [0, 1], are in [0, 255]. Of a picture
+            with transparency the brightness is multiplied with alpha: what is transparent is outside.
+        name: what errors call it.
+
+    Raises:
+        InvalidLayoutError: another shape or type, or values that are not finite.
+        UnreadableImageError: a file or PIL image that cannot be read.
+    """
+    if isinstance(mask, (str, os.PathLike, bytes, Image.Image)):
+        mask = _mask_values(open_picture(mask, None if isinstance(mask, (str, os.PathLike)) else name), name)
+    if isinstance(mask, Tensor):
+        mask = mask.detach().cpu()
+        mask = (mask.float() if mask.is_floating_point() else mask).numpy()  # numpy has no bfloat16
+    array = np.asarray(mask)
+    if array.dtype.kind not in "buif":
+        raise InvalidLayoutError(f"{name} must have numbers, got {type(mask).__name__} of {array.dtype}")
+    if array.ndim != 2 or not array.size:
+        raise InvalidLayoutError(f"{name} must have the shape (H, W), got {tuple(array.shape)}")
+    high = array.max()
+    if not np.isfinite(array).all():
+        raise InvalidLayoutError(f"{name} has values that are not finite")
+    if array.dtype.kind == "f":
+        full = 1 if high <= 2 else 255
+    elif high <= 1:  # bool too
+        full = 1
+    elif array.dtype.kind == "u":
+        full = np.iinfo(array.dtype).max
+    else:
+        full = 255 if high <= 255 else 65535
+    return torch.from_numpy((array.astype(np.float64) / full).clip(0, 1).astype(np.float32))
+
+
+def _mask_values(image: Image.Image, name: str) -> np.ndarray:
+    """Brightness times alpha of a picture; of the modes that hold one number a pixel these, in their own type."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return np.asarray(image)
+    try:
+        image = image.convert("LA") if image.mode == "La" else image
+        if not image.has_transparency_data:
+            return np.asarray(image.convert("RGB").convert("L"))  # LAB knows no other way
+        grey, alpha = image.convert("RGBA").convert("LA").split()
+    except ValueError as error:  # such as "conversion from LAB to L not supported"
+        raise InvalidLayoutError(f"{name} cannot be read as grey: {error}") from error
+    return np.asarray(grey) / 255 * (np.asarray(alpha) / 255)
 
 
 def pool(masks: Tensor, height: int, width: int) -> Tensor:

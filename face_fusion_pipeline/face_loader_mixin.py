@@ -3,7 +3,7 @@
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -16,12 +16,13 @@ from .face_adapter import (
     FaceFusionAdapter,
     adapter_fingerprint,
     load_adapter,
-    read_tensors,
     save_adapter,
 )
 from .face_attention import attention_layers
 from .face_defaults import DEFAULTS_NAME, FaceDefaults, loaded_defaults
 from .face_errors import AdapterMismatchError, FaceFusionError, InvalidScaleError, ModelNotFoundError
+from .face_files import read_tensors
+from .unet_family import base_family
 
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class FaceLoaderMixin:
     components: dict[str, Any]
     config: Any
     maybe_free_model_hooks: Any
+    _default_resolution: Any
     set_progress_bar_config: Any
 
     face_defaults: FaceDefaults | None = None  # of the model's folder, for calls that do not say otherwise
@@ -79,7 +81,12 @@ class FaceLoaderMixin:
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As diffusers' `from_pipe`; from another Face Fusion pipeline come adapter, scales and defaults, too."""
+        """As diffusers' `from_pipe`; from another Face Fusion pipeline come adapter, scales and defaults, too.
+
+        An `AutoencoderTiny` comes along. A pipeline of diffusers' own takes it only if it is named:
+        `StableDiffusionPipeline.from_pipe(pipe, vae=pipe.vae)`.
+        """
+        kwargs.setdefault("vae", pipeline.vae)  # diffusers would look at its type
         new = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
         if not (hasattr(new, "_face_adapter") and hasattr(pipeline, "_face_adapter")):
             return new
@@ -120,8 +127,18 @@ class FaceLoaderMixin:
         new.face_defaults = self.face_defaults
         new.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         new.maybe_free_model_hooks = self.maybe_free_model_hooks
+        new._tools = self.__dict__.setdefault("_tools", {})
         new._outer, self._interrupt = self, False  # what stopped an earlier call does not stop this one
         return new
+
+    def _kept(self, kind: str, name: Any, load: Callable[[Any], Any]) -> Any:
+        """`load(name)`, such as a detector, loaded once for each name and kept with the pipeline."""
+        if not isinstance(name, str):
+            return load(name)
+        tools = self.__dict__.setdefault("_tools", {})
+        if (kind, name) not in tools:
+            tools[kind, name] = load(name)
+        return tools[kind, name]
 
     def load_face_fusion_adapter(
         self,
@@ -133,8 +150,8 @@ class FaceLoaderMixin:
         """Load trained `to_k_face`, `to_v_face` weights; they replace those loaded before.
 
         Args:
-            pretrained_model_name_or_path_or_dict: Hub id, folder, `.safetensors` file, or a state dict (which is
-                taken to have the default metadata).
+            pretrained_model_name_or_path_or_dict: Hub id, folder, `.safetensors` file, or a state dict, which is
+                taken to have the default metadata and references of the base's own size.
             kwargs: `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token`, `revision`.
 
         Raises:
@@ -143,8 +160,10 @@ class FaceLoaderMixin:
         """
         if unknown := kwargs.keys() - set(HUB_ARGUMENTS):
             raise TypeError(f"load_face_fusion_adapter() got unexpected arguments {sorted(unknown)}")
-        source, metadata = pretrained_model_name_or_path_or_dict, None
-        if not isinstance(source, Mapping):
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, Mapping):
+            metadata = AdapterMetadata(base_family(self.unet), resolution=self._default_resolution())
+        else:
             name = str(source) if os.path.isfile(source) else weight_name
             if not name.endswith(".safetensors"):
                 raise AdapterMismatchError(f"adapter weights are .safetensors files only, got {name!r}")
@@ -152,7 +171,7 @@ class FaceLoaderMixin:
                 path = _get_model_file(str(source), weights_name=weight_name, subfolder=subfolder, **kwargs)
             except (OSError, ValueError) as error:
                 raise ModelNotFoundError(f"no adapter {weight_name!r} found in {str(source)!r}: {error}") from error
-            source, strings = read_tensors(path)
+            source, strings = read_tensors(path, check=AdapterMetadata.from_strings)
             metadata = AdapterMetadata.from_strings(strings)
         self.set_face_fusion_adapter(load_adapter(self.unet, source, metadata))
 
@@ -193,6 +212,10 @@ class FaceLoaderMixin:
             if not any(f"{name}.".startswith(f"{prefix}.") for name in layers):
                 raise InvalidScaleError(f"no attention layer of this UNet is in {prefix!r}; layers: {layers}")
         self._face_layer_scales = flat
+
+    def _any_layer_scale(self) -> bool:
+        scales = self._face_layer_scales
+        return any(scales.values() if isinstance(scales, dict) else [scales])
 
     def _layer_scale(self, name: str) -> float:
         if not isinstance(self._face_layer_scales, dict):

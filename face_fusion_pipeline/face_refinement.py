@@ -6,15 +6,17 @@ stay.
 """
 
 import logging
+from numbers import Real
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .face_axes import face_axes, per_person
-from .face_errors import FaceAxesError, InvalidPromptError, InvalidScaleError
-from .face_images import crop_face, load_image
+from .face_axes import face_axes, per_person, weights_per_person
+from .face_errors import FaceAxesError, FaceFusionError, InvalidPromptError, InvalidScaleError
+from .face_images import crop_face
 from .face_layout import Box, Placement, assign_boxes, box_masks, check_box, visible_people
+from .face_pictures import load_images
 from .pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
 
 
@@ -33,7 +35,8 @@ def refine_faces(
     pipe: Any, image: Any, prompt: Any, people: Any, face_boxes: Any, detector: Any, strength: Any, **kwargs: Any
 ) -> list[Image.Image]:
     """See `StableDiffusionFaceFusionPipeline.refine_faces`."""
-    pictures = [load_image(picture) for picture in (image if isinstance(image, (list, tuple)) else [image])]
+    check_refinable(kwargs)
+    pictures = load_images(image)
     casts = face_axes(people, len(pictures))
     places = None if face_boxes is None else Placement(boxes=face_boxes).per_prompt()
     if places is not None and len(places) not in (1, len(pictures)):
@@ -53,10 +56,21 @@ def refine_faces(
         if len(prompts) != len(cast) or not all(isinstance(text, str) for text in prompts):
             raise InvalidPromptError(f"give one prompt for all {len(cast)} people or one for each, got {prompt!r}")
         each = {name: per_person(kwargs[name], [cast], name)[0] for name in PER_PERSON & kwargs.keys()}
+        if "face_weights" in kwargs:
+            each["face_weights"] = weights_per_person(kwargs["face_weights"], [cast])[0]
         own = [kwargs | {name: values[i] for name, values in each.items()} for i in range(len(cast))]
         boxes = [check_box(box, picture.height, picture.width) for box in boxes]
         refined.append(_refined(inner, picture, prompts, cast, boxes, strength, own))
     return refined
+
+
+def check_refinable(arguments: dict[str, Any]) -> None:
+    """Raise FaceFusionError for arguments of a call that mean nothing where one picture is drawn again."""
+    for name, only in {"output_type": "pil", "num_images_per_prompt": 1, "return_dict": True}.items():
+        if arguments.get(name, only) not in (only, None):
+            raise FaceFusionError(
+                f"refine_faces gives each picture back once, as a PIL image: leave {name}={arguments[name]!r} out"
+            )
 
 
 def steps_of(pipe: Any, arguments: dict[str, Any]) -> Any:
@@ -67,7 +81,7 @@ def steps_of(pipe: Any, arguments: dict[str, Any]) -> Any:
 
 def check_strength(strength: Any, steps: Any) -> None:
     """Raise [`InvalidScaleError`] unless `strength` is in (0, 1] and leaves at least one of `steps` to do."""
-    if not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+    if not isinstance(strength, Real) or not 0 < float(strength) <= 1:
         raise InvalidScaleError(f"strength must be above 0 and at most 1, got {strength!r}")
     if int(strength * steps) < 1:
         raise InvalidScaleError(f"strength {strength:g} of {steps} steps is not one step: give more steps or strength")

@@ -17,7 +17,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from .face_errors import FaceFusionError, IdentityMismatchError, InvalidScaleError
+from .face_errors import FaceFusionError, IdentityMismatchError, InvalidScaleError, short
 
 
 MAX_SCALE = 100.0
@@ -117,7 +117,7 @@ class SelfAttentionReference:
             numbers = int(strings["self_timestep"]), int(strings["self_seed"])
             return cls(float(strings["self_scale"]), *numbers, (across, down), layers)
         except (KeyError, ValueError, FaceFusionError) as error:
-            raise IdentityMismatchError(f"an identity whose metadata are damaged: {error}") from error
+            raise IdentityMismatchError(f"an identity whose metadata are damaged: {short(error)}") from error
 
 
 # What identity files of version 1 hold: the whole clean reference at all layers.

@@ -7,6 +7,7 @@ kinds.
 """
 
 import math
+from numbers import Real
 from typing import Any
 
 from diffusers.callbacks import PipelineCallback
@@ -33,9 +34,9 @@ class LateGuidance(PipelineCallback):
     @register_to_config
     def __init__(self, guidance_scale: float, below: float = 0.5) -> None:
         super().__init__()
-        if not (isinstance(guidance_scale, (int, float)) and 1 < guidance_scale < math.inf):
+        if not (isinstance(guidance_scale, Real) and 1 < guidance_scale < math.inf):
             raise InvalidScaleError(f"late guidance must be a number above 1, got {guidance_scale!r}")
-        if not (isinstance(below, (int, float)) and 0 <= below <= 1):
+        if not (isinstance(below, Real) and 0 <= below <= 1):
             raise InvalidScaleError(f"the share of timesteps with late guidance must be from 0 to 1, got {below!r}")
 
     def callback_fn(

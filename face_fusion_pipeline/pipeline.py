@@ -14,29 +14,42 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from .call_arguments import Call
+from .conditioner import Conditioner, register_conditioner
+from .conditioner_reference import ReferenceConditioner
 from .face_adapter import FaceFusionAdapter, create_adapter, face_fused_unet
 from .face_attention import FaceFusionAttnProcessor
 from .face_axes import face_axes
 from .face_defaults import FaceDefaults
 from .face_depth import ControlKind, DepthEstimator
 from .face_errors import FaceFusionError
+from .face_files import read_tensors
 from .face_fusion_mixin import FaceFusionMixin
-from .face_identity import FaceIdentity, capture_hidden_states
+from .face_identity import FaceIdentity
 from .face_layout import layer_regions
 from .face_loader_mixin import FaceLoaderMixin
 from .face_ownership import sole_use
 from .face_pictures import upright_rgb
+from .face_places import place_people
 from .face_self_attention import SelfAttentionReference
+from .face_steps import follow_steps
+from .joint_attention import joint_attention
 from .late_guidance import LateGuidance
+from .reference_pass import capture_hidden_states
+from .unet_family import base_family
 
 
 if TYPE_CHECKING:  # not always needed, but the loader has to find their names here
     from .face_detectors import load_detector  # noqa: F401
+    from .face_file_checks import read_header  # noqa: F401
     from .face_images import detect_faces  # noqa: F401
+    from .face_metadata import without_metadata  # noqa: F401
     from .pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline  # noqa: F401
 
 
 __all__ = [
+    "Call",
+    "Conditioner",
     "FaceDefaults",
     "FaceFusionAdapter",
     "FaceFusionAttnProcessor",
@@ -45,13 +58,20 @@ __all__ = [
     "FaceIdentity",
     "FaceLoaderMixin",
     "LateGuidance",
+    "ReferenceConditioner",
     "SelfAttentionReference",
     "StableDiffusionFaceFusionPipeline",
+    "base_family",
     "capture_hidden_states",
     "create_adapter",
     "face_axes",
     "face_fused_unet",
+    "follow_steps",
+    "joint_attention",
     "layer_regions",
+    "place_people",
+    "read_tensors",
+    "register_conditioner",
     "sole_use",
     "upright_rgb",
 ]

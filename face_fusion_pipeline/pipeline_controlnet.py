@@ -1,7 +1,7 @@
 """Face Fusion on diffusers' ControlNet pipeline, and the way from our text-to-image pipeline to it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,11 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 from torch import Tensor
 
+from .call_arguments import prompt_count
 from .face_axes import face_axes
 from .face_depth import control_depth, load_depth_estimator, photo_of
 from .face_errors import FaceAxesError, FaceFusionError
-from .face_fusion_mixin import FaceFusionMixin, prompt_count
+from .face_fusion_mixin import FaceFusionMixin
 from .face_layout import Layout
 from .face_loader_mixin import check_scale
 from .face_ownership import own_thread
@@ -111,7 +112,11 @@ def call_with_control(
     net = getattr(pipe.controlnet, "_orig_mod", pipe.controlnet)  # torch.compile's wrapper
     nets = len(net.nets) if isinstance(net, MultiControlNetModel) else None
     prompts = prompt_count({"prompt": prompt, **kwargs})
-    image, layout = control_inputs(control_image, control_kind, depth_estimator, nets, prompts)
+
+    def estimator() -> Any:
+        return pipe._kept("depth estimator", depth_estimator, load_depth_estimator)
+
+    image, layout = control_inputs(control_image, control_kind, estimator, nets, prompts)
     if all(kwargs.get(name) is None for name in ("face_boxes", "face_masks", "face_layout")):
         casts = [] if kwargs.get("face_image") is None else face_axes(kwargs["face_image"], None)
         if any(len(cast) > 1 for cast in casts) or (casts and kwargs.get("control_face_scale", 1.0) != 1.0):
@@ -122,12 +127,13 @@ def call_with_control(
 
 
 def control_inputs(
-    control_image: Any, control_kind: Any, depth_estimator: Any, nets: int | None, prompts: int
+    control_image: Any, control_kind: Any, load: Callable[[], Any], nets: int | None, prompts: int
 ) -> tuple[Any, list[Image.Image] | None]:
     """The control images as diffusers takes them, and the photos among them in which people can be looked for.
 
     Args:
-        control_image, control_kind, depth_estimator: see [`call_with_control`].
+        control_image, control_kind: see [`call_with_control`].
+        load: gives the depth estimator; called only where a photo needs it.
         nets: number of ControlNets in a `MultiControlNetModel`; None for one that stands alone.
         prompts: number of prompts in the call.
 
@@ -147,8 +153,7 @@ def control_inputs(
             "among several ControlNets a control image with colour may be a photo or a map: say what each of them "
             f"takes, such as control_kind={['photo', *['map'] * (len(kinds) - 1)]}"
         )
-    if coloured:
-        depth_estimator = load_depth_estimator(depth_estimator)  # once for all
+    depth_estimator = load() if coloured else "auto"  # once for all
     ready = [[control_depth(x, kind, depth_estimator) for x, kind in zip(row, kinds, strict=True)] for row in rows]
     layout = next((list(column) for column in zip(*photos, strict=True) if None not in column), None)
     if nets is None:

@@ -28,7 +28,7 @@ from face_fusion_pipeline.avatars.ablations.encoders import (
     RecogniserEncoder,
     check_independent,
     load_conditioner,
-    load_recogniser,
+    load_judging_recogniser,
 )
 from face_fusion_pipeline.avatars.ablations.laboratory import Run
 from face_fusion_pipeline.avatars.ablations.pictures import plain_pipeline, reference_photos
@@ -262,7 +262,7 @@ def test_encoders(base: Any) -> None:
     pooled, patches = ImageEncoder(image_encoder), ImageEncoder(image_encoder, patches=True)
     assert pooled([photo(1), photo(2)]).shape == (2, 1, 12) and patches([photo(1)]).shape == (1, 5, 16)
     faces = RecogniserEncoder(load_conditioner(None))
-    check_independent(load_conditioner(None), load_recogniser(None))
+    check_independent(load_conditioner(None), load_judging_recogniser(None))
     found = faces([photo(1), photo(2)])
     assert found.shape == (2, 1, 256)
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(2, 1))
@@ -392,11 +392,11 @@ def test_an_identity_loss_is_part_of_the_budget(base: Any, data: Path, tmp_path:
 
 def test_who_conditions_does_not_judge(tmp_path: Path) -> None:
     with pytest.raises(FaceFusionError, match="cannot judge"):
-        check_independent(load_recogniser(None), load_recogniser(None))
+        check_independent(load_judging_recogniser(None), load_judging_recogniser(None))
     torch.manual_seed(0)
     Judges.new(load_judges().labels).save(tmp_path / "other")
-    second = load_recogniser(str(tmp_path / "other"))
-    check_independent(load_recogniser(None), second)
+    second = load_judging_recogniser(str(tmp_path / "other"))
+    check_independent(load_judging_recogniser(None), second)
     assert second.name == "avatar recogniser other"
 
 

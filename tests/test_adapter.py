@@ -11,16 +11,14 @@ from face_fusion_pipeline.face_adapter import (
     AdapterMetadata,
     FaceFusionAdapter,
     adapter_fingerprint,
-    base_family,
     create_adapter,
     face_fused_unet,
-    fingerprint,
-    same_fingerprint,
-    unet_fingerprint,
 )
-from face_fusion_pipeline.face_attention import attention_layers, reference_log_weights
+from face_fusion_pipeline.face_attention import attention_layers
 from face_fusion_pipeline.face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError
-from face_fusion_pipeline.face_identity import capture_hidden_states
+from face_fusion_pipeline.joint_attention import reference_log_weights
+from face_fusion_pipeline.reference_pass import capture_hidden_states
+from face_fusion_pipeline.unet_family import base_family, fingerprint, same_fingerprint, unet_fingerprint
 
 
 FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
@@ -276,4 +274,4 @@ def test_capture_is_the_input_of_the_cross_attention(batch):
     key, value = adapter(captured)[name]
     torch.testing.assert_close(key, seen[0] @ adapter.get_submodule(name).to_k_face.weight.T)
     processor = one_face(key[:, None], value[:, None], reference_log_weights(torch.ones(1)))
-    assert processor.casts[0].people[0].tokens_per_reference == 64
+    assert processor.shares[0].people[0].tokens_per_reference == 64

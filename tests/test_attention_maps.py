@@ -7,12 +7,13 @@ import torch
 from tiny_models import face, generate, tiny_pipeline
 
 from face_fusion_pipeline.face_adapter import create_adapter
-from face_fusion_pipeline.face_attention import FaceFusionAttnProcessor, attention_layers, joint_attention
+from face_fusion_pipeline.face_attention import FaceFusionAttnProcessor, attention_layers
+from face_fusion_pipeline.face_defaults import FACE_MODES
 from face_fusion_pipeline.face_errors import FaceFusionError, InvalidLayoutError
-from face_fusion_pipeline.face_identity import FACE_MODES
 from face_fusion_pipeline.face_self_attention import ellipse
 from face_fusion_pipeline.inspection import attention_maps
 from face_fusion_pipeline.inspection.attention_maps import attention_weights, record_attention
+from face_fusion_pipeline.joint_attention import joint_attention
 
 
 A, B = face(0), face(1)
@@ -224,7 +225,7 @@ def test_another_kind_of_attention_is_refused(pipe, monkeypatch):
     class SeparateProcessor(FaceFusionAttnProcessor):
         pass
 
-    monkeypatch.setattr("face_fusion_pipeline.face_fusion_mixin.FaceFusionAttnProcessor", SeparateProcessor)
+    monkeypatch.setattr("face_fusion_pipeline.conditioner.FaceFusionAttnProcessor", SeparateProcessor)
     with pytest.raises(FaceFusionError, match="SeparateProcessor"), record_attention(pipe):
         generate(pipe, face_image=A)
 

@@ -22,8 +22,8 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
 from face_fusion_pipeline.face_attention import (
-    Cast,
     FaceFusionAttnProcessor,
+    LayerPeople,
     attention_layers,
     installed_processors,
 )
@@ -316,7 +316,7 @@ def test_weights_of_an_ip_adapter_move_with_the_unet_during_a_call(pipe):
     load_random_ip_adapter(pipe)
     names = list(attention_layers(pipe.unet, "attn2"))
     before = list(pipe.unet.state_dict())
-    with installed_processors(pipe.unet, {name: FaceFusionAttnProcessor([Cast(())]) for name in names}):
+    with installed_processors(pipe.unet, {name: FaceFusionAttnProcessor([LayerPeople(())]) for name in names}):
         pipe.unet.to(torch.float64)
     assert list(pipe.unet.state_dict()) == before
     assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.float64}
@@ -429,6 +429,15 @@ TASKS = [
     StableDiffusionImg2ImgFaceFusionPipeline,
     StableDiffusionInpaintFaceFusionPipeline,
 ]
+
+
+@pytest.mark.parametrize("task", [StableDiffusionFaceFusionPipeline, StableDiffusionImg2ImgFaceFusionPipeline])
+def test_from_pipe_takes_a_tiny_vae_both_ways(task):
+    ours = tiny_pipeline(tiny_vae=True)
+    stock = StableDiffusionPipeline.from_pipe(ours, vae=ours.vae)
+    again = task.from_pipe(stock)
+    assert again.vae is stock.vae is ours.vae and again.unet is ours.unet
+    assert task.from_pipe(ours).vae is ours.vae
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -220,6 +220,7 @@ def test_every_page_is_in_the_navigation_and_every_module_in_the_reference() -> 
     described = "\n".join(page.read_text() for page in DOCS)
     package = ROOT / "face_fusion_pipeline"
     packages = [
+        "files",
         "generation",
         "inspection",
         "training",

@@ -7,17 +7,15 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from tiny_models import one_face, tiny_unet
 
-from face_fusion_pipeline.face_attention import (
-    FusionSwitch,
+from face_fusion_pipeline.face_attention import GUIDED, FaceCall, attention_layers, installed_processors
+from face_fusion_pipeline.face_errors import FaceFusionError, InvalidScaleError
+from face_fusion_pipeline.joint_attention import (
     PersonKeys,
-    attention_layers,
     constant_bias,
     identity_mask_bias,
-    installed_processors,
     joint_attention,
     reference_log_weights,
 )
-from face_fusion_pipeline.face_errors import FaceFusionError, InvalidScaleError
 
 
 def tensors(*shapes, dtype=torch.float64, seed=0):
@@ -88,7 +86,7 @@ def test_scale_one_and_one_reference_is_plain_concatenation_without_a_mask(monke
     expected = explicit(q, torch.cat([tk, fk], 1), torch.cat([tv, fv], 1), lambda *_: 0.0)
     torch.testing.assert_close(joint_attention(q, tk, tv, fk, fv), expected, rtol=1e-10, atol=1e-12)
     processor = one_face(*tensors(*[(1, 1, 4, 16)] * 2), reference_log_weights(torch.ones(1)))
-    bias = processor.casts[0].people[0].bias(text_tokens=4, queries=9)
+    bias = processor.shares[0].people[0].bias(text_tokens=4, queries=9)
     assert bias is None  # fast kernels refuse any mask, even of zeros
 
 
@@ -174,11 +172,11 @@ def test_switched_off_equals_the_stock_processor_bit_for_bit(config, spatial):
     text = torch.randn(2, 7, 12) if "cross_attention_dim" in config else None
     expected = AttnProcessor2_0()(attn, hidden, text)
     face = torch.randn(2, 1, 2, 4, 16)
-    off = one_face(*face, switch=FusionSwitch(active=False))
+    off = one_face(*face, call=FaceCall(active=False))
     assert torch.equal(off(attn, hidden, text), expected)
     on = one_face(*face)
     assert not torch.allclose(on(attn, hidden, text), expected)
-    guided = one_face(*face, switch=FusionSwitch(guided=True))(attn, hidden, text)
+    guided = one_face(*face, call=FaceCall(GUIDED))(attn, hidden, text)
     torch.testing.assert_close(guided[:1], expected[:1])
     torch.testing.assert_close(guided[1:], on(attn, hidden, text)[1:])
 

@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter, embedded_model
 from face_fusion_pipeline.avatars.training import rendered
 from face_fusion_pipeline.avatars.training.rendered import detected, paired, prepare_rendered
-from face_fusion_pipeline.avatars.training.unet import plain_attention, plain_attention_on_cpu
 from face_fusion_pipeline.avatars.world.dataset import plan
 from face_fusion_pipeline.avatars.world.render import render
 from face_fusion_pipeline.cli import build_parser, main
@@ -33,6 +32,7 @@ from face_fusion_pipeline.face_layout import box_masks, pool, visible_people
 from face_fusion_pipeline.training import latent_cache, loop, objective
 from face_fusion_pipeline.training import task as task_module
 from face_fusion_pipeline.training.base_model import base_of, load_base
+from face_fusion_pipeline.training.kernels import plain_attention, plain_attention_on_cpu
 from face_fusion_pipeline.training.latent_cache import Shards, cache_folders, encode, is_encoded, shard_path
 from face_fusion_pipeline.training.loop import Part, TrainingError, data_order
 from face_fusion_pipeline.training.pairs import Pairs, split_people
@@ -166,8 +166,8 @@ def test_unknown_prediction_and_recogniser_are_refused() -> None:
     with pytest.raises(TrainingError, match="'flow'"):
         objective.NoiseSchedule(torch.ones(3), "flow")
     with pytest.raises(TrainingError, match="MODULE:FUNCTION"):
-        objective.load_recogniser("nobody")
-    found = objective.load_recogniser("avatars")(torch.rand(2, 3, 128, 128), torch.rand(2, 5, 2) * 128)
+        objective.load_identity_recogniser("nobody")
+    found = objective.load_identity_recogniser("avatars")(torch.rand(2, 3, 128, 128), torch.rand(2, 5, 2) * 128)
     assert found.shape == (2, 256)
 
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import face, generate, tiny_pipeline
 
 from face_fusion_pipeline import FaceIdentity
-from face_fusion_pipeline.face_adapter import create_adapter, unet_fingerprint
+from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_attention import attention_layers
+from face_fusion_pipeline.face_defaults import FACE_MODES
 from face_fusion_pipeline.face_detectors import Face
 from face_fusion_pipeline.face_errors import (
     FaceFusionError,
@@ -21,8 +22,9 @@ from face_fusion_pipeline.face_errors import (
     ModelNotFoundError,
     UnreadableImageError,
 )
-from face_fusion_pipeline.face_identity import FACE_MODES, encode_latents, face_tensors, noise_latents
 from face_fusion_pipeline.face_images import FacePhoto, load_image
+from face_fusion_pipeline.reference_pass import face_tensors, noise_latents
+from face_fusion_pipeline.unet_family import encode_latents, unet_fingerprint, weights_fingerprint
 
 
 def adapted_pipeline(seed=0, **metadata):
@@ -70,6 +72,7 @@ def test_a_file_holds_keys_and_values_and_no_picture(pipe, tmp_path, mode):
             "mode": mode,
             "base_fingerprint": unet_fingerprint(pipe.unet),  # numbers of the model, not of the face
             "adapter_fingerprint": pipe._adapter_fingerprint() if mode != "training-free" else "",
+            "weights_fingerprint": weights_fingerprint(pipe.unet),
         }
 
 
@@ -215,3 +218,81 @@ def test_a_picture_is_the_same_reference_as_object_and_as_file(mode):
     picture.save(buffer, "PNG")
     assert torch.equal(face_tensors(picture, 16)[0], face_tensors(load_image(buffer.getvalue()), 16)[0])
     assert float(face_tensors(picture, 16)[0].std()) > 0.2 and picture.mode == mode
+
+
+# --- Weights and LoRAs of the base ---------------------------------------------------------------------------------
+
+
+def add_lora(pipe, name="style"):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+    torch.manual_seed(5)
+    pipe.unet.add_adapter(config, name)
+
+
+def test_an_identity_goes_with_the_weights_it_was_encoded_with(pipe, tmp_path):
+    identity = pipe.encode_face(face())
+    identity.save(tmp_path / "ada.safetensors")
+    weight = pipe.unet.up_blocks[0].resnets[0].conv1.weight
+    original = weight.detach().clone()
+    with torch.no_grad():
+        weight += 0.2 * weight.std() * torch.randn_like(weight)  # nowhere near what a fingerprint of samples looks at
+    for one in (identity, FaceIdentity.load(tmp_path / "ada.safetensors")):
+        with pytest.raises(IdentityMismatchError, match="other weights of the base model"):
+            generate(pipe, face_image=one)
+    with torch.no_grad():
+        weight.copy_(original)
+    generate(pipe, face_image=identity)
+    pipe.unet.to(torch.bfloat16).float()  # rounding is no other model
+    generate(pipe, face_image=identity)
+
+
+def test_an_identity_goes_with_the_loras_and_their_strength(pipe):
+    plain = pipe.encode_face(face())
+    add_lora(pipe)
+    with pytest.raises(IdentityMismatchError, match="LoRAs or strengths"):
+        generate(pipe, face_image=plain)
+    whole = pipe.encode_face(face())
+    generate(pipe, face_image=whole)
+    pipe.unet.set_adapters("style", 0.5)
+    with pytest.raises(IdentityMismatchError, match="LoRAs or strengths"):
+        generate(pipe, face_image=whole)
+    pipe.unet.disable_adapters()
+    generate(pipe, face_image=plain)
+    pipe.unet.enable_adapters()
+    pipe.unet.set_adapters("style", 1.0)
+    generate(pipe, face_image=whole)
+    with pytest.raises(IdentityMismatchError, match="LoRAs or strengths"):
+        generate(pipe, face_image=whole, cross_attention_kwargs={"scale": 0.5})
+
+
+def test_what_a_call_says_of_loras_reaches_the_reference(pipe):
+    """Strength 0 for the call is no LoRA, for the reference as for the picture."""
+    expected = generate(pipe, face_image=face())
+    add_lora(pipe)
+    assert not torch.allclose(generate(pipe, face_image=face()), expected, atol=1e-3)
+    off = generate(pipe, face_image=face(), cross_attention_kwargs={"scale": 0})
+    torch.testing.assert_close(off, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_identities_are_compared_and_shown_as_objects(pipe):
+    one, other = pipe.encode_face(face()), pipe.encode_face(face())
+    assert one == one and one != other and len({one, other}) == 2
+    assert repr(one).startswith("FaceIdentity(mode=") and "\n" not in repr(one) and len(repr(one)) < 100
+
+
+def test_a_bare_state_dict_is_for_references_of_the_bases_own_size(pipe):
+    state = pipe._face_adapter.state_dict()
+    pipe.load_face_fusion_adapter(dict(state))
+    tokens = next(iter(pipe.encode_face(face(0, 32), face_mode="adapter").keys.values())).shape[1]
+    assert tokens == 64  # 16 pixels are 8 x 8 latents
+
+
+def test_an_adapter_that_is_shared_stays_where_it_is(pipe):
+    from face_fusion_pipeline.conditioner_reference import at_device
+
+    moved = at_device(pipe._face_adapter, torch.device("meta"))
+    assert next(moved.parameters()).device.type == "meta"
+    assert next(pipe._face_adapter.parameters()).device.type == "cpu"
+    assert at_device(pipe._face_adapter, torch.device("cpu")) is pipe._face_adapter

@@ -8,14 +8,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from PIL import Image
 
-from face_fusion_pipeline.face_attention import (
-    Cast,
-    FaceFusionAttnProcessor,
-    PersonKeys,
-    identity_mask_bias,
-    joint_attention,
-    reference_log_weights,
-)
+from face_fusion_pipeline.face_attention import FaceFusionAttnProcessor, LayerPeople
 from face_fusion_pipeline.face_errors import FaceFusionError, InvalidLayoutError
 from face_fusion_pipeline.face_fusion_mixin import FaceFusionMixin
 from face_fusion_pipeline.face_layout import (
@@ -30,6 +23,12 @@ from face_fusion_pipeline.face_layout import (
     pool,
     scale_boxes,
     visible_people,
+)
+from face_fusion_pipeline.joint_attention import (
+    PersonKeys,
+    identity_mask_bias,
+    joint_attention,
+    reference_log_weights,
 )
 
 
@@ -137,7 +136,7 @@ def test_grouped_queries_equal_the_dense_mask(overlap, background):
         hidden_from = torch.zeros(height * width, 4 * refs).double().masked_fill(~visible[index][:, None], -math.inf)
         bias.append(hidden_from + own.repeat_interleave(4))
     regions = {height * width: group_queries(visible)}
-    actual = FaceFusionAttnProcessor([Cast(tuple(people), regions)])(attn, hidden, context)
+    actual = FaceFusionAttnProcessor([LayerPeople(tuple(people), regions)])(attn, hidden, context)
 
     def heads_of(x):
         return x.unflatten(-1, (heads, -1))
@@ -151,7 +150,7 @@ def test_grouped_queries_equal_the_dense_mask(overlap, background):
 
 def test_a_layer_of_unknown_size_is_refused():
     attn = Attention(16, heads=2, dim_head=8, cross_attention_dim=12).eval()
-    cast = Cast((PersonKeys(*torch.randn(2, 1, 1, 4, 16)),), layer_regions(torch.ones(1, 8, 8).bool(), 8, 8))
+    cast = LayerPeople((PersonKeys(*torch.randn(2, 1, 1, 4, 16)),), layer_regions(torch.ones(1, 8, 8).bool(), 8, 8))
     with pytest.raises(FaceFusionError, match="49 queries"):
         FaceFusionAttnProcessor([cast])(attn, torch.randn(1, 49, 16), torch.randn(1, 3, 12))
 

@@ -19,7 +19,7 @@ from face_fusion_pipeline.avatars.measures.looks import MEASURES, TRAITS, WORDS,
 from face_fusion_pipeline.avatars.measures.panel import Seen, load_measures
 from face_fusion_pipeline.avatars.measures.traits import SHIPPED, load_traits
 from face_fusion_pipeline.avatars.measures.verdicts import Verdicts, read_verdicts, write_verdicts
-from face_fusion_pipeline.avatars.training.recogniser import landmarks5
+from face_fusion_pipeline.avatars.training.data import landmarks5
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.evaluation.distribution import kid
 from face_fusion_pipeline.evaluation.metrics import bootstrap_closed

@@ -77,3 +77,10 @@ def test_every_asset_is_named_with_its_origin() -> None:
         for file in (path for path in (ROOT / top).rglob("*") if path.is_file() and "." not in path.parent.name):
             place = file.relative_to(ROOT).as_posix()
             assert file.suffix in written or place.startswith(folders), f"{place} is not named in NOTICE"
+
+
+def test_every_public_name_is_there_and_belongs_to_the_package() -> None:
+    import face_fusion_pipeline
+
+    for name in face_fusion_pipeline.__all__:
+        assert getattr(face_fusion_pipeline, name).__module__.startswith("face_fusion_pipeline."), name

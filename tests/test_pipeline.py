@@ -9,16 +9,19 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor
 from tiny_models import TEXT_WIDTH, face, generate, in_mode, one_face, tiny_components, tiny_pipeline
 
-from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, face_fusion_mixin
 from face_fusion_pipeline.face_adapter import create_adapter, face_fused_unet
 from face_fusion_pipeline.face_attention import (
+    GUIDED,
+    FaceCall,
     FaceFusionAttnProcessor,
-    FusionSwitch,
     attention_layers,
     installed_processors,
 )
+from face_fusion_pipeline.face_defaults import FACE_MODES
 from face_fusion_pipeline.face_errors import FaceFusionError, InvalidPromptError, InvalidScaleError
-from face_fusion_pipeline.face_identity import FACE_MODES, capture_hidden_states, encode_latents, face_tensors
+from face_fusion_pipeline.reference_pass import capture_hidden_states, face_tensors
+from face_fusion_pipeline.unet_family import encode_latents
 
 
 @pytest.fixture(params=FACE_MODES)
@@ -54,8 +57,7 @@ def test_no_face_and_scale_zero_are_the_stock_pipeline_and_do_no_face_work(pipe,
     expected = generate(plain, guidance_scale=guidance_scale)
     with_face = generate(pipe, face_image=face(), guidance_scale=guidance_scale)
     assert not torch.allclose(with_face, expected, atol=1e-3)
-    monkeypatch.setattr(pipe, "_encode_face", None)
-    monkeypatch.setattr(pipe, "_faces_installed", None)
+    monkeypatch.setattr(face_fusion_mixin, "conditioner_of", None)
     assert torch.equal(generate(pipe, guidance_scale=guidance_scale), expected)
     assert torch.equal(generate(pipe, face_image=face(), face_scale=0, guidance_scale=guidance_scale), expected)
     for scale in (0.0, {"up": 0.0}):
@@ -148,7 +150,7 @@ def test_unconditional_rows_are_bit_for_bit_the_stock_ones():
         expected = pipe.unet(latents, 500, text).sample
         identity = pipe.encode_face(face())
         faced = {
-            name: one_face(identity.keys[name][None], identity.values[name][None], switch=FusionSwitch(guided=True))
+            name: one_face(identity.keys[name][None], identity.values[name][None], call=FaceCall(GUIDED))
             for name in identity.keys
         }
         with installed_processors(pipe.unet, faced):
@@ -225,7 +227,7 @@ def test_time_window(pipe, order):
     attend = FaceFusionAttnProcessor._attend
 
     def spy(self, *args):
-        active.append(self.switch.active)
+        active.append(self.call.active)
         return attend(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -421,7 +423,11 @@ def test_stock_arguments_may_be_positional(pipe):
 
 def test_every_stock_argument_is_accepted():
     stock = set(inspect.signature(StableDiffusionPipeline.__call__).parameters)
-    ours = set(inspect.signature(StableDiffusionFaceFusionPipeline.__call__).parameters)
-    assert not (ours - {"self", "prompt", "args", "kwargs"}) & stock  # no name of ours hides a stock one
+    whole = inspect.signature(StableDiffusionFaceFusionPipeline.__call__).parameters
+    ours = set(whole) - stock
+    assert stock <= set(whole) and {"face_image", "face_boxes", "control_image"} <= ours  # help shows all
+    mixin = set(inspect.signature(face_fusion_mixin.FaceFusionMixin.__call__).parameters)
+    assert not (mixin - {"self", "prompt", "args", "kwargs"}) & stock  # no name of ours hides a stock one
+    assert list(whole)[:4] == ["self", "prompt", "height", "width"] and whole["face_scale"].default == 1.0
     assert "guidance_rescale" in stock
     generate(tiny_pipeline(), face_image=face(), guidance_rescale=0.5, eta=0.1, num_inference_steps=1)

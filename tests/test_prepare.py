@@ -35,8 +35,8 @@ from face_fusion_pipeline.training.selection import (
     differences,
     select,
     sharpness,
-    square_around,
     thumbnail,
+    training_square,
 )
 from face_fusion_pipeline.training.sources import (
     BrokenShardError,
@@ -107,7 +107,7 @@ def test_an_image_folder_says_who_and_where(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{}", "'file_name' is missing"), ("{", "line 2"), ('{"file_name": "a", "box": [1, 2, 0, 4]}', "x0 < x1")],
+    [("{}", "'file_name' is missing"), ("{", "line 2"), ('{"file_name": 7}', "file_name 7 is no text")],
 )
 def test_bad_metadata_name_the_line(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png"}}\n{line}\n')
@@ -267,9 +267,9 @@ def test_the_training_image_has_the_face_where_its_row_says() -> None:
 
 
 def test_small_faces_are_cropped_closer_and_the_square_stays_inside() -> None:
-    near = square_around(Face((40, 40, 60, 60), 1.0), (100, 80), 0.15)
+    near = training_square(Face((40, 40, 60, 60), 1.0), (100, 80), 0.15)
     assert near == (10, 0, 80)
-    corner = square_around(Face((0, 70, 10, 80), 1.0), (100, 80), 0.15)
+    corner = training_square(Face((0, 70, 10, 80), 1.0), (100, 80), 0.15)
     assert corner == (0, 13, 67)
     assert round(10 / corner[2], 2) == 0.15
 

@@ -10,7 +10,13 @@ from tiny_models import face, tiny_controlnet, tiny_pipeline
 
 from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_detectors import Face
-from face_fusion_pipeline.face_errors import FaceAxesError, InvalidLayoutError, InvalidPromptError, InvalidScaleError
+from face_fusion_pipeline.face_errors import (
+    FaceAxesError,
+    FaceFusionError,
+    InvalidLayoutError,
+    InvalidPromptError,
+    InvalidScaleError,
+)
 from face_fusion_pipeline.face_layout import box_masks
 from face_fusion_pipeline.face_refinement import longer_side, put_back, square_around, strength_for
 from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
@@ -189,6 +195,10 @@ def test_faces_are_found_where_no_boxes_are_given(pipe, picture):
         ({"strength": 0.4}, InvalidScaleError, "strength 0.4 of 2 steps is not one step"),
         ({"face_scale": -1}, InvalidScaleError, "face_scale"),
         ({"face_scale": [1.0]}, FaceAxesError, "1 values of face_scale for 2 people"),
+        ({"output_type": "np"}, FaceFusionError, "leave output_type='np' out"),
+        ({"num_images_per_prompt": 2}, FaceFusionError, "leave num_images_per_prompt=2 out"),
+        ({"return_dict": False}, FaceFusionError, "leave return_dict=False out"),
+        ({"face_weights": [1, 2]}, FaceAxesError, "a list with one number for each of its images"),
         ({"stength": 1}, TypeError, "unknown argument 'stength'"),
     ],
 )
@@ -199,6 +209,29 @@ def test_bad_input_is_named(pipe, picture, arguments, error, message):
     }
     with pytest.raises(error, match=message):
         pipe.refine_faces(picture, **usual | arguments)
+
+
+def test_weights_of_each_persons_references(pipe, picture):
+    settings = {"face_boxes": [LEFT, RIGHT], **STEPS}
+    alone = pipe.refine_faces(picture, "a", face_image=[[A], [B]], generator=generators(), **settings)
+    two = {"face_image": [[A, C], [C, B]], "face_weights": [[1, 0], [0, 1]]}
+    weighted = pipe.refine_faces(picture, "a", generator=generators(), **two, **settings)
+    assert not changed(alone[0], weighted[0]).any()
+
+
+@pytest.mark.parametrize("kind", ["array", "batch", "floats", "tensor"])
+def test_pictures_of_any_kind(pipe, picture, kind):
+    array = np.asarray(picture)
+    given = {
+        "array": array,
+        "batch": array[None],
+        "floats": array[None].astype(np.float32) / 255,
+        "tensor": torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 255,
+    }[kind]
+    settings = {"face_image": A, "face_boxes": [LEFT], **STEPS}
+    expected = pipe.refine_faces(picture, "a", generator=generators(1), **settings)
+    refined = pipe.refine_faces(given, "a", generator=generators(1), **settings)
+    assert len(refined) == 1 and not changed(expected[0], refined[0]).any()
 
 
 def test_a_face_that_the_safety_checker_refuses_stays(pipe, picture, monkeypatch, caplog):

@@ -13,11 +13,12 @@ from face_fusion_pipeline import FaceIdentity, SelfAttentionReference
 from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_attention import attention_layers
 from face_fusion_pipeline.face_errors import FaceFusionError, IdentityMismatchError, InvalidScaleError
-from face_fusion_pipeline.face_identity import encode_latents, face_tensors, noise_latents, reference_passes
 from face_fusion_pipeline.face_layout import box_masks, pool, visible_people
 from face_fusion_pipeline.face_self_attention import WHOLE_AND_CLEAN, ellipse
 from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
 from face_fusion_pipeline.pipeline_inpaint import StableDiffusionInpaintFaceFusionPipeline
+from face_fusion_pipeline.reference_pass import face_tensors, noise_latents, reference_passes
+from face_fusion_pipeline.unet_family import encode_latents
 
 
 A, B = face(0), face(1)

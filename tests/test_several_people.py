@@ -7,9 +7,9 @@ from PIL import Image
 from tiny_models import face, generate, in_mode, tiny_pipeline
 
 from face_fusion_pipeline.face_adapter import create_adapter
+from face_fusion_pipeline.face_defaults import FACE_MODES
 from face_fusion_pipeline.face_detectors import Face
 from face_fusion_pipeline.face_errors import FaceAxesError, IdentityMismatchError, InvalidLayoutError
-from face_fusion_pipeline.face_identity import FACE_MODES
 
 
 LEFT, RIGHT = (1, 4, 6, 12), (10, 4, 15, 12)  # of 16x16 images
@@ -168,7 +168,7 @@ def test_without_places_a_draft_of_the_same_noise_is_searched(pipe):
         callback_on_step_end=count,
     )
     assert result.face_boxes_source == "draft"
-    assert steps == [0, 1, 2]  # the user's callback sees the image that is made, not the draft
+    assert steps == [0, 1, 2, 0, 1, 2]  # the draft is an ordinary call: who wants to stop it, can
     centred = [np.asarray(image) for image in detector.seen if image.size == plain.size]
     assert any(np.array_equal(image, np.asarray(plain)) for image in centred)
     assert close(result.images, generate(pipe, face_image=[[A], [B]], face_boxes=[LEFT, RIGHT]))

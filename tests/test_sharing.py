@@ -204,3 +204,20 @@ def test_compiled_and_plain_wrappers_are_the_same_unet(pipe):
     compiled = torch.compile(pipe.unet, backend="eager")
     with face_ownership.sole_use(compiled), pytest.raises(FaceFusionError, match=IN_USE):
         pipe.encode_face(A)
+
+
+def test_a_detector_is_loaded_once_for_all_pictures(pipe, monkeypatch):
+    from test_several_people import LEFT, RIGHT, FakeDetector
+
+    from face_fusion_pipeline import face_detectors
+
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        return FakeDetector(LEFT, RIGHT)
+
+    monkeypatch.setattr(face_detectors, "load_detector", load)
+    for _ in range(2):
+        generate(pipe, face_image=[[face(0)], [face(1)]], face_detector="haar")
+    assert loaded == ["haar"]

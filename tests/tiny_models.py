@@ -11,7 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, face_fusion_mixin
 from face_fusion_pipeline.face_adapter import create_adapter
-from face_fusion_pipeline.face_attention import Cast, FaceFusionAttnProcessor, FusionSwitch, PersonKeys
+from face_fusion_pipeline.face_attention import FaceCall, FaceFusionAttnProcessor, LayerPeople
+from face_fusion_pipeline.joint_attention import PersonKeys
 
 
 torch.set_num_threads(1)  # several times faster at this size
@@ -128,10 +129,10 @@ def in_mode(pipe: Any, mode: str, monkeypatch: Any) -> Any:
 
 
 def one_face(
-    key: Tensor, value: Tensor, *args: Any, switch: FusionSwitch | None = None, **kwargs: Any
+    key: Tensor, value: Tensor, *args: Any, call: FaceCall | None = None, **kwargs: Any
 ) -> FaceFusionAttnProcessor:
     """A processor with the same person for all rows."""
-    return FaceFusionAttnProcessor([Cast((PersonKeys(key, value, *args, **kwargs),))], switch)
+    return FaceFusionAttnProcessor([LayerPeople((PersonKeys(key, value, *args, **kwargs),))], call)
 
 
 def face(seed: int = 0, size: int = 16) -> Image.Image:

@@ -8,17 +8,18 @@ from typing import Any
 
 from PIL import Image
 
-from ..face_adapter import unet_fingerprint
 from ..face_defaults import FaceDefaults
 from ..face_depth import control_depth
 from ..face_detectors import FaceDetector, load_detector
 from ..face_errors import FaceFusionError, InvalidLayoutError, NoFaceError, SeveralFacesError
+from ..face_file_checks import check_identity_fits
 from ..face_identity import FaceIdentity
 from ..face_images import FacePhoto, detect_faces, locate_face
 from ..face_layout import Box, assign_boxes, even_boxes, scale_boxes
 from ..generation.provenance import describe
 from ..generation.references import reference_crops
 from ..generation.watermark import check_size
+from ..unet_family import unet_fingerprint
 from .form import WHOLE_PHOTO, FieldError, Form, PersonForm, in_field
 
 
@@ -104,7 +105,7 @@ class Engine:
         try:
             detector = None if person.which == WHOLE_PHOTO else self.detector
             with self._detector_lock:  # OpenCV's detectors keep state while they look
-                return locate_face(file.read_bytes(), detector, person.face_index)
+                return locate_face(file, detector, person.face_index, name="the image")
         except SeveralFacesError as error:
             message = "several faces are in it, and none is far larger: say which under “Which face”"
             raise FieldError(person.field, f"{file.name}: {message}") from error
@@ -112,8 +113,6 @@ class Engine:
             message = "no such face" if person.face_index is not None else "no face"
             way_out = f"take one that shows it larger, sharper or more frontal, or choose “{WHOLE_PHOTO}”"
             raise FieldError(person.field, f"{file.name}: {message} found in this photo: {way_out}") from error
-        except OSError as error:  # its own words name the path on this machine
-            raise FieldError(person.field, f"{file.name}: cannot be read: {error.strerror}") from error
         except FaceFusionError as error:
             raise FieldError(person.field, f"{file.name}: {error}") from error
 
@@ -137,6 +136,7 @@ class Engine:
         if identity.needs_adapter and not adapter:
             raise FaceFusionError("this identity needs the adapter it was made with: start the app with --adapter")
         identity.check(unet_fingerprint(self.pipe.unet), adapter)
+        check_identity_fits(identity, self.pipe.unet)
         return identity
 
     def find_boxes(self, picture: Image.Image) -> list[Box]:

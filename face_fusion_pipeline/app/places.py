@@ -57,9 +57,7 @@ def drawn_boxes(value: Any) -> dict[int, Box]:
 def read_picture(file: str | Path) -> Image.Image:
     """An uploaded layout picture or depth map. Raises [`FieldError`] with the file's name, never its path."""
     try:
-        return load_image(Path(file).read_bytes())
-    except OSError as error:  # its own words name the path on this machine
-        raise FieldError("places", f"{Path(file).name}: cannot be read: {error.strerror}") from error
+        return load_image(Path(file), "the image")
     except FaceFusionError as error:
         raise FieldError("places", f"{Path(file).name}: {error}") from error
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..files.atomic import replacing
 from ..generation.contact_sheet import contact_sheet, save_png
 from ..generation.watermark import add_watermark
 from .engine import Picture
@@ -49,10 +50,10 @@ def save_archive(files: Sequence[Path], pictures: Sequence[Picture], folder: Pat
     A finished file is renamed: whoever is downloading an earlier one gets all of that.
     """
     path = folder / "face_fusion.zip"
-    temporary = path.with_suffix(".tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:  # PNG is compressed already
+    # PNG is compressed already
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for file in files:
             archive.write(file, file.name)
         text = [picture.text for picture in pictures]
         archive.writestr("metadata.json", json.dumps(text, ensure_ascii=False, indent=2))
-    return temporary.replace(path)
+    return path

@@ -11,9 +11,11 @@ import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..face_errors import FaceFusionError
+from ..files.atomic import check_writable
 
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
@@ -73,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help or a bad argument
         return int(stop.code or 0)
     try:
+        if isinstance(getattr(args, "out", None), Path):
+            check_writable(args.out)  # before hours of work
         return args.run(args)
     except KeyboardInterrupt:
         return _fail("interrupted; every file that was written is complete", INTERRUPTED)

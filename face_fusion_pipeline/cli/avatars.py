@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from ..files.atomic import replacing
+
 
 HELP = "draw a labelled grid of avatars, or one reference portrait"
 
@@ -39,9 +41,7 @@ def run(args: argparse.Namespace) -> int:
             name, image = "reference.png", sheet.portrait(args.portrait, max(args.size, 256))
     except ValueError as error:
         raise FaceFusionError(str(error)) from error
-    args.out.mkdir(parents=True, exist_ok=True)
-    partial = args.out / f".{name}"
-    image.save(partial, "PNG")
-    partial.replace(args.out / name)
+    with replacing(args.out / name) as partial:
+        image.save(partial, "PNG")
     print(json.dumps({"image": str(args.out / name)}) if args.json else str(args.out / name))
     return 0

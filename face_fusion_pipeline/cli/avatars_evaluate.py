@@ -244,7 +244,9 @@ def _training_captions(data: str | None) -> set[str]:
     path = Path(data) / "train" / "metadata.jsonl"
     if not path.is_file():
         raise FaceFusionError(f"--training-data: no {path}")
-    return {json.loads(line)["text"] for line in path.read_text().splitlines() if line.strip()}
+    from ..files.texts import read_json_lines
+
+    return {row["text"] for row in read_json_lines(path, "make the dataset again with `face-fusion avatars-dataset`")}
 
 
 def _adapter(args: argparse.Namespace) -> str | None:

@@ -197,8 +197,9 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
         given = {name: value for name, value in given.items() if value is not None}
         return VaeTask(vae, data, validation, decoder_only=args.decoder_only, **given)
     if args.stage == "clip":
-        from ..avatars.training.clip import ClipTask, create_clip, load_clip
+        from ..avatars.training.clip import ClipTask, create_clip
         from ..avatars.training.tokenizer import load_tokenizer, train_tokenizer
+        from ..evaluation.clip_score import load_clip
 
         known = source or args.out  # a model folder that has a tokenizer keeps it
         has_one = (known / "tokenizer").is_dir()
@@ -217,9 +218,9 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
         given = {name: value for name, value in given.items() if value is not None}
         return UnetTask(unet, frozen, data, validation, **given)
     if args.stage == "recogniser":
-        from ..avatars.training.recogniser import RecogniserTask, TrainingRecogniser, load_recogniser
+        from ..avatars.training.recogniser import RecogniserTask, TrainingRecogniser, load_training_recogniser
 
-        return RecogniserTask(load_recogniser(source) if source else TrainingRecogniser(), data, validation)
+        return RecogniserTask(load_training_recogniser(source) if source else TrainingRecogniser(), data, validation)
     if args.stage == "traits":
         from ..avatars.measures.traits import TraitNetwork, load_traits
         from ..avatars.measures.traits_training import TraitsTask

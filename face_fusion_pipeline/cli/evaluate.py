@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.pictures import photos_to_compare
 
     model = args.model or str(embedded_model())
-    people = read_people(args.identities, args.max_identities)
+    people = read_people(args.identities, args.max_identities, exclude=(args.out,))
     settings = _settings(args, model) if args.prompts is not None else None
     pictures = _pictures(args, people, settings)
     device = _device(args.device)
@@ -141,8 +141,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise FaceFusionError(f"--{name.replace('_', '-')} must be from 1 to {most}, got {value}")
     if args.seed < 0:
         raise FaceFusionError(f"--seed must be 0 or more, got {args.seed}")
-    if args.out.exists() and not args.out.is_dir():
-        raise FaceFusionError(f"--out {args.out} is a file: name a folder")
     if args.model is not None and args.prompts is not None:
         check_model(args.model)
     defaults = None if args.prompts is None else defaults_beside(args.model)
@@ -205,7 +203,7 @@ def _panel(
     args: argparse.Namespace, people: list[Person], model: str | None, device: Any
 ) -> tuple[PicturePanel, dict[str, str]]:
     """All that looks at the pictures; a model of avatars brings its CLIP and the judges of avatars along."""
-    from ..avatars.evaluation.judges import SHIPPED
+    from ..avatars.evaluation.judges import SHIPPED, load_judges
     from ..evaluation.clip_score import is_pipeline_folder
     from ..evaluation.picture_panel import load_panel
     from ..face_detectors import load_detector
@@ -219,7 +217,7 @@ def _panel(
         folder=args.recognisers,
         expression=args.expression,
         clip=args.clip or (model if avatars else None),
-        judges=judges,
+        judges=load_judges(judges) if judges is not None else None,
         device=device,
     )
 

@@ -1,7 +1,9 @@
 """`face-fusion generate`: new pictures of the person in a photo, as a prompt describes them."""
 
 import argparse
+import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,22 +128,24 @@ def run(args: argparse.Namespace) -> int:
     references, identity = encode(pipe, faces, args.mirror, args.mode)
     settings = settings_of(args, pipe, identity)
 
-    from ..generation.contact_sheet import contact_sheet, save_png
+    from ..generation.contact_sheet import contact_sheet, save_new_png, save_png
 
     written: list[Path] = []
     fused: list[Image.Image] = []
-    first = next_number(args.out)
+    numbers = free_numbers(args.out)
     for picture in generate(pipe, args, identity):  # each is saved at once: a run that is stopped keeps what it has
         text = {**settings, "seed": args.seed + len(fused)}
         marked = add_watermark(picture) if args.watermark else picture
-        written.append(save_png(marked, args.out / f"image_{first + len(fused):03d}.png", text))
+        names = (f"image_{number:03d}.png" for number in numbers)
+        written.append(save_new_png(marked, args.out, names, text))
         fused.append(picture)
     if not args.no_sheet:
         plain = list(generate(pipe, args, None))
         columns = {"reference": references, "without Face Fusion": plain, "with Face Fusion": fused}
         sheet = contact_sheet({label: pictures for label, pictures in columns.items() if pictures})
         sheet = add_watermark(sheet) if args.watermark else sheet
-        name = f"contact_sheet_{first:03d}.png" if first else "contact_sheet.png"
+        number = number_of(written[0])  # no other run has that of our first picture
+        name = f"contact_sheet_{number:03d}.png" if number else "contact_sheet.png"
         written.append(save_png(sheet, args.out / name, {**settings, "seed": args.seed}))
     if args.json:
         print(
@@ -171,8 +175,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise FaceFusionError("a saved identity holds all references of a person: give it alone as --face")
     if args.mirror and args.face[0].endswith(".safetensors"):
         raise FaceFusionError("--mirror is for photos: a saved identity is encoded already")
-    if args.out.exists() and not args.out.is_dir():
-        raise FaceFusionError(f"--out {args.out} is a file: name a folder")
     if args.watermark:
         from ..generation.watermark import blind_watermark
 
@@ -254,12 +256,16 @@ def encode(
     return crops, pipe.encode_face(with_mirrored(crops) if mirror else crops, face_mode=mode, mirrored=False)
 
 
-def next_number(folder: Path) -> int:
-    """The number of the next picture in `folder`: what earlier runs wrote there stays."""
-    taken = [
-        int(path.stem.removeprefix("image_")) for path in folder.glob("image_[0-9]*.png") if path.stem[6:].isdigit()
-    ]
-    return max(taken, default=-1) + 1
+def number_of(path: Path) -> int | None:
+    """The number of a picture or contact sheet; None for another file."""
+    found = re.fullmatch(r"(?:image|contact_sheet)_([0-9]{1,18})\.png", path.name)
+    return int(found[1]) if found else 0 if path.name == "contact_sheet.png" else None
+
+
+def free_numbers(folder: Path) -> Iterator[int]:
+    """Numbers for the next pictures in `folder`: what earlier runs wrote there stays."""
+    taken = [number for path in folder.glob("*.png") if (number := number_of(path)) is not None]
+    return itertools.count(max(taken, default=-1) + 1)
 
 
 def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[Image.Image]":

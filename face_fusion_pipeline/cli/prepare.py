@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..face_errors import FaceFusionError
+from ..files.atomic import check_new
 from ..generation.arguments import add_version_arguments
 
 
@@ -28,7 +29,8 @@ DEFAULT_RESOLUTION = 512  # pixels, where no model says another
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Turn photos into training data for `face-fusion train`. Bad photos are skipped, counted in OUT/report.json "
-        "and listed in OUT/skipped.jsonl. A run that was stopped goes on when the same command is given again."
+        "and listed in OUT/skipped.jsonl; of a bad field the photo is kept, and it is listed in OUT/left_out.jsonl. A "
+        "run that was stopped goes on when the same command is given again."
     )
     parser.add_argument(
         "source",
@@ -107,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
 
         encode(args.out, base, args.augmentations)
     skipped = ", ".join(f"{reason} {number}" for reason, number in report["skipped"].items()) or "none"
+    if left_out := ", ".join(f"{name} {number}" for name, number in report["fields_left_out"].items()):
+        skipped += f"; fields left out: {left_out} (OUT/left_out.jsonl)"
     print(
         f"{report['kept']} of {report['read']} photos of {report['people']} people, "
         f"{report['paired_with_another_photo']} with another photo of the same person; skipped: {skipped}"
@@ -149,8 +153,6 @@ def check_selection(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise FaceFusionError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if args.out.exists() and not args.out.is_dir():
-        raise FaceFusionError(f"--out {args.out} is a file: name a folder")
 
 
 def first_look(source: str, args: argparse.Namespace) -> Iterator[Piece]:
@@ -165,12 +167,23 @@ def first_look(source: str, args: argparse.Namespace) -> Iterator[Piece]:
         split=args.dataset_split,
         streaming=args.streaming,
         limit=args.limit,
+        exclude=(args.out,),
     )
+    check_place(Path(source), args.out)
     pieces = iter(open_source(source, options))
     first = next(pieces, None)
     if first is None:
         raise DataError(f"{source} has no photos")
     return chain([first], pieces)
+
+
+def check_place(source: Path, out: Path) -> None:
+    """Raise [`FaceFusionError`] where the results would lie among photos, and those be taken for results."""
+    if source.is_dir() and out.resolve() == source.resolve():
+        raise FaceFusionError(f"--out {out} is the folder of the photos: name another")
+    begun = any((out / name).exists() for name in ("settings.json", "prepared"))
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()) and not begun:
+        check_new(out)
 
 
 def load(model: str, args: argparse.Namespace) -> BaseModel:

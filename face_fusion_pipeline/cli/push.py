@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 from ..face_errors import FaceFusionError, ModelNotFoundError
+from ..files.atomic import check_new
+from ..files.texts import read_text
 
 
 HELP = "upload weights, their card and the pipeline to the Hugging Face Hub"
@@ -49,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
 
     from ..publishing import card, hub, repository
 
-    tables = [path.read_text() for path in args.table]
+    if args.out is not None and not args.dry_run:
+        check_new(args.out)
+    tables = [read_text(path, "--table") for path in args.table]
     files = repository.repository_files(args.folder, args.to or card.REPOSITORY, tables, args.license)
     if args.out is not None and not args.dry_run:
         repository.write_folder(files, args.out)

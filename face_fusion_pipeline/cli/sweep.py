@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from ..generation.contact_sheet import contact_sheet, save_png
+    from ..generation.contact_sheet import contact_sheet, save_new_png
     from ..generation.references import reference_crops
 
     pipe = load_model(args)
@@ -87,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
         for scale in args.scales:
             columns.setdefault(f"strength {scale:g}", []).append(picture(identity, scale))
     rows = [f"{layers}, timestep {timestep}" for layers, timestep in itertools.product(args.layers, args.timesteps)]
-    path = save_png(contact_sheet(columns, rows), args.out / SHEET, {"prompt": args.prompt, "seed": args.seed})
+    names = (f"sweep_{number:03d}.png" if number else SHEET for number in itertools.count())
+    text = {"prompt": args.prompt, "seed": args.seed}
+    path = save_new_png(contact_sheet(columns, rows), args.out, names, text)
     print(path)
     for row in rows:
         print(f"row: {row}")

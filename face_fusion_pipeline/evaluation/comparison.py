@@ -19,8 +19,10 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from ..face_errors import FaceFusionError, UnreadableImageError
+from ..files.atomic import replacing, write_text
+from ..files.texts import UnreadableFileError, read_json
 from ..generation.references import reference_crops
-from ..training.loop import process_group, write_atomic
+from ..training.loop import process_group
 from .comparison_tables import as_markdown, columns, summarise
 from .generation import Settings, make_pictures
 from .picture_rows import PicturePanel, Row
@@ -115,8 +117,7 @@ def score_pictures(pictures: Sequence[Picture], panel: PicturePanel, folder: Pat
             record["unusable"][picture.name or picture.key] = str(error)
         names = {photo.name for person in picture.people for photo in panel.people[person].photos}
         record["unusable"] |= {name: why for name, why in panel.unusable.items() if name in names}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / f"{picture.key}.json", json.dumps(record) + "\n")
+        write_text(folder / f"{picture.key}.json", json.dumps(record) + "\n")
 
 
 def collect_rows(pictures: Sequence[Picture], panel: PicturePanel, folder: Path) -> tuple[list[Row], dict[str, str]]:
@@ -133,18 +134,17 @@ def collect_rows(pictures: Sequence[Picture], panel: PicturePanel, folder: Path)
 def write_parquet(rows: Sequence[Row], path: Path) -> None:
     """All rows as one table; a column is null where a row has no such figure."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    aside = path.with_suffix(".tmp")
-    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), aside)
-    aside.replace(path)
+    with replacing(path) as partial:
+        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), partial)
 
 
 def _read(picture: Picture, panel: PicturePanel, folder: Path) -> dict[str, Any] | None:
     """The record of a picture, None if there is none or it tells of another file or other recognisers."""
     try:
-        record = json.loads((folder / f"{picture.key}.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        record = read_json(folder / f"{picture.key}.json", "it is made again")
+    except UnreadableFileError:
         return None
-    return record if record["stamp"] == _stamp(picture, panel) else None
+    return record if isinstance(record, dict) and record.get("stamp") == _stamp(picture, panel) else None
 
 
 def _stamp(picture: Picture, panel: PicturePanel) -> list[Any]:

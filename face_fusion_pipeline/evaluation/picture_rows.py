@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
 from ..face_errors import FaceFusionError, UnreadableImageError
 from ..face_images import FacePhoto, load_image
+from ..face_pictures import open_picture
 from ..training.sources import Photo
 from .clip_score import ClipScore
 from .copying import expression_difference, landmark_difference, pixel_agreement, pose_difference, yaw
@@ -164,8 +164,7 @@ class PicturePanel:
 
 
 def is_blacked_out(path: Path) -> bool:
-    with Image.open(path) as image:
-        return BLACKED_OUT in image.info
+    return BLACKED_OUT in open_picture(path).info
 
 
 def match(known: Sequence[KnownPerson | None], found: Sequence[Observation]) -> list[Observation | None]:

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..face_errors import FaceFusionError
+from ..files.atomic import write_text
+from ..files.folders import inside
+from ..files.texts import parse_json, read_text
+from ..training.records import as_caption, as_name, is_missing
 from .people import Person
 
 
@@ -117,10 +121,10 @@ def read_pictures(folder: Path, known: Sequence[Person]) -> list[Picture]:
             '{"file_name": ..., "identity": ..., "prompt": ..., "method": ...}'
         )
     pictures = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(listing).split("\n"), 1):
         if line.strip():
             try:
-                pictures.append(_picture(folder, json.loads(line), names))
+                pictures.append(_picture(folder, parse_json(line), names))
             except (ValueError, TypeError, AttributeError) as error:
                 raise FaceFusionError(f"{listing}, line {number}: {error}") from error
             except KeyError as error:
@@ -131,17 +135,19 @@ def read_pictures(folder: Path, known: Sequence[Person]) -> list[Picture]:
 
 
 def _picture(folder: Path, record: dict[str, Any], names: set[str]) -> Picture:
-    people = record["identities"] if "identities" in record else [record["identity"]]
-    people = tuple(str(name) for name in people)
+    listed = record["identities"] if "identities" in record else [record["identity"]]
+    people = tuple(as_name(name) for name in listed)
     if unknown := [name for name in people if name not in names]:
         raise ValueError(f"identity {unknown[0]!r} is not among those of --identities")
     if not people:
         raise ValueError("identities is empty")
-    path = folder / record["file_name"]
+    path = inside(folder, record["file_name"])
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    prompt = record.get("prompt") or record.get("text") or ""
-    return Picture(path, str(record.get("method") or folder.resolve().name), people, str(prompt), record.get("seed"))
+    said = {key: value for key, value in record.items() if not is_missing(value)}
+    prompt = as_caption(said.get("prompt", said.get("text", "")))
+    method = as_name(said.get("method", folder.resolve().name))
+    return Picture(path, method, people, prompt, int(said["seed"]) if "seed" in said else None)
 
 
 def list_pictures(pictures: Sequence[Picture], folder: Path) -> None:
@@ -154,21 +160,16 @@ def list_pictures(pictures: Sequence[Picture], folder: Path) -> None:
                 "prompt": picture.prompt,
                 "method": picture.method,
                 "seed": picture.seed,
-            },
-            ensure_ascii=False,
+            }
         )
         for picture in pictures
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file that are not empty, each once. Raises FaceFusionError if there are none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FaceFusionError(f"--prompts {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+    """The lines of a text file that are not empty, each once. Raises FaceFusionError if there are none."""
+    lines = read_text(path, "--prompts").split("\n")
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise FaceFusionError(f"--prompts {path} is empty: write one prompt a line")

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
+from ..files.atomic import write_text
+
 
 _HEADER, _CAPTION = 16, 26  # pixels
 
@@ -47,9 +49,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def write_report(out: Path, name: str, result: dict[str, Any], markdown: str) -> None:
     """Write `out/name.json` and `out/name.md`."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / f"{name}.md").write_text(markdown)
+    write_text(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    write_text(out / f"{name}.md", markdown)
 
 
 def contact_sheet(

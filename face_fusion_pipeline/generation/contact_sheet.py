@@ -1,10 +1,12 @@
 """Contact sheets, and PNG files that are either complete or not there."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+
+from ..files.atomic import aside, replacing, take_free_name
 
 
 GAP, BAR = 8, 28  # pixels between cells, and of the bar above them that carries the labels
@@ -47,15 +49,23 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], text: Mapping[str
         text: keyword -> value of the text chunks; values that are None are left out.
     """
     path = Path(path)
+    with replacing(path) as partial:
+        _write(image, partial, text)
+    return path
+
+
+def save_new_png(
+    image: Image.Image, folder: Path, names: Iterable[str], text: Mapping[str, object] | None = None
+) -> Path:
+    """As [`save_png`], under the first of `names` that no file in `folder` has, not even one of another process."""
+    with aside(folder) as partial:
+        _write(image, partial, text)
+        return take_free_name(partial, (folder / name for name in names))
+
+
+def _write(image: Image.Image, path: Path, text: Mapping[str, object] | None) -> None:
     chunks = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         if value is not None:
             chunks.add_text(key, str(value))  # Pillow writes what is not Latin-1 as an international chunk
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG", pnginfo=chunks)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    image.save(path, format="PNG", pnginfo=chunks)

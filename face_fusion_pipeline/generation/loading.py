@@ -8,7 +8,7 @@ from typing import Any
 
 from ..avatar_model import embedded_model
 from ..face_defaults import FaceDefaults, defaults_of
-from ..face_errors import FaceFusionError, ModelNotFoundError
+from ..face_errors import FaceFusionError, ModelNotFoundError, short
 
 
 ADAPTER_FILE = "face_fusion_adapter.safetensors"
@@ -38,6 +38,14 @@ def controlnet_beside(model: str | None) -> str | None:
     """
     path = Path(model or embedded_model()) / "controlnet"
     return str(path) if (path / "config.json").is_file() else None
+
+
+def unloadable(what: str, error: Exception) -> ModelNotFoundError:
+    """The error of a model that cannot be loaded, in one line; of one that has pickles alone, with the way out."""
+    reason = short(error) or type(error).__name__
+    if "safetensors" in reason or ".bin" in reason:
+        reason += "; only .safetensors weights are read: convert pickled ones, `save_pretrained` writes them"
+    return ModelNotFoundError(f"cannot load the {what}: {reason}")
 
 
 def load_pipeline(
@@ -75,7 +83,7 @@ def load_pipeline(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise FaceFusionError(f"--device {device} cannot be used here: {error}") from error
-    settings: dict[str, Any] = {"dtype": getattr(torch, name)}
+    settings: dict[str, Any] = {"dtype": getattr(torch, name), "use_safetensors": True}  # never a pickle
     what = f"model {model}"
     try:
         if controlnet is not None:
@@ -83,8 +91,8 @@ def load_pipeline(
             settings["controlnet"] = ControlNetModel.from_pretrained(controlnet, **settings)
             what = f"model {model}"
         pipe = StableDiffusionFaceFusionPipeline.from_pretrained(model, revision=revision, variant=variant, **settings)
-    except (OSError, ValueError) as error:  # not there, offline, gated, a broken or other kind of model
-        raise ModelNotFoundError(f"cannot load the {what}: {error}") from error
+    except Exception as error:  # not there, offline, gated, a broken or other kind of model, pickles: any type
+        raise unloadable(what, error) from error
     pipe.set_progress_bar_config(desc="denoising", leave=False)
     if adapter is not None:
         pipe.load_face_fusion_adapter(adapter)

@@ -15,16 +15,10 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from ..face_attention import (
-    Cast,
-    FaceFusionAttnProcessor,
-    PersonKeys,
-    attention_layers,
-    join_people,
-    split_heads,
-)
+from ..face_attention import FaceFusionAttnProcessor, LayerPeople, attention_layers
 from ..face_errors import FaceFusionError
 from ..face_layout import Box, Region, box_masks, layer_sizes, pool
+from ..joint_attention import PersonKeys, join_people, split_heads
 
 
 MAX_WEIGHTS = 2**24  # softmax weights held at a time, 64 MB: queries are taken in portions
@@ -140,18 +134,18 @@ class _Observer:
     ) -> None:
         self.layers, self.steps, self.boxes, self.pixels = layers, steps, boxes, pixels
         self.record = AttentionRecord()
-        self.switch: Any = None  # of the call that is being recorded
+        self.call: Any = None  # of the call that is being recorded
         self.step = -1
         self.levels: dict[int, _Level] = {}
 
     def before_step(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         processors = [layer.processor for layer in self.layers]
-        switch = next((p.switch for p in processors if has_faces_here(p)), None)
-        if switch is None:  # the pass of a reference, a draft, a call without faces
+        call = next((p.call for p in processors if has_faces_here(p)), None)
+        if call is None:  # the pass of a reference, a draft, a call without faces
             return
-        if switch is not self.switch:
+        if call is not self.call:
             self.record.maps.clear()
-            self.switch, self.step = switch, -1
+            self.call, self.step = call, -1
         self.step += 1
         height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
         places = box_masks(list(self.boxes.values()), height * self.pixels, width * self.pixels, enlarge=1)
@@ -195,36 +189,36 @@ class _LookingProcessor(FaceFusionAttnProcessor):
     """Goes the way of the processor it copies up to the softmax and notes that; its output means nothing."""
 
     def __init__(self, processor: Any, levels: Mapping[int, _Level]) -> None:
-        super().__init__(processor.casts, processor.switch)
+        super().__init__(processor.shares, processor.call)
         self.levels = levels
         self.maps: list[FaceMaps] = []
 
     def _attend_rows(
-        self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cast: Cast | None
+        self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: LayerPeople | None
     ) -> Tensor:
-        if cast is not None:
+        if row is not None:
             if query.shape[1] not in self.levels:
                 raise FaceFusionError(
                     f"a layer has {query.shape[1]} queries, the latents make {sorted(self.levels)}: this UNet does "
                     "not halve its latents from level to level, so its attention cannot be drawn as maps"
                 )
-            self.maps += _look(attn, query, key, mask, cast, self.levels[query.shape[1]])
+            self.maps += _look(attn, query, key, mask, row, self.levels[query.shape[1]])
         return query
 
 
 def _look(
-    attn: Attention, query: Tensor, key: Tensor, mask: Tensor | None, cast: Cast, level: _Level
+    attn: Attention, query: Tensor, key: Tensor, mask: Tensor | None, row: LayerPeople, level: _Level
 ) -> list[FaceMaps]:
     """The maps of each image of a batch that has the same people: query and key `(B, N, heads, d)`."""
     batch, queries, heads, _ = query.shape
-    mass = torch.zeros(len(cast.people), batch, queries)
-    reference = {name: [torch.zeros(batch, p.key.shape[1]) for p in cast.people] for name in level.boxes}
-    everybody = Region(torch.arange(queries, device=query.device), tuple(range(len(cast.people))))
-    for part in (everybody,) if cast.regions is None else cast.regions[queries].parts:
-        seen = [index for index in part.people if cast.people[index].scale > 0]
+    mass = torch.zeros(len(row.people), batch, queries)
+    reference = {name: [torch.zeros(batch, p.key.shape[1]) for p in row.people] for name in level.boxes}
+    everybody = Region(torch.arange(queries, device=query.device), tuple(range(len(row.people))))
+    for part in (everybody,) if row.regions is None else row.regions[queries].parts:
+        seen = [index for index in part.people if row.people[index].scale > 0]
         if not seen:
             continue
-        people = [cast.people[index] for index in seen]
+        people = [row.people[index] for index in seen]
         face_key, face_value, bias = join_people(people, key.shape[1], query.shape[1])
         face_key, _ = split_heads(attn, face_key, face_value, query.dtype)
         counts = [person.key.shape[1] for person in people]
@@ -240,7 +234,7 @@ def _look(
         FaceMaps(
             mass[:, image].unflatten(-1, level.size),
             {
-                name: tuple(on_cells(m[image], person) for m, person in zip(by_person, cast.people, strict=True))
+                name: tuple(on_cells(m[image], person) for m, person in zip(by_person, row.people, strict=True))
                 for name, by_person in reference.items()
             },
         )

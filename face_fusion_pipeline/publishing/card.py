@@ -10,9 +10,9 @@ from string import Template
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from PIL import Image
 
 from ..face_errors import FaceFusionError
+from ..face_pictures import open_picture
 
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,5 @@ def finish_card(
 
 
 def _example(picture: Path) -> dict[str, Any] | None:
-    with Image.open(picture) as image:
-        prompt = image.info.get("prompt")
+    prompt = open_picture(picture).info.get("prompt")
     return {"text": prompt, "output": {"url": f"images/{picture.name}"}} if prompt else None

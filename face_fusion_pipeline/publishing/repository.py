@@ -14,9 +14,12 @@ from pathlib import Path
 
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 
-from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata, read_tensors
+from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
 from ..face_defaults import DEFAULTS_NAME, read_defaults
-from ..face_errors import FaceFusionError, ModelNotFoundError
+from ..face_errors import AdapterMismatchError, ModelNotFoundError
+from ..face_file_checks import check_tensors
+from ..face_files import read_tensors
+from ..files.atomic import new_folder
 from .card import REPOSITORY, finish_card
 
 
@@ -50,7 +53,8 @@ def repository_files(
     adapter = weights / ADAPTER_WEIGHTS_NAME
     if not adapter.is_file():
         raise ModelNotFoundError(f"{weights} has no {ADAPTER_WEIGHTS_NAME} beside its card")
-    AdapterMetadata.from_strings(read_tensors(adapter)[1])  # refuses anything else of that name
+    tensors, _ = read_tensors(adapter, check=AdapterMetadata.from_strings)  # refuses anything else of that name
+    check_tensors(tensors, str(adapter), AdapterMismatchError)
 
     pictures = sorted(folder.glob(PICTURES))
     files: dict[str, Path | bytes] = {
@@ -84,16 +88,18 @@ def license_file() -> Path:
 
 
 def write_folder(files: dict[str, Path | bytes], out: Path) -> None:
-    """Write the repository as the folder `out`, to look at or try. Raises [`FaceFusionError`] if it holds anything."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FaceFusionError(f"--out {out} exists and is no empty folder: name another")
-    for name, file in files.items():
-        target = out / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(file, bytes):
-            target.write_bytes(file)
-        else:
-            shutil.copyfile(file, target)
+    """Write the repository as the folder `out`, to look at or try: all of it, or nothing.
+
+    Raises [`FaceFusionError`] if `out` holds anything.
+    """
+    with new_folder(out) as folder:
+        for name, file in files.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(file, bytes):
+                target.write_bytes(file)
+            else:
+                shutil.copyfile(file, target)
 
 
 def size(file: Path | bytes) -> int:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata, read_tensors, same_fingerprint, save_tensors
+from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
 from ..face_errors import AdapterMismatchError, FaceFusionError
-
-
-RECORD = "training.json"
+from ..face_file_checks import check_tensors
+from ..face_files import read_tensors, save_tensors
+from ..files.atomic import replacing
+from ..unet_family import same_fingerprint
+from .run_records import RECORD, read_records
 
 
 def average_adapters(first: Path, second: Path, share: float, out: Path) -> None:
@@ -34,27 +37,38 @@ def average_adapters(first: Path, second: Path, share: float, out: Path) -> None
     target = out / ADAPTER_WEIGHTS_NAME
     if target.resolve() in [file.resolve() for file in files]:
         raise FaceFusionError(f"{out} holds what is averaged: take another folder for the result")
-    (a, said), (b, also_said) = (read_tensors(file) for file in files)
+    (a, said), (b, also_said) = (read_tensors(file, check=AdapterMetadata.from_strings) for file in files)
     one, other = (AdapterMetadata.from_strings(strings) for strings in (said, also_said))
     same_base = same_fingerprint(one.base_fingerprint, other.base_fingerprint)
     if not same_base or one != replace(other, base_fingerprint=one.base_fingerprint):
         raise AdapterMismatchError(f"{files[0]} and {files[1]} are for different bases or kinds of reference")
     if {key: weight.shape for key, weight in a.items()} != {key: weight.shape for key, weight in b.items()}:
         raise AdapterMismatchError(f"{files[0]} and {files[1]} have different layers")
+    for file, read in zip(files, (a, b), strict=True):
+        check_tensors(read, str(file), AdapterMismatchError)
     mean = {key: ((1 - share) * a[key].float() + share * b[key].float()).to(a[key].dtype) for key in a}
-    save_tensors(target, mean, one.to_strings())
-    record = files[1].with_name(RECORD)
-    if record.is_file():
-        records = json.loads(record.read_text())
-        for training in records.values():
-            averaged = {"share": share, "with": _described(files[0].with_name(RECORD))}
-            before = {"before": training["averaged"]} if "averaged" in training else {}
-            training["averaged"] = averaged | before
-        (out / RECORD).write_text(json.dumps(records, indent=2) + "\n")
+    records = averaged_records(files[0].with_name(RECORD), files[1].with_name(RECORD), share)
+    with replacing(target) as weights, replacing(out / RECORD) as record:  # both, or neither
+        save_tensors(weights, mean, one.to_strings())
+        record.write_text(json.dumps(records, indent=2) + "\n")
+    if not records:  # of a training of which nothing is known
+        (out / RECORD).unlink()
 
 
-def _described(record: Path) -> dict[str, object]:
+def averaged_records(first: Path, second: Path, share: float) -> dict[str, Any]:
+    """The records of the second training, which say what its weights were averaged with.
+
+    Raises [`FaceFusionError`] where one is damaged.
+    """
+    records = read_records(second)
+    for training in records.values():
+        averaged = {"share": share, "with": _described(read_records(first))}
+        before = {"before": training["averaged"]} if "averaged" in training else {}
+        training["averaged"] = averaged | before
+    return records
+
+
+def _described(records: dict[str, Any]) -> dict[str, object]:
     """Which training it was, if it is known, and what its weights were averaged with."""
-    records = json.loads(record.read_text()) if record.is_file() else {}
     names = ("task", "steps", "date", "averaged")
     return {name: training[name] for training in records.values() for name in names if name in training}

@@ -14,14 +14,11 @@ import transformers.utils.logging as transformers_logging
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from ..face_errors import ModelNotFoundError
-from ..face_identity import encode_latents
+from ..generation.loading import unloadable
 from ..pipeline import StableDiffusionFaceFusionPipeline
+from ..unet_family import TEXT, encode_latents, text_conditions, unet_arguments
 from .loop import TrainingError
 from .objective import NoiseSchedule
-
-
-TEXT, POOLED = "text", "pooled"
 
 
 @dataclass
@@ -79,13 +76,9 @@ class BaseModel:
 
     @torch.no_grad()
     def conditions(self, prompts: list[str]) -> dict[str, Tensor]:
-        """What the UNet is told of N prompts: `text` (N, tokens, width), for SDXL also `pooled` (N, width)."""
-        device = self.device
+        """What the UNet is told of N prompts, see `unet_family.text_conditions`."""
         with quiet():  # long captions are cut: as many warnings as captions would help nobody
-            if not self.is_xl:
-                return {TEXT: self.pipeline.encode_prompt(prompts, device, 1, False)[0]}
-            states = self.pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
-            return {TEXT: states[0], POOLED: states[2]}
+            return text_conditions(self.pipeline, prompts, self.device)
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
@@ -100,12 +93,7 @@ class BaseModel:
 
     def unet_arguments(self, conditions: Mapping[str, Tensor], side: int) -> dict[str, Any]:
         """Keyword arguments of the UNet for B rows of `conditions` and square images of `side` pixels, not cropped."""
-        text = conditions[TEXT].to(self.dtype)
-        if not self.is_xl:
-            return {"encoder_hidden_states": text}
-        sizes = torch.tensor([[side, side, 0, 0, side, side]], device=text.device, dtype=text.dtype)
-        added = {"text_embeds": conditions[POOLED].to(text.dtype), "time_ids": sizes.expand(len(text), -1)}
-        return {"encoder_hidden_states": text, "added_cond_kwargs": added}
+        return unet_arguments({**conditions, TEXT: conditions[TEXT].to(self.dtype)}, side, side)
 
 
 @contextmanager
@@ -137,15 +125,16 @@ def load_base(name: str | Path, dtype: torch.dtype = torch.float32, **hub: Any) 
         if not kind.startswith("StableDiffusion") or kind.startswith("StableDiffusion3"):
             raise TrainingError(f"{name} is a {kind}: Face Fusion can be trained for Stable Diffusion 1.x, 2.x and XL")
         if "XL" in kind:
-            pipeline = StableDiffusionXLPipeline.from_pretrained(name, dtype=dtype, **hub)
+            pipeline = StableDiffusionXLPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub)
         else:
-            without = {"safety_checker": None, "requires_safety_checker": False, "controlnet": None}
-            pipeline = StableDiffusionFaceFusionPipeline.from_pretrained(name, dtype=dtype, **without, **hub)
+            parts: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "controlnet": None}
+            parts["use_safetensors"] = True  # never a pickle
+            pipeline = StableDiffusionFaceFusionPipeline.from_pretrained(name, dtype=dtype, **parts, **hub)
             pipeline.face_defaults = None  # what a training and its samples see is said with every call
     except TrainingError:
         raise
-    except (OSError, ValueError, KeyError) as error:  # not there, offline, gated, another or a broken model
-        raise ModelNotFoundError(f"cannot load the model {name}: {error}") from error
+    except Exception as error:  # not there, offline, gated, another or a broken model, pickles: any type
+        raise unloadable(f"model {name}", error) from error
     pipeline.vae.to(memory_format=torch.channels_last)  # encodes up to twice as fast, on CPUs too
     return base_of(pipeline, str(name))
 

@@ -13,16 +13,16 @@ from ..face_adapter import (
     AdapterMetadata,
     FaceFusionAdapter,
     load_adapter,
-    read_tensors,
-    unet_fingerprint,
 )
+from ..face_files import read_tensors
+from ..unet_family import unet_fingerprint
 from .errors import TrainingError
 
 
 def continued_adapter(unet: UNet2DConditionModel, path: Path, metadata: Mapping[str, object]) -> FaceFusionAdapter:
     """The weights in a file or folder in float32, to be trained on; `TrainingError` where its metadata are others."""
     path = path / ADAPTER_WEIGHTS_NAME if path.is_dir() else path
-    tensors, strings = read_tensors(path)
+    tensors, strings = read_tensors(path, check=AdapterMetadata.from_strings)
     stored = AdapterMetadata.from_strings(strings)
     changed = [name for name, value in metadata.items() if getattr(stored, name) != value]
     if changed:
@@ -30,6 +30,6 @@ def continued_adapter(unet: UNet2DConditionModel, path: Path, metadata: Mapping[
             f"{path} has {changed[0]} {getattr(stored, changed[0])}, not {metadata[changed[0]]}: "
             "give the same option to go on from it"
         )
-    adapter = load_adapter(unet, {key: value.float() for key, value in tensors.items()}, stored)
+    adapter = load_adapter(unet, tensors, stored).float()
     adapter.metadata = replace(adapter.metadata, base_fingerprint=unet_fingerprint(unet))  # what it is trained on now
     return adapter

@@ -30,22 +30,26 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..face_pictures import load_image
+from ..files.atomic import write_text
+from ..files.texts import read_log
 from .checkpoints import (
     CHECKPOINT,
     cannot_write,
-    checkpoint_to_resume,
-    load_checkpoint,
+    checkpoints_to_resume,
+    load_newest,
     numbered_state,
     prune,
     save_checkpoint,
 )
 from .errors import TrainingError
+from .kernels import training_kernels
 from .optimizers import create_optimizer
+from .run_records import RECORD, add_record, known_records
 
 
 logger = logging.getLogger(__name__)
@@ -202,19 +206,6 @@ def learning_rate(options: LoopOptions, step: int, progress: float) -> float:
     return options.lr * min(1.0, (step + 1) / max(options.warmup, 1)) * decay
 
 
-@contextmanager
-def training_kernels() -> Iterator[None]:
-    """cuDNN as training wants it, and afterwards as it was."""
-    searched, attends = torch.backends.cudnn.benchmark, torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cudnn.benchmark = True  # shapes do not change: the quickest convolutions are worth a search
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients of masked attention can be NaN (pytorch #196678)
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = searched
-        torch.backends.cuda.enable_cudnn_sdp(attends)
-
-
 @training_kernels()
 def train(
     task: Task, options: LoopOptions, folder: Path, *, export_only: bool = False, source: Path | None = None
@@ -245,11 +236,15 @@ def train(
 
     step, used = 0, 0.0
     subject = {**task.subject, "initial_weights": digest(named)}
-    if (checkpoint := checkpoint_to_resume(options, folder, logs)) is not None:
-        step, used = load_checkpoint(checkpoint, named, optimizer, ema, options, accelerator.scaler, subject)
-    elif export_only:
+    checkpoints = checkpoints_to_resume(options, folder, logs)
+    if not checkpoints and export_only:
         raise TrainingError(f"no checkpoint to export: {logs / CHECKPOINT} does not exist")
+    saved = load_newest(checkpoints, named, optimizer, ema, options, accelerator.scaler, subject)
+    if saved is not None:
+        step, used = saved.step, saved.seconds
     check_same_start(accelerator, step, folder)
+    if saved is not None and accelerator.is_main_process:
+        saved.set_damaged_aside()
     metrics = Metrics(logs / "metrics.jsonl", step, accelerator.is_main_process, accelerator.log)
     if options.compile:
         # One graph: cutting it where gradients could already be exchanged pays between machines only.
@@ -346,15 +341,15 @@ def train(
             tracker.finish()
     record = describe_run(task, options, step, time.monotonic() - started if not export_only else used, accelerator)
     if accelerator.is_main_process:
-        if source is not None and (source / "training.json").is_file():
-            records = json.loads((source / "training.json").read_text())
-            earlier = records.get(task.name, records.get(task.published_as))
-            same = earlier is not None and all(earlier[key] == record[key] for key in ("steps", "options"))
+        if source is not None:
+            records = known_records(source / RECORD)
+            earlier = records.get(task.name) or records.get(task.published_as or task.name)
+            same = earlier is not None and all(earlier.get(key) == record[key] for key in ("steps", "options"))
             record |= {"continues": earlier} if earlier and not same else {}  # a finished run may be given again
         with ema.applied(), torch.no_grad():
             task.eval()
             task.export(folder)
-        add_record(folder / "training.json", task.name, record)
+        add_record(folder / RECORD, task.name, record)
     return record
 
 
@@ -428,8 +423,7 @@ def digest(weights: Mapping[str, Tensor]) -> str:
 def log_image(accelerator: Accelerator, path: Path, step: int) -> None:
     """Show the picture at `path`, if there is one, in the trackers that take pictures."""
     if path.is_file() and accelerator.trackers:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))[None]
+        pixels = np.asarray(load_image(path))[None]
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 tracker.log_images({"samples": pixels}, step)
@@ -449,8 +443,8 @@ class Metrics:
         self.path, self.writes, self.log = path, writes, log
         if writes:
             # Lines after the checkpoint belong to steps that are about to be repeated.
-            lines = path.read_text().splitlines() if step and path.is_file() else []
-            write_atomic(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+            rows = read_log(path) if step else []
+            write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows if row.get("step", step + 1) <= step))
         self.sums: dict[str, Tensor] = {}
         self.count = 0.0
         self.restart_clock()
@@ -518,15 +512,3 @@ def machine_name(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores"
-
-
-def add_record(path: Path, name: str, record: dict[str, Any]) -> None:
-    """Set `records[name]` in the JSON file, which is made where it is missing."""
-    records = json.loads(path.read_text()) if path.is_file() else {}
-    write_atomic(path, json.dumps(records | {name: record}, indent=2) + "\n")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -10,9 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..files.atomic import write_text
+from ..files.texts import read_log
 from ..publishing.card import render_card
-from .loop import add_record, write_atomic
 from .preparation import data_key, read_report
+from .run_records import RECORD, add_record
 from .task import FaceFusionTask
 
 
@@ -41,8 +42,8 @@ def write_card(
         "data": report,
         "command": shlex.join(map(public_name, command)),
     }
-    add_record(out / "training.json", task.name, record)
-    write_atomic(out / "README.md", card(record, last_validation(out / "logs" / task.name / "metrics.jsonl")))
+    add_record(out / RECORD, task.name, record)
+    write_text(out / "README.md", card(record, last_validation(out / "logs" / task.name / "metrics.jsonl")))
 
 
 def public_name(word: str) -> str:
@@ -58,8 +59,7 @@ def public_name(word: str) -> str:
 
 def last_validation(metrics: Path) -> dict[str, float]:
     """The last validation losses of a run, by kind of face; empty if there were none."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    found = [row for row in rows if "validation_loss_right_face" in row]
+    found = [row for row in read_log(metrics) if "validation_loss_right_face" in row]
     return {key: value for key, value in found[-1].items() if key.startswith("validation")} if found else {}
 
 

@@ -10,10 +10,11 @@ import functools
 import hashlib
 import json
 import multiprocessing
-import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,16 @@ from tqdm import tqdm
 from ..face_detectors import FaceDetector, load_detector
 from ..face_errors import FaceFusionError
 from ..face_images import CROP_ENLARGE
+from ..files.atomic import write_text
+from ..files.texts import UnreadableFileError, read_json, read_json_lines
+from .photos import BrokenShardError, DataError, Fault, Photo, Piece
 from .selection import REASONS, RefusedPhotoError, SelectionOptions, differences, select
-from .sources import BrokenShardError, DataError, Photo, Piece
 
 
 METADATA, SKIPPED, REPORT = "metadata.jsonl", "skipped.jsonl", "report.json"
+LEFT_OUT = "left_out.jsonl"  # fields of photos
 BROKEN_SHARD = "broken shard"
+AGAIN = "run `face-fusion prepare` again"
 SAME_PHOTO = 1.0  # grey levels between thumbnails, see selection.differences
 JPEG: dict[str, Any] = {"quality": 95, "subsampling": 0}
 Row = dict[str, Any]
@@ -64,8 +69,11 @@ def prepare(pieces: Iterable[Piece], out: Path, options: PrepareOptions, progres
     What an earlier run with the same settings has finished is kept. Photos that give no example are counted in the
     report by reason and listed in `out/skipped.jsonl`.
 
+    What a source says of a photo and cannot be read is left out by itself: counted too, and listed in
+    `out/left_out.jsonl`.
+
     Raises:
-        DataError: `out` was begun with other settings, or no photo is left.
+        DataError: `out` was begun with other settings or holds other files, or no photo is left.
         ModelNotFoundError: no such detector.
     """
     out, options = Path(out), options.decided()
@@ -77,9 +85,10 @@ def prepare(pieces: Iterable[Piece], out: Path, options: PrepareOptions, progres
         for found in _run(pieces, out, options):
             bar.update(found)
             count += 1
-    kept, skipped = _merge(out, count)
-    report = describe(kept, skipped, options)
+    kept, skipped, left_out = _merge(out, count)
+    report = describe(kept, skipped, options, left_out)
     write_lines(out / SKIPPED, skipped)
+    write_lines(out / LEFT_OUT, left_out)
     if not kept:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in report["skipped"].items())
         raise DataError(
@@ -91,13 +100,17 @@ def prepare(pieces: Iterable[Piece], out: Path, options: PrepareOptions, progres
 
 
 def _stamp(path: Path, settings: dict[str, Any]) -> None:
-    if path.is_file() and (found := json.loads(path.read_text())) != settings:
+    found = read_json(path, "name another folder for --out") if path.is_file() else settings
+    if not isinstance(found, dict) or found != settings:
+        found = found if isinstance(found, dict) else {}
         changed = next(key for key in {**settings, **found} if settings.get(key) != found.get(key))
         raise DataError(
             f"{path.parent} was begun with {changed} {found.get(changed)!r}, not {settings.get(changed)!r}: "
             "give the same options, or another folder"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    taken = [path.with_name(name) for name in (METADATA, REPORT, "images", "faces", "parts")]
+    if not path.is_file() and (there := next((one for one in taken if one.exists()), None)):
+        raise DataError(f"{there} is there, and not of this command: name another folder for --out")
     write_text(path, json.dumps(settings, indent=2) + "\n")
 
 
@@ -110,21 +123,28 @@ def _run(pieces: Iterable[Piece], out: Path, options: PrepareOptions) -> Iterato
     # Spawned, not forked: OpenCV's threads do not survive a fork. The window bounds the photos that wait in memory.
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
         waiting: set[Future[int]] = set()
-        for number, piece in numbered:
-            waiting.add(pool.submit(work, number, piece, out, options))
-            if len(waiting) >= 3 * options.workers:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        yield from (future.result() for future in waiting)
+        try:
+            for number, piece in numbered:
+                waiting.add(pool.submit(work, number, piece, out, options))
+                if len(waiting) >= 3 * options.workers:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            yield from (future.result() for future in waiting)
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process that looked at photos was ended, for want of memory perhaps: the same command goes on, "
+                f"also with fewer --workers than {options.workers}"
+            ) from error
 
 
 def work(number: int, piece: Piece, out: Path, options: PrepareOptions) -> int:
     """Write the pictures and the part file of one piece unless that is done; returns its number of photos."""
     part = _part(out, number)
     if part.is_file():
-        key, *done = read_lines(part)
-        if key == piece.key:
-            return len(done)
+        with suppress(UnreadableFileError):  # a damaged one is written again
+            key, *done = read_lines(part) or [None]
+            if key == piece.key:
+                return len(done)
     cv2.setNumThreads(1)  # the processes share the cores
     detector = functools.partial(_detector, options.detector, options.detector_model)
     rows: list[Row] = []
@@ -154,9 +174,10 @@ def _example(photo: Photo, name: str, out: Path, options: PrepareOptions, detect
         reason = error.reason if isinstance(error, RefusedPhotoError) else REASONS.get(type(error))
         if reason is None:  # not the photo's fault, such as a missing detector
             raise
-        return {"source": photo.name, "reason": reason, "message": str(error)}
+        return {"source": photo.name, "reason": reason, "message": str(error), **_faults(photo.faults)}
     except (ArithmeticError, LookupError, MemoryError, ValueError, cv2.error) as error:  # of a broken file, at last
-        return {"source": photo.name, "reason": "unreadable", "message": f"{type(error).__name__}: {error}"}
+        message = f"{type(error).__name__}: {error}"
+        return {"source": photo.name, "reason": "unreadable", "message": message, **_faults(photo.faults)}
     example.image.save(out / "images" / name, **JPEG)
     example.crop.save(out / "faces" / name, **JPEG)
     return {
@@ -170,19 +191,30 @@ def _example(photo: Photo, name: str, out: Path, options: PrepareOptions, detect
         "landmarks5": example.landmarks5,
         "thumbnail": example.thumbnail,
         "source": photo.name,
+        **_faults(example.faults),
     }
+
+
+def _faults(found: Sequence[Fault]) -> Row:
+    return {"faults": found} if found else {}
 
 
 # --- All pieces together -----------------------------------------------------------------------------------------
 
 
-def _merge(out: Path, count: int) -> tuple[list[Row], list[Row]]:
-    """Rows kept and rows skipped of all parts, in the order of the source; copies of a photo are skipped here."""
+def _merge(out: Path, count: int) -> tuple[list[Row], list[Row], list[Row]]:
+    """Rows kept, rows skipped, and fields left out of all parts, in the order of the source.
+
+    Copies of a photo are skipped here.
+    """
     kept: list[Row] = []
     skipped: list[Row] = []
+    left_out: list[Row] = []
     of_person: dict[str, list[Row]] = defaultdict(list)
     for number in range(count):
         for row in read_lines(_part(out, number))[1:]:
+            for name, message in row.pop("faults", ()):
+                left_out.append({"source": row["source"], "field": name, "message": message})
             if "reason" in row:
                 skipped.append(row)
                 continue
@@ -196,7 +228,7 @@ def _merge(out: Path, count: int) -> tuple[list[Row], list[Row]]:
             kept.append(row)
     for row in kept:
         del row["thumbnail"]
-    return kept, skipped
+    return kept, skipped, left_out
 
 
 def may_be_reference(row: Row) -> bool:
@@ -210,14 +242,20 @@ def has_partner(rows: list[Row]) -> list[bool]:
     return [row["own_reference"] or shown[row["identity"]] > may_be_reference(row) for row in rows]
 
 
-def describe(kept: list[Row], skipped: list[Row], options: PrepareOptions) -> dict[str, Any]:
-    """The report: how many photos were read, kept, and skipped for which reason; how many have a partner."""
+def describe(
+    kept: list[Row], skipped: list[Row], options: PrepareOptions, left_out: list[Row] | None = None
+) -> dict[str, Any]:
+    """The report: how many photos were read, kept, and skipped for which reason; how many have a partner.
+
+    `fields_left_out` counts what could not be read of what the source says of them, by field.
+    """
     people = Counter(row["identity"] for row in kept if row["identity"] is not None)
     paired = sum(has_partner(kept))
     return {
         "read": len(kept) + sum(row["reason"] != BROKEN_SHARD for row in skipped),
         "kept": len(kept),
         "skipped": dict(Counter(row["reason"] for row in skipped).most_common()),
+        "fields_left_out": dict(Counter(row["field"] for row in left_out or ()).most_common()),
         "people": len(people) + sum(row["identity"] is None for row in kept),
         "paired_with_another_photo": paired,
         "paired_with_itself": len(kept) - paired,
@@ -234,7 +272,10 @@ def read_rows(folder: Path) -> list[Row]:
 
 def read_report(folder: Path) -> dict[str, Any]:
     """What `prepare` returned when it made the folder."""
-    return json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    report = read_json(folder / REPORT, AGAIN)
+    if not isinstance(report, dict) or not isinstance(report.get("settings"), dict):
+        raise DataError(f"{folder / REPORT} is no report of a prepared folder: {AGAIN}")
+    return report
 
 
 def data_key(folder: Path) -> str:
@@ -252,14 +293,5 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
 
 
 def read_lines(path: Path) -> list[Any]:
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Raises `UnreadableFileError` for a damaged file, which names it."""
+    return read_json_lines(path, AGAIN)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from ..face_detectors import Face, FaceDetector
+from ..face_detectors import Face, FaceDetector, faces_on_picture
 from ..face_errors import FaceFusionError, FaceTooSmallError, NoFaceError, SeveralFacesError, UnreadableImageError
-from ..face_images import CROP_ENLARGE, crop_box, crop_face, find_face, load_image
-from .sources import Box, Photo
+from ..face_images import CROP_ENLARGE, crop_box, crop_face, find_upright, load_image
+from .photos import Box, Fault, Photo
 
 
 SHARPNESS_SIZE = 112  # pixels of face height at which sharpness is measured
@@ -64,7 +64,8 @@ REASONS: dict[type[FaceFusionError], str] = {
 class Example:
     """A training example: a square image with one face, and the crop of that face that serves as reference.
 
-    `box` (XYXY) and `landmarks5` are in pixels of `image`; `thumbnail` is of the whole photo, see [`thumbnail`].
+    `box` (XYXY) and `landmarks5` are in pixels of `image`; `thumbnail` is of the whole photo, see [`thumbnail`];
+    `faults` are what the source says of the photo and cannot be.
     """
 
     image: Image.Image
@@ -73,6 +74,7 @@ class Example:
     box: Box
     landmarks5: list[list[float]]
     thumbnail: str
+    faults: tuple[Fault, ...] = ()
 
 
 def select(photo: Photo, options: SelectionOptions, detector: Callable[[], FaceDetector]) -> Example:
@@ -84,11 +86,14 @@ def select(photo: Photo, options: SelectionOptions, detector: Callable[[], FaceD
     Raises:
         UnreadableImageError, NoFaceError, SeveralFacesError, FaceTooSmallError, RefusedPhotoError.
     """
+    if photo.refused is not None:
+        raise RefusedPhotoError(*photo.refused)
     if photo.people is not None and photo.people != 1:
         raise (SeveralFacesError if photo.people else NoFaceError)(f"{photo.people} people are in the picture")
     image = load_image(photo.content)
-    face = find(photo, image, options, detector)
-    left, top, side = square_around(face, image.size, options.min_face_share)
+    photo = possible(photo, image.size)
+    image, face = find(photo, image, options, detector)
+    left, top, side = training_square(face, image.size, options.min_face_share)
     scale = options.resolution / side
     placed = face.moved(scale, -left * scale, -top * scale)
     if photo.reference is None:
@@ -102,37 +107,55 @@ def select(photo: Photo, options: SelectionOptions, detector: Callable[[], FaceD
         box=tuple(round(value, 2) for value in placed.box),  # type: ignore[arg-type]
         landmarks5=landmarks(placed).round(2).tolist(),
         thumbnail=thumbnail(image),
+        faults=photo.faults,
     )
 
 
-def find(photo: Photo, image: Image.Image, options: SelectionOptions, detector: Callable[[], FaceDetector]) -> Face:
-    """The one face of a photo, where the source says or the detector sees it; refused if small or blurred."""
+def possible(photo: Photo, size: tuple[int, int]) -> Photo:
+    """The photo without a box or landmarks that cannot be of a face in a picture of `size`: they become faults."""
+    if photo.box is not None and not faces_on_picture([Face(photo.box, 1.0)], size):
+        fault = ("box", f"box {list(photo.box)} is not on the picture of {size[0]}x{size[1]} pixels")
+        photo = replace(photo, box=None, landmarks5=None, faults=(*photo.faults, fault))
+    points = np.asarray(photo.landmarks5 or [], dtype=np.float64)
+    if photo.landmarks5 is not None and np.abs(points).max() > 3 * max(size):
+        fault = ("landmarks5", f"points {photo.landmarks5} are not on the picture of {size[0]}x{size[1]} pixels")
+        photo = replace(photo, landmarks5=None, faults=(*photo.faults, fault))
+    return photo
+
+
+def find(
+    photo: Photo, image: Image.Image, options: SelectionOptions, detector: Callable[[], FaceDetector]
+) -> tuple[Image.Image, Face]:
+    """A photo and its one face, where the source says, or where the detector sees it with the photo turned upright.
+
+    Raises RefusedPhotoError where the face is small or blurred.
+    """
     if min(image.size) < options.min_side:
         raise RefusedPhotoError(
             "photo too small", f"{image.width}x{image.height} pixels, below {options.min_side} a side"
         )
     if photo.box is None:
-        face = find_face(image, detector(), min_size=options.min_face)
+        image, face = find_upright(image, detector(), min_size=options.min_face)
     else:
         face = Face(photo.box, 1.0, None if photo.landmarks5 is None else np.asarray(photo.landmarks5))
         if face.height < options.min_face:
             raise FaceTooSmallError(f"the face is {face.height:.0f} pixels high, below {options.min_face:g}")
     if (found := sharpness(image, face.box)) < options.min_sharpness:
         raise RefusedPhotoError("blurred", f"sharpness {found:.1f}, below {options.min_sharpness:g}")
-    return face
+    return image, face
 
 
 def reference_crop(path: object, options: SelectionOptions, detector: Callable[[], FaceDetector]) -> Image.Image:
     """The face crop of a photo that the source names as reference; its errors say that it is the reference."""
     try:
         image = load_image(path)  # type: ignore[arg-type]
-        face = find_face(image, detector(), min_size=options.min_face)
+        image, face = find_upright(image, detector(), min_size=options.min_face)
     except FaceFusionError as error:
         raise type(error)(f"reference {path}: {error}") from error
     return crop_face(image, face.box, CROP_ENLARGE, options.reference_resolution)
 
 
-def square_around(face: Face, size: tuple[int, int], min_face_share: float) -> tuple[int, int, int]:
+def training_square(face: Face, size: tuple[int, int], min_face_share: float) -> tuple[int, int, int]:
     """(left, top, side) of the largest square in an image of `size` (width, height) that has the face in its middle.
 
     As near to the middle as the image allows; closer where the face would be less than `min_face_share` of the side.

@@ -9,7 +9,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from ...face_attention import FaceFusionAttnProcessor, PersonKeys, split_heads
+from ...face_attention import FaceFusionAttnProcessor
+from ...joint_attention import PersonKeys, split_heads
 
 
 def face_attention(

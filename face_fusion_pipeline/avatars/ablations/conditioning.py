@@ -24,16 +24,21 @@ from torch import Tensor, nn
 
 from ...face_adapter import FaceFusionAdapter, create_adapter
 from ...face_attention import (
-    Cast,
+    GUIDED,
+    FaceCall,
     FaceFusionAttnProcessor,
-    FusionSwitch,
-    PersonKeys,
+    LayerPeople,
     attention_layers,
     installed_processors,
-    reference_log_weights,
 )
-from ...face_identity import capture_hidden_states, face_tensors, noise_latents, self_attention_projections
 from ...face_self_attention import SelfAttentionReference
+from ...joint_attention import PersonKeys, reference_log_weights
+from ...reference_pass import (
+    capture_hidden_states,
+    face_tensors,
+    noise_latents,
+    self_attention_projections,
+)
 from ...training.base_model import BaseModel
 from ...training.latent_cache import read_picture
 from ...training.pairs import Pairs
@@ -166,13 +171,13 @@ class UNetFeatures:
         references = next(iter(states.values())).shape[1]
         weights = reference_log_weights(torch.ones(references), None if has_face is None else ~has_face.bool())
         weights = None if weights is None else weights.to(self.unet.device)
-        added, switch = self.variant.attention == "added", FusionSwitch(guided=guided)
+        added, call = self.variant.attention == "added", FaceCall(GUIDED) if guided else FaceCall()
         processor = AddedFaceAttnProcessor if added else FaceFusionAttnProcessor
         bias = trained and self.variant.token_count_bias
         scale = scale * self.own.scale if self.own else scale
         people = {name: PersonKeys(key, value, weights, scale, bias) for name, (key, value) in projected.items()}
         with installed_processors(
-            self.unet, {name: processor([Cast((person,))], switch) for name, person in people.items()}
+            self.unet, {name: processor([LayerPeople((person,))], call) for name, person in people.items()}
         ):
             yield
 

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ...evaluation.reports import circumstances
-from ...face_adapter import adapter_fingerprint, unet_fingerprint
+from ...face_adapter import adapter_fingerprint
 from ...face_errors import FaceFusionError
+from ...files.atomic import write_text
+from ...files.texts import read_json
 from ...training.initial_weights import continued_adapter
-from ...training.loop import write_atomic
+from ...training.loop import digest
 from ...training.preparation import data_key, read_rows
+from ...unet_family import unet_fingerprint
 from ..evaluation.avatar_table import CEILING, FLOOR
 from ..evaluation.judges import load_judges
 from ..evaluation.trials import Trial
-from ..training.unet import fingerprint
-from .encoders import check_independent, load_conditioner, load_recogniser
+from .encoders import check_independent, load_conditioner, load_judging_recogniser
 from .pictures import Sampling, make_pictures
 from .questions import Condition, Question
 from .scoring import Row, Scorer
@@ -42,7 +44,7 @@ class Laboratory:
     """Answers questions in `trainer.out`: weights, pictures and results lie there, and nothing is made twice.
 
     Args:
-        judge: the recogniser that measures likeness, see `encoders.load_recogniser`.
+        judge: the recogniser that measures likeness, see `encoders.load_judging_recogniser`.
     """
 
     trainer: Trainer
@@ -56,7 +58,7 @@ class Laboratory:
         Raises:
             FaceFusionError: the folder holds runs with other settings, or the recogniser would judge itself.
         """
-        scorer = Scorer(load_judges(), load_recogniser(self.judge), self.sampling.seed)
+        scorer = Scorer(load_judges(), load_judging_recogniser(self.judge), self.sampling.seed)
         if question.needs_second_recogniser:
             check_independent(load_conditioner(self.trainer.recogniser), scorer.recogniser)
         self.keep_settings()
@@ -72,7 +74,7 @@ class Laboratory:
         return {
             "model": Path(base.name).name,
             "unet": unet_fingerprint(base.unet),
-            "encoders": [fingerprint(part) for part in (base.vae, *base.text_encoders)],
+            "encoders": [digest(part.state_dict()) for part in (base.vae, *base.text_encoders)],
             "examples": len(read_rows(self.trainer.data)),
             "data": data_key(self.trainer.data),
             "budget": {key: value for key, value in asdict(self.trainer.budget).items() if key != "rates"},
@@ -89,15 +91,14 @@ class Laboratory:
     def keep_settings(self) -> None:
         path, settings = self.trainer.out / "settings.json", self.settings()
         if path.is_file():
-            known = json.loads(path.read_text())
+            known = read_json(path, "choose another --out")
             changed = [key for key in settings if known.get(key) != settings[key]]
             if changed:
                 raise FaceFusionError(
                     f"{self.trainer.out} holds runs with another {changed[0]}: {known.get(changed[0])}, not "
                     f"{settings[changed[0]]}; choose another --out"
                 )
-        self.trainer.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(settings, indent=1) + "\n")
+        write_text(path, json.dumps(settings, indent=1) + "\n")
 
     def _path(self, scorer: Scorer, name: str, seed: int, condition: Condition) -> Path:
         slug = scorer.recogniser.name.replace(" ", "-").replace("/", "-")
@@ -135,11 +136,10 @@ class Laboratory:
 
 
 def write_run(path: Path, run: Run) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps({**asdict(run), **circumstances()}, indent=1) + "\n")
+    write_text(path, json.dumps({**asdict(run), **circumstances()}, indent=1) + "\n")
 
 
 def read_run(path: Path) -> Run:
-    content = json.loads(path.read_text())
+    content = read_json(path, "remove it, and it is measured again")
     values = {key: content[key] for key in ("variant", "seed", "rows", "training")}
     return Run(condition=Condition(**content["condition"]), **values)

@@ -10,9 +10,9 @@ from typing import Any
 from ...evaluation.metrics import Estimate
 from ...evaluation.reports import circumstances, markdown_table
 from ...face_errors import FaceFusionError
-from ...training.loop import write_atomic
+from ...files.atomic import replacing, write_text
 from ..evaluation.avatar_table import CEILING, FLOOR
-from .encoders import load_recogniser
+from .encoders import load_judging_recogniser
 from .laboratory import Laboratory, Run
 from .questions import TOKENS, Condition, Question
 from .summary import (
@@ -41,7 +41,7 @@ WORDS = {
 def write_answer(question: Question, runs: list[Run], laboratory: Laboratory, out: Path) -> str:
     """Write `NAME.json`, `NAME.md` and, for a curve, `NAME.png` to `out`; returns the Markdown."""
     cells = summarise(runs)
-    judge, settings = load_recogniser(laboratory.judge).name, laboratory.settings()
+    judge, settings = load_judging_recogniser(laboratory.judge).name, laboratory.settings()
     text = "\n".join(
         [
             table(question, cells),
@@ -51,8 +51,8 @@ def write_answer(question: Question, runs: list[Run], laboratory: Laboratory, ou
     )
     out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"question": question.name, "judge": judge, **settings, **circumstances()}
-    write_atomic(out / f"{question.name}.json", json.dumps(result | {"cells": as_json(cells)}, indent=1) + "\n")
-    write_atomic(out / f"{question.name}.md", text + "\n")
+    write_text(out / f"{question.name}.json", json.dumps(result | {"cells": as_json(cells)}, indent=1) + "\n")
+    write_text(out / f"{question.name}.md", text + "\n")
     if question.axis is not None:
         draw(question, cells, out / f"{question.name}.png")
     return text
@@ -207,10 +207,8 @@ def draw(question: Question, cells: Cells, path: Path) -> None:
     axes.set_ylabel("likeness to another render")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def position(question: Question, cell: Cell) -> float:
@@ -236,7 +234,7 @@ def fill(page: Path, question: Question, text: str, plot: Path) -> None:
         raise FaceFusionError(f"{page} has no place for the answer: write {start} and {end} where it should be")
     if question.axis is not None:
         image = page.parent / "images" / f"ablation_{question.name}.png"
-        image.parent.mkdir(exist_ok=True)
-        image.write_bytes(plot.read_bytes())
+        with replacing(image) as partial:
+            partial.write_bytes(plot.read_bytes())
         text = f"{text}\n\n![{question.asks}](images/{image.name})"
-    write_atomic(page, pattern.sub(lambda _: f"{start}\n\n{text}\n\n{end}", content))
+    write_text(page, pattern.sub(lambda _: f"{start}\n\n{text}\n\n{end}", content))

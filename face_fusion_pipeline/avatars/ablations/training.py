@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -14,15 +13,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...face_adapter import FaceFusionAdapter, save_tensors
+from ...face_adapter import FaceFusionAdapter
 from ...face_errors import FaceFusionError
+from ...face_files import save_tensors
 from ...training.base_model import BaseModel
 from ...training.initial_weights import continued_adapter
 from ...training.latent_cache import Cache, encode
 from ...training.loop import Batch, LoopOptions, train
-from ...training.objective import Recogniser, load_recogniser
+from ...training.objective import Recogniser, load_identity_recogniser
 from ...training.pairs import Pairs, Reference, split_people
 from ...training.preparation import has_partner, read_report, read_rows
+from ...training.run_records import read_records
 from ...training.task import FaceFusionOptions, FaceFusionTask, KeptStates
 from .conditioning import Conditioning, UNetFeatures, create_conditioning, with_layers
 from .variants import Variant
@@ -185,7 +186,7 @@ class Trainer:
         folder = self.out / variant.name / f"seed-{seed}"
         if not (folder / "training.json").is_file():  # written last
             self._train(conditioning, variant, seed, folder)
-        record = json.loads((folder / "training.json").read_text())[VariantTask.name]
+        record = read_records(folder / "training.json")[VariantTask.name]
         self.check_rate(variant, seed, record)
         conditioning.adapter.load_state_dict(load_file(folder / WEIGHTS_NAME))
         conditioning.adapter.to(self.base.unet.device).eval().requires_grad_(False)
@@ -231,7 +232,7 @@ class Trainer:
         held_out = Pairs(self.data, self.cache, aside) if aside else None
         weight = self.budget.identity_loss_weight
         options = replace(LOSS, keep_references=self.keep_references, identity_loss_weight=weight)
-        recogniser = load_recogniser("avatars") if weight else None
+        recogniser = load_identity_recogniser("avatars") if weight else None
         task = VariantTask(
             self.base, conditioning, pairs, held_out, options, recogniser, teacher=self.teaching, kept=self.kept
         )

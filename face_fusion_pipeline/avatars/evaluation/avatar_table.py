@@ -15,15 +15,18 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ...evaluation.generation import MIRRORED, Settings, denoising, generate, image_path
+from ...evaluation.generation import MIRRORED, Settings, denoising
+from ...evaluation.image_files import read_image, to_pil, write_image
 from ...evaluation.metrics import bootstrap_closed, bootstrap_mean
 from ...evaluation.reports import circumstances, contact_sheet, markdown_table, write_report
+from ...files.atomic import write_text
 from ..measures.figures import distances, row_of, summarise_measures
 from ..measures.looks import Look
 from ..measures.panel import Seen
 from .judges import IMAGE_SIZE
-from .renders import at_size, read_image, to_pil, write_image
+from .renders import at_size
 from .scoring import Panel
+from .trial_pictures import generate, image_path
 from .trials import Trial, detected_face, portraits, reference_face, true_renders
 
 
@@ -44,7 +47,7 @@ def compare(
     """Generate, score, write `rows.jsonl`, `table.json`, `table.md` and `sheet.png` to `out`; returns the result."""
     generate(pipe, trials, methods, settings, out)
     rows, seen = _score(trials, methods, panel, settings, out)
-    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     people = {trial.person for trial in trials}
     missed = 0
     if settings.cut_out != "true":

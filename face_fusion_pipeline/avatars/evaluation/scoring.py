@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...evaluation.image_files import to_pil
 from ...evaluation.metrics import cosine_similarity
 from ...evaluation.recognisers import Recogniser
 from ...face_detectors import FaceDetector
 from ...face_images import detect_faces
 from .judges import Judges
-from .renders import to_pil
 from .trials import Portraits, Trial
 
 

@@ -10,17 +10,18 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 
+from ...evaluation.generation import TRUE_BOX, CutOut
+from ...evaluation.image_files import to_pil
 from ...face_detectors import DetectorName
 from ...face_errors import FaceTooSmallError, NoFaceError
 from ...face_images import crop_face, prepare_face
 from .. import SPLITS, Scene, caption, render, sample_identity, sample_scene
 from .judges import IMAGE_SIZE, decidable
-from .renders import to_pil
 
 
 FIRST_TEST_IDENTITY = SPLITS["test"].start
@@ -103,10 +104,6 @@ def portraits(person: int, *, seed: int = 0) -> Portraits:
     return Portraits(
         person, crop_face(to_pil(images[0]), (x0, y0, x1, y1), resolution=images.shape[-1]), images[0], images[1]
     )
-
-
-CutOut = Literal["true", "yunet", "haar"]
-TRUE_BOX: CutOut = "true"
 
 
 @lru_cache(maxsize=512)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...evaluation.generation import Settings, generate, image_path, pipeline_of
+from ...evaluation.generation import Settings, pipeline_of
+from ...evaluation.image_files import read_image
 from ...evaluation.reports import circumstances
 from ...face_adapter import ADAPTER_WEIGHTS_NAME
 from ...face_errors import FaceFusionError
 from ..evaluation.judges import load_judges
-from ..evaluation.renders import read_image
+from ..evaluation.trial_pictures import generate, image_path
 from ..evaluation.trials import Trial
 from ..world.caption import caption
 from ..world.dataset import draw

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from ...evaluation.reports import circumstances
 from ...training.loop import Batch, Task
 from ..evaluation.judges import load_judges
-from ..training.data import AvatarImages
-from ..training.recogniser import LANDMARK_JITTER, as_generated, landmarks5
+from ..training.data import AvatarImages, landmarks5
+from ..training.recogniser import LANDMARK_JITTER, as_generated
 from ..world.identity import WORLD
 from .agreement import agreement
 from .crops import band_eyes, eye_bands, locate

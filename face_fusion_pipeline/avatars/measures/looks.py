@@ -75,7 +75,7 @@ class Look:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Look:
-        """The first person of a record of `dataset.describe`."""
+        """The first person of a record of `dataset.scene_records`."""
         return cls(record["identity_vectors"][0], record["clothing"], record["yaw"])
 
     def word(self, trait: str) -> str:

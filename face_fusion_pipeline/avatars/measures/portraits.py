@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...face_adapter import save_tensors
+from ...face_files import save_tensors
 from ..training.data import AvatarImages
 from ..world.dataset import draw
 from ..world.first_world import head as first_head

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...face_adapter import save_tensors
 from ...face_errors import ModelNotFoundError
+from ...face_files import save_tensors
 from .crops import heads
 from .dense import DenseTrunk
 from .looks import MEASURES, TRAITS, WORDS

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...training.loop import TrainingError, process_group
+from ...face_errors import UnreadableImageError
+from ...face_pictures import load_image
+from ...files.texts import read_json_lines
+from ...training.latent_cache import cached
+from ...training.loop import TrainingError
 from ..world.dataset import PER_IDENTITY, draw, plan
 
 
@@ -59,6 +60,16 @@ class AvatarImages:
         """Float images (B, 3, S, S) in [-1, 1] on `device`."""
         return self.pixels[indices.to(self.pixels.device)].to(device).float().div_(127.5).sub_(1)
 
+    def floats(self, indices: Any) -> Tensor:
+        """Those images as floats in [0, 1]."""
+        return self.pixels[indices].float() / 255
+
+    def where(self, **wanted: Any) -> AvatarImages:
+        """The images whose records hold these values, e.g. `where(people=1, style="photo")`, without their depth."""
+        kept = [i for i, r in enumerate(self.records) if all(r[key] == value for key, value in wanted.items())]
+        records, key = [self.records[i] for i in kept], f"{self.key} {wanted}"
+        return replace(self, pixels=self.pixels[kept], records=records, key=key, depth=None)
+
     def face_emphasis(self, size: int, stride: int) -> Tensor:
         """How much of a face lies in cells (N, 1, size, size) of `stride` pixels, uint8.
 
@@ -83,18 +94,33 @@ class AvatarImages:
         return replace(self, pixels=self.pixels.to(device))
 
 
+def portraits(images: AvatarImages) -> dict[int, list[int]]:
+    """The single portraits of each person, by identity."""
+    found: dict[int, list[int]] = {}
+    for row, record in enumerate(images.records):
+        if record["people"] == 1:
+            found.setdefault(record["identities"][0], []).append(row)
+    return found
+
+
+def landmarks5(images: AvatarImages) -> Tensor:
+    """Of the first person of each picture (N, 5, 2), pixels."""
+    return torch.tensor([record["landmarks5"][0] for record in images.records], dtype=torch.float32)
+
+
 def load_avatars(folder: Path, split: str, limit: int | None = None) -> AvatarImages:
     """Read `folder/split`, or the first `limit` images of it.
 
     Decoded pixels are kept beside the images as `pixels.safetensors`, so that the second start is quick; the file is
-    made again when `metadata.jsonl` has changed. Raises `TrainingError` where files are missing or sizes differ.
+    made again when `metadata.jsonl` has changed. Raises `TrainingError` where there is no dataset or sizes differ,
+    UnreadableImageError for a picture that is missing or broken.
     """
     folder = Path(folder) / split
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
         raise TrainingError(f"{metadata} does not exist: make a dataset with `face-fusion avatars-dataset`")
     text = metadata.read_bytes()
-    records = [json.loads(line) for line in text.splitlines() if line.strip()][:limit]
+    records = read_json_lines(metadata, "make the dataset again with `face-fusion avatars-dataset`")[:limit]
     if not records:
         raise TrainingError(f"{metadata} is empty")
     key = hashlib.sha256(text).hexdigest() + f"/{len(records)}"
@@ -102,7 +128,7 @@ def load_avatars(folder: Path, split: str, limit: int | None = None) -> AvatarIm
 
     def decode() -> Tensor:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            arrays = list(pool.map(lambda record: read_image(folder / record["file_name"]), records))
+            arrays = list(pool.map(lambda record: np.asarray(load_image(folder / record["file_name"])), records))
         if len({array.shape for array in arrays}) != 1:
             raise TrainingError(f"images of {folder} differ in size: {sorted({array.shape for array in arrays})}")
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
@@ -147,33 +173,12 @@ def stretched(depth: Tensor) -> Tensor:
     return ((depth - low) / (high - low).clamp_min(1e-4) * 255).round().byte()
 
 
-def cached(path: Path, key: str, make: Callable[[], Tensor]) -> Tensor:
-    """The tensor in the safetensors file `path` if it was stored under the same `key`; else make and store it.
-
-    Of several processes the first one makes it while the others wait.
-    """
-    with process_group().main_process_first():
-        if path.is_file():
-            with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("key") == key:
-                    return file.get_tensor("tensor")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(os.cpu_count() or threads)  # nobody else works meanwhile
-        tensor = make().cpu().contiguous()
-        torch.set_num_threads(threads)
-        partial = path.with_suffix(".partial")
-        save_file({"tensor": tensor}, partial, {"key": key})
-        os.replace(partial, path)
-    return tensor
-
-
 def read_image(path: Path) -> np.ndarray:
     """HWC uint8 RGB."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise TrainingError(f"cannot read {path}: {error}") from error
+        return np.asarray(load_image(path))
+    except UnreadableImageError as error:
+        raise TrainingError(str(error)) from error
 
 
 def save_grid(rows: list[Tensor], path: Path) -> None:

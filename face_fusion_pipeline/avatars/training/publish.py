@@ -12,7 +12,10 @@ from ...avatar_model import AVATAR_DEFAULTS
 from ...face_adapter import ADAPTER_WEIGHTS_NAME
 from ...face_defaults import read_defaults
 from ...face_errors import FaceFusionError, ModelNotFoundError
+from ...files.atomic import write_text
+from ...files.texts import read_text
 from ...publishing.card import render_card
+from ...training.run_records import read_records
 from ..world.caption import vocabulary
 
 
@@ -66,9 +69,10 @@ def publish(model: Path, out: Path, tables: list[Path], note: str = "", adapter:
         if found > limit:
             raise FaceFusionError(f"the weights of {what} are {found / 1e6:.1f} MB, more than {limit / 1e6:.0f} MB")
     defaults = replace(read_defaults(model) or AVATAR_DEFAULTS, vocabulary=vocabulary())
-    records = json.loads(recorded[0].read_text())
+    records = read_records(recorded[0])
     if adapter:
-        records["adapter"] = json.loads(recorded[1].read_text())["face-fusion"]
+        records["adapter"] = read_records(recorded[1])["face-fusion"]
+    texts = [read_text(path, "--table") for path in tables]
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / "controlnet", ignore_errors=True)  # one of an earlier model would not fit this one
     for path in copied:
@@ -80,8 +84,8 @@ def publish(model: Path, out: Path, tables: list[Path], note: str = "", adapter:
     for config in out.rglob("*.json"):
         forget_origin(config)
     defaults.save(out)
-    (out / "training.json").write_text(json.dumps(records, indent=2) + "\n")
-    (out / "README.md").write_text(card(records, [path.read_text() for path in tables], size, note))
+    write_text(out / "training.json", json.dumps(records, indent=2) + "\n")
+    write_text(out / "README.md", card(records, texts, size, note))
     return size
 
 
@@ -89,7 +93,7 @@ def forget_origin(config: Path) -> None:
     """Drop `_name_or_path` from a config: the folder that a part was loaded from means nothing elsewhere."""
     content = json.loads(config.read_text())
     if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-        config.write_text(json.dumps(content, indent=2) + "\n")
+        write_text(config, json.dumps(content, indent=2) + "\n")
 
 
 def card(records: dict[str, dict[str, Any]], tables: list[str], size: int, note: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from itertools import compress
 from pathlib import Path
@@ -21,11 +20,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ...face_adapter import save_tensors
+from ...face_files import save_tensors
 from ...face_images import CROP_ENLARGE, crop_face
+from ...files.atomic import new_folder, write_text
 from ...training.base_model import BaseModel
 from ...training.latent_cache import COMPLETE, SHARD, cache_folders, caption_shard, encode_pictures, shard_path
-from ...training.preparation import METADATA, REPORT, Row, has_partner, write_lines, write_text
+from ...training.preparation import METADATA, REPORT, Row, has_partner, write_lines
 from ...training.sources import Box, DataError
 from ..world.dataset import PER_IDENTITY, draw, plan
 from ..world.scene import Scene, sample_scene
@@ -33,6 +33,8 @@ from ..world.scene import Scene, sample_scene
 
 PREFIX = "avatars:"
 WINDOW = 1000  # scenes; 700 of them are all the portraits of 140 people, who also stand together in the other 300
+# Rows, float16 latents (n, c, h, w) of their pictures, and of the face crop of each.
+Encoded = tuple[list[Row], Tensor, Tensor]
 
 
 def scene_count(source: str) -> int:
@@ -65,43 +67,42 @@ def prepare_rendered(
     Raises:
         DataError: `out` holds something, or `count` scenes show nobody twice.
     """
-    if out.exists() and any(out.iterdir()):
+    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise DataError(f"{out} is not empty: rendered data are made in one go, name a new folder")
-    partial = out / "encoding"
-    for name in ("latents", "conditions"):
-        (partial / name).mkdir(parents=True)
+    with new_folder(out) as partial:
+        rows = write_rendered(encoded_windows(windows(count), base, workers, load, progress), partial, base)
+        if not rows:
+            raise DataError(f"{PREFIX}{count} shows nobody twice, so nobody has a reference: render more scenes")
+        report = describe_rendered(rows, count, base)
+        write_lines(partial / METADATA, rows)
+        cache = cache_folders(partial, base)
+        for name, target in (("latents", cache.latents), ("conditions", cache.conditions)):
+            write_text(partial / "encoding" / name / COMPLETE, json.dumps({"examples": len(rows)}) + "\n")
+            target.parent.mkdir()
+            (partial / "encoding" / name).rename(target)
+        (partial / "encoding").rmdir()
+        write_text(partial / REPORT, json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def write_rendered(encoded: Iterator[Encoded], folder: Path, base: BaseModel) -> list[Row]:
+    """Write windows as shards, `folder/encoding/latents` and `folder/encoding/conditions`; returns their rows."""
     rows: list[Row] = []
-    for found, latents, references in in_shards(encoded_windows(windows(count), base, workers, load, progress)):
+    for found, latents, references in in_shards(encoded):
         first = {"first": str(len(rows)), "base": Path(base.name).name}
         number = len(rows) // SHARD
         one_each = torch.arange(len(found) + 1)
         pictures = {"latents": latents, "references": references, "reference_start": one_each}
-        save_tensors(shard_path(partial / "latents", number), pictures, first)
+        save_tensors(shard_path(folder / "encoding" / "latents", number), pictures, first)
         captions = caption_shard(base, [row["text"] for row in found])
-        save_tensors(shard_path(partial / "conditions", number), captions, first)
+        save_tensors(shard_path(folder / "encoding" / "conditions", number), captions, first)
         rows += found
-    if not rows:
-        shutil.rmtree(partial)
-        raise DataError(f"{PREFIX}{count} shows nobody twice, so nobody has a reference: render more scenes")
-    report = describe_rendered(rows, count, base)
-    write_lines(out / METADATA, rows)
-    cache = cache_folders(out, base)
-    for name, target in (("latents", cache.latents), ("conditions", cache.conditions)):
-        write_text(partial / name / COMPLETE, json.dumps({"examples": len(rows)}) + "\n")
-        target.parent.mkdir(exist_ok=True)
-        (partial / name).rename(target)
-    partial.rmdir()
-    write_text(out / REPORT, json.dumps(report, indent=2) + "\n")
-    return report
+    return rows
 
 
 def windows(count: int) -> list[range]:
     """The first `count` training scenes by window."""
     return [range(start, min(start + WINDOW, count)) for start in range(0, count, WINDOW)]
-
-
-# Rows, float16 latents (n, c, h, w) of their pictures, and of the face crop of each.
-Encoded = tuple[list[Row], Tensor, Tensor]
 
 
 def encoded_windows(

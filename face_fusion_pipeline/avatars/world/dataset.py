@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ...files.atomic import write_text
+from ...files.texts import read_json
 from .caption import caption
 from .identity import SPLITS
 from .render import Rendered, render
@@ -41,7 +43,7 @@ def plan(split: str, index: int, per_identity: int, world: int | None = None) ->
     return sample_scene(scene_seed, people, world)
 
 
-def describe(scenes: list[Scene], rendered: Rendered) -> list[dict[str, Any]]:
+def scene_records(scenes: list[Scene], rendered: Rendered) -> list[dict[str, Any]]:
     """The metadata of each picture, ready for JSON: caption, who, how, and where the faces are (pixels, XYXY)."""
     vectors = [torch.stack([p.identity.vector for p in scene.people]) for scene in scenes]
     numbers = (_rounded(found) for found in (vectors, rendered.boxes, rendered.landmarks5, rendered.landmarks68))
@@ -61,7 +63,7 @@ def draw(scenes: Iterable[Scene], size: int, device: torch.device | str = "cpu")
     scenes, at_once = iter(scenes), 512 if torch.device(device).type == "cuda" else 32
     while batch := list(islice(scenes, at_once)):
         rendered = render(batch, size, device)
-        yield Drawn((rendered.images * 255).round().byte(), rendered, describe(batch, rendered))
+        yield Drawn((rendered.images * 255).round().byte(), rendered, scene_records(batch, rendered))
 
 
 def _rounded(found: list[torch.Tensor]) -> list[Any]:
@@ -114,9 +116,7 @@ def _write_chunk(task: tuple[str, str, int, int, int, int, bool]) -> int:
                 row |= {"depth_file_name": f"depth/{name}", "mask_file_name": f"masks/{name}"}
             rows.append(json.dumps(row))
     # The part file appears only when all its pictures are on disk: it is what resuming trusts.
-    partial = target.with_suffix(".tmp")
-    partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    partial.replace(target)
+    write_text(target, "\n".join(rows) + "\n")
     return last - first
 
 
@@ -139,11 +139,11 @@ def write(
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     settings = {"split": split, "size": size, "per_identity": per_identity, "depth": depth}
     stamp = out / "settings.json"
-    if stamp.exists() and (found := json.loads(stamp.read_text())) != settings:
+    if stamp.exists() and (found := read_json(stamp, "choose another folder")) != settings:
         raise ValueError(f"{out} was begun with {found}, not {settings}: choose another folder")
     for name in ("images", "parts", *(("depth", "masks") if depth else ())):
         (out / name).mkdir(parents=True, exist_ok=True)
-    stamp.write_text(json.dumps(settings))
+    write_text(stamp, json.dumps(settings))
     tasks = [
         (str(out), split, first, min(first + _CHUNK, count), size, per_identity, depth)
         for first in range(0, count, _CHUNK)
@@ -155,9 +155,7 @@ def write(
             written += number
             bar.update(number)
     parts = (out / "parts" / f"{first:07d}.jsonl" for first in range(0, count, _CHUNK))
-    whole = out / "metadata.tmp"
-    whole.write_text("".join(part.read_text(encoding="utf-8") for part in parts), encoding="utf-8")
-    whole.replace(out / "metadata.jsonl")
+    write_text(out / "metadata.jsonl", "".join(part.read_text(encoding="utf-8") for part in parts))
     return written
 
 

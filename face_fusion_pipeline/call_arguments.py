@@ -1,0 +1,163 @@
+"""The call of the pipeline below: its arguments by name, what a model recommends of them, and its signature."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from .face_errors import InvalidPromptError
+from .late_guidance import LateGuidance
+
+
+OLD_CALLBACKS = ("callback", "callback_steps")  # diffusers takes them in **kwargs
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the pipeline below, ready to run."""
+
+    plain: Callable[..., Any]
+    bound: inspect.BoundArguments
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments by name, defaults included; may be changed."""
+        return self.bound.arguments
+
+    @property
+    def prompts(self) -> int:
+        return prompt_count(self.arguments)
+
+    @property
+    def images(self) -> int:
+        """Number of pictures."""
+        return self.prompts * (self.arguments.get("num_images_per_prompt") or 1)
+
+    @property
+    def lora_scale(self) -> float | None:
+        """Strength of LoRAs in this call alone, or None."""
+        return (self.arguments.get("cross_attention_kwargs") or {}).get("scale")
+
+    def run(self, **changed: Any) -> Any:
+        """What the pipeline returns."""
+        bound = inspect.BoundArguments(self.bound.signature, type(self.arguments)(self.arguments | changed))
+        return self.plain(*bound.args, **bound.kwargs)
+
+
+def bind_call(
+    pipe: Any, owner: type, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Call:
+    """The arguments of a call by name, with what the model of `pipe` recommends where nothing is given.
+
+    Args:
+        owner: the mixin whose `__call__` was called; `plain` is the one after it.
+
+    Raises:
+        TypeError: an argument that nobody knows. InvalidPromptError: a prompt that is no text.
+    """
+    signature, known = plain_signature(type(pipe), owner)
+    kwargs = kwargs | recommended(pipe.face_defaults, signature.bind_partial(*args, **kwargs))
+    bound = signature.bind(*args, **kwargs)
+    check_names(bound, known, inspect.signature(owner.__call__).parameters)
+    bound.apply_defaults()
+    prompt = bound.arguments.get("prompt")
+    texts = prompt if isinstance(prompt, list) else [prompt]
+    if not all(isinstance(text, str) for text in texts) and prompt is not None:
+        raise InvalidPromptError(f"the prompt must be text or a list of texts, got {prompt!r}")
+    return Call(plain, bound)
+
+
+def plain_signature(pipeline_class: type, owner: type) -> tuple[inspect.Signature, set[str] | None]:
+    """The signature of the first `__call__` after `owner` that names its arguments, and all names known after it.
+
+    The names are None where somebody's class takes any: it knows what it does with them.
+    """
+    classes = pipeline_class.__mro__[pipeline_class.__mro__.index(owner) + 1 :]
+    calls = [(c, inspect.signature(vars(c)["__call__"])) for c in classes if "__call__" in vars(c)]
+    named = next((signature for _, signature in calls if "prompt" in signature.parameters), calls[0][1])
+    names = {name for _, signature in calls for name in signature.parameters}
+    foreign = any(
+        parameter.kind is parameter.VAR_KEYWORD and not c.__module__.startswith("diffusers.")
+        for c, signature in calls
+        for parameter in signature.parameters.values()
+    )
+    parameters = [parameter for name, parameter in named.parameters.items() if name != "self"]
+    return named.replace(parameters=parameters), None if foreign else names
+
+
+def check_names(bound: inspect.BoundArguments, known: set[str] | None, own: Any) -> None:
+    """Raise TypeError for an argument that no pipeline knows: diffusers would pass over it in silence."""
+    rest = next((p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+    unknown = [name for name in bound.arguments.get(rest) or {} if name not in OLD_CALLBACKS]
+    if unknown and known is not None and (strange := [name for name in unknown if name not in known]):
+        name = strange[0]
+        if name.startswith("control"):
+            raise TypeError(f"{name} goes with a control_image, and there is none")
+        near = difflib.get_close_matches(name, [*known, *own], 1)
+        raise TypeError(f"unknown argument {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+
+
+def prompt_count(arguments: dict[str, Any]) -> int:
+    """Number of prompts in a call."""
+    prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+    if isinstance(prompt, (list, tuple)):
+        return len(prompt)
+    return 1 if prompt is not None or embeds is None else int(embeds.shape[0])
+
+
+def recommended(defaults: Any, bound: inspect.BoundArguments) -> dict[str, Any]:
+    """What a model's `FaceDefaults` recommend of those arguments that `bound` was not given."""
+    known, given = bound.signature.parameters, bound.arguments
+    if defaults is None:
+        return {}
+    added = {
+        name: getattr(defaults, name)
+        for name in ("num_inference_steps", "guidance_scale")
+        if name in known and name not in given and getattr(defaults, name) is not None
+    }
+    late, user = defaults.late_guidance, given.get("callback_on_step_end")
+    if late is None or "guidance_scale" not in added or "callback_on_step_end" not in known:
+        return added
+    if isinstance(user, (PipelineCallback, MultiPipelineCallbacks)):
+        return added  # one that may change guidance itself, as `LateGuidance` does
+    later = LateGuidance(late)
+    if user is None:
+        return added | {"callback_on_step_end": later}
+
+    def both(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> Any:
+        return user(pipe, step, timestep, later(pipe, step, timestep, tensors))
+
+    return added | {"callback_on_step_end": both}
+
+
+def with_whole_signature(call: Callable[..., Any], pipeline_class: type, owner: type) -> Callable[..., Any]:
+    """`call`, a pipeline's `__call__`, as a function whose signature names all arguments, ours and those below.
+
+    `help`, completion and tools that read signatures then show them; the function does what `call` does.
+    """
+
+    @functools.wraps(call)
+    def whole(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(self, *args, **kwargs)
+
+    below, _ = plain_signature(pipeline_class, owner)
+    own = [
+        parameter
+        for c in pipeline_class.__mro__[: pipeline_class.__mro__.index(owner) + 1]
+        if "__call__" in vars(c)
+        for parameter in inspect.signature(vars(c)["__call__"]).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    merged = {p.name: p for p in below.parameters.values() if p.kind is not p.VAR_KEYWORD}
+    merged |= {p.name: p for p in reversed(own) if p.name not in merged}
+    rest = [p for p in below.parameters.values() if p.kind is p.VAR_KEYWORD]
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    ordered = [p for p in merged.values() if p.kind is not p.KEYWORD_ONLY] + [
+        p for p in merged.values() if p.kind is p.KEYWORD_ONLY
+    ]
+    whole.__signature__ = inspect.Signature([first, *ordered, *rest])  # type: ignore[attr-defined]
+    return whole
