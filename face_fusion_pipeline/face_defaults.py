@@ -138,7 +138,7 @@ def defaults_of(
         try:
             cached = hf_hub_download(**place)
         except (OSError, ValueError) as error:  # no such file, offline, not allowed
-            logger.info("no %s of %s: %s", DEFAULTS_NAME, model, error)
+            logger.debug("no %s of %s: %s", DEFAULTS_NAME, model, error)
             return None
     return read_defaults(Path(cached).parent)
 

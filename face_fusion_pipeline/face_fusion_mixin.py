@@ -1,5 +1,6 @@
 """Faces for any Stable Diffusion pipeline: encode people, place them, let the UNet see them, call the pipeline."""
 
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -22,6 +23,7 @@ from .face_self_attention import SelfAttentionReference
 from .face_steps import follow_steps
 
 
+_tokenizing = threading.RLock()
 MODE_WITH_WEIGHTS = "adapter"  # where weights are loaded and no mode is asked for: the paper
 
 
@@ -104,6 +106,11 @@ class FaceFusionMixin(FaceLoaderMixin):
         if mode is not None and mode != face.mode:
             raise IdentityMismatchError(f"the identity was encoded for {face.mode!r}, not {mode!r}")
         return conditioner_of(face.mode).adjusted(self, face, options)
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """As the underlying pipeline's, one thread after the other: a tokenizer that threads share is not safe."""
+        with _tokenizing:
+            return super().encode_prompt(*args, **kwargs)  # type: ignore[misc]
 
     # --- Generation ----------------------------------------------------------------------------------------------
 

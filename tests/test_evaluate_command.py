@@ -546,8 +546,8 @@ def test_guidance_that_is_asked_for_is_that_of_all_steps(
     )
     settings = avatars_evaluate._settings(arguments)
     assert (settings.guidance_scale, settings.late_guidance) == expected
-    arguments.guidance_scale = -1.0
-    with pytest.raises(FaceFusionError, match="--guidance-scale must be from 0 to 100, got -1"):
+    arguments.guidance_scale, arguments.late_guidance = 1.0, 2.0
+    with pytest.raises(FaceFusionError, match="--guidance-scale above 1, got 1"):
         avatars_evaluate._settings(arguments)
 
 
@@ -630,10 +630,10 @@ def test_what_a_safety_checker_blacked_out_counts_in_no_figure(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--steps", "0"], "--steps must be from 1 to 1000, got 0"),
-        (["--guidance", "-1"], "--guidance must be from 0 to 100, got -1"),
-        (["--late-guidance", "1"], "--late-guidance must be above 1, at most 100, got 1"),
-        (["--seed", "-1"], "--seed must be 0 or more"),
+        (["--steps", "0"], "--steps must be a whole number from 1 to 1000, got 0"),
+        (["--guidance", "-1"], "--guidance must be a number from 0 to 100, got -1"),
+        (["--late-guidance", "1"], "--late-guidance must be a number above 1, at most 100, got 1"),
+        (["--seed", "-1"], "--seed must be a whole number from 0"),
         (["--scale", "-1"], "--scale"),
         (["--people", "4"], "too few for --people 4"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
@@ -642,6 +642,7 @@ def test_what_a_safety_checker_blacked_out_counts_in_no_figure(
         (["--images", "nowhere"], "has no metadata.jsonl"),
         (["--recogniser", "mine=nowhere.onnx"], "no recogniser file nowhere.onnx"),
         (["--device", "nothing"], "--device nothing"),
+        (["--device", "meta"], "--device meta"),
     ],
 )
 def test_bad_arguments(words: list[str], capsys: pytest.CaptureFixture[str], change: list[str], message: str) -> None:

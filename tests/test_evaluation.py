@@ -387,13 +387,13 @@ def test_references_are_cut_out_by_a_detector_as_of_photos(
     trials = plan_trials(2, 1, style="photo")
     first, second = (trial.person for trial in trials)
 
-    def found(image: Image.Image, detector: str, *args: Any) -> Face:
+    def found(image: Image.Image, detector: str, *args: Any) -> tuple[Image.Image, Face]:
         if (np.asarray(image) == np.asarray(to_pil(portraits(second).reference))).all():
             raise NoFaceError("no face")
-        return Face({"yunet": (30.0, 20.0, 95.0, 110.0)}[detector], 0.9)
+        return image, Face({"yunet": (30.0, 20.0, 95.0, 110.0)}[detector], 0.9)
 
     monkeypatch.setattr(face_images, "load_detector", lambda name: name)
-    monkeypatch.setattr(face_images, "find_face", found)
+    monkeypatch.setattr(face_images, "find_upright", found)
     detected_face.cache_clear()
     crop = reference_face(first, cut_out="yunet")
     assert crop.size == (128, 128) and np.abs(np.asarray(crop, float) - np.asarray(portraits(first).face)).mean() > 1

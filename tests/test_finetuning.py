@@ -872,7 +872,7 @@ def test_weights_can_be_trained_on(train: Any, tmp_path: Path) -> None:
     [
         (["--model", "/nowhere"], "there is no folder /nowhere"),
         (["--data", "/nowhere"], "/nowhere is no folder of photos"),
-        (["--learning-rate", "0"], "--learning-rate must be positive"),
+        (["--learning-rate", "0"], "--learning-rate must be a number above 0"),
         (["--text-dropout", "0.9", "--face-dropout", "0.2"], "more than 1"),
         (["--resolution", "100"], "multiple of 8"),
         (["--identity-loss-weight", "0.1"], "go together"),
@@ -886,8 +886,8 @@ def test_weights_can_be_trained_on(train: Any, tmp_path: Path) -> None:
         (["--validation-image", "a.png"], "--validation-prompt"),
         (["--validation-people", "99"], "none of 7"),
         (["--push-to-hub"], "on the Hub"),
-        (["--max-train-steps", "0"], "--max-train-steps must be positive"),
-        (["--reference-timestep", "1000"], "--reference-timestep must be from 0 to 999"),
+        (["--max-train-steps", "0"], "--max-train-steps must be a whole number from 1"),
+        (["--reference-timestep", "1000"], "--reference-timestep must be a whole number from 0 to 999"),
         (["--adam-beta2", "1"], "below 1"),
     ],
 )

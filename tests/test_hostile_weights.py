@@ -244,7 +244,7 @@ def test_cells_that_are_not_those_of_the_keys_are_refused(pipe, tmp_path):
 
 def test_layers_that_the_model_does_not_have_are_refused_before_use(pipe, identity):
     whole = FaceIdentity.load(identity)
-    check_identity_fits(whole, pipe.unet)
+    check_identity_fits(whole, pipe.unet, pipe._face_adapter)
     rewritten(identity, moved)
     other = FaceIdentity.load(identity)
     refused(IdentityMismatchError, lambda: generate(pipe, face_image=other), "unknown layers", "elsewhere")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..face_errors import FaceFusionError
+from ._arguments import AVATAR_SIDE, COUNT, DECAY, FRACTION, POSITIVE, POWER, RATE, SEED, THREADS, real, whole
 
 
 if TYPE_CHECKING:
@@ -37,16 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="dataset with train/ and validation/")
     parser.add_argument("--out", type=Path, required=True, help="model folder; logs go to its logs/")
     parser.add_argument("--preset", choices=("cpu", "gpu"), default="cpu", help="sizes and options (default: cpu)")
-    parser.add_argument("--images", type=int, help="use only the first so many training images")
+    parser.add_argument("--images", type=COUNT, help="use only the first so many training images")
     parser.add_argument(
-        "--render", type=int, metavar="N", help="render N training images on the device instead; --data takes caches"
+        "--render", type=COUNT, metavar="N", help="render N training images on the device instead; --data takes caches"
     )
-    parser.add_argument("--size", type=int, help="pixels of a rendered image's side (default: 128)")
+    parser.add_argument("--size", type=AVATAR_SIDE, help="pixels of a rendered image's side (default: 128)")
     parser.add_argument("--world", type=int, choices=(1, 2), help="traits, drawing: of the people (default: 1)")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch decides)")
+    parser.add_argument("--threads", type=THREADS, help="CPU threads of torch (default: torch decides)")
     parser.add_argument(
         "--processes",
-        type=int,
+        type=whole(1, 256),
         default=1,
         help="share each batch among so many processes, one thread each on a CPU: on 2 cores 1.6 times as quick",
     )
@@ -55,28 +56,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--export-only", action="store_true", help="write the last checkpoint into --out, no training")
 
     length = parser.add_argument_group("training; what is not given comes from the preset")
-    length.add_argument("--steps", type=int)
-    length.add_argument("--minutes", type=float, help="limit by time; the learning rate decays with the elapsed part")
-    length.add_argument("--batch-size", type=int)
-    length.add_argument("--lr", type=float)
-    length.add_argument("--warmup", type=int, help="steps")
+    length.add_argument("--steps", type=COUNT, help="length of the training")
+    length.add_argument(
+        "--minutes", type=POSITIVE, help="limit by time; the learning rate decays with the elapsed part"
+    )
+    length.add_argument("--batch-size", type=COUNT, help="images of a step")
+    length.add_argument("--lr", type=RATE, help="learning rate")
+    length.add_argument("--warmup", type=whole(0), help="steps")
     length.add_argument("--schedule", choices=("cosine", "linear"))
-    length.add_argument("--weight-decay", type=float)
-    length.add_argument("--ema-decay", type=float)
-    length.add_argument("--seed", type=int)
+    length.add_argument("--weight-decay", type=FRACTION, help="of AdamW")
+    length.add_argument("--ema-decay", type=DECAY, help="of the averaged weights")
+    length.add_argument("--seed", type=SEED, help="of weights, data and noise")
     length.add_argument("--precision", choices=("auto", "no", "bf16", "fp16"), help="auto: bf16 where it is quick")
     length.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory format of convolutions")
     length.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the training step")
-    length.add_argument("--checkpoint-minutes", type=float)
-    length.add_argument("--sample-minutes", type=float)
+    length.add_argument("--checkpoint-minutes", type=POSITIVE, help="between two checkpoints")
+    length.add_argument("--sample-minutes", type=POSITIVE, help="between two looks at the validation images")
 
-    length.add_argument("--face-loss-weight", type=float, help="unet: loss weight in face boxes (default: 3)")
+    length.add_argument("--face-loss-weight", type=POSITIVE, help="unet: loss weight in face boxes (default: 3)")
 
     vae = parser.add_argument_group("vae")
     vae.add_argument("--decoder-only", action="store_true", help="train the decoder on, latents stay as they are")
-    vae.add_argument("--latent-noise", type=float, help="largest noise on latents, over their deviation")
+    vae.add_argument("--latent-noise", type=real(), help="largest noise on latents, over their deviation")
 
-    vae.add_argument("--equivariance", type=float, help="weight of the loss on shrunken latents; 0 for none")
+    vae.add_argument("--equivariance", type=real(), help="weight of the loss on shrunken latents; 0 for none")
 
     drawing = parser.add_argument_group("drawing")
     drawing.add_argument(
@@ -88,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     unet = parser.add_argument_group("unet")
     unet.add_argument(
-        "--timestep-power", type=float, help="timesteps are T u^P: above 1 more often the less noisy ones (default: 1)"
+        "--timestep-power", type=POWER, help="timesteps are T u^P: above 1 more often the less noisy ones (default: 1)"
     )
 
 
