@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-SEED ?= 1100008
+SEED ?= 1100000
 PROMPT ?= a photo of a smiling person in a red shirt in a garden
 
 .PHONY: demo app test fuzz format clean

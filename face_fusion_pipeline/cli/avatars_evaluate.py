@@ -103,7 +103,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--limit", type=COUNT, default=20000, help="images to use at most (default: 20000)")
     train.add_argument("--seed", type=SEED, default=0, help="of people, prompts and noise")
 
-    for action in (table, model, people, depth, morph, savings, recognition, train):
+    choose = actions.add_parser(
+        "choose", help="which of several weights ship, by their tables: drawing, then likeness"
+    )
+    choose.add_argument(
+        "tables", nargs="+", type=Path, metavar="TABLE", help="folders of `table`, or their table.json"
+    )
+    choose.add_argument(
+        "--method", choices=METHODS, default="both-mirrored", help="of the tables (default: both-mirrored)"
+    )
+
+    eyes = actions.add_parser("eyes", help="does the judge of eyes agree with verdicts given by eye?")
+    eyes.add_argument(
+        "verdicts", type=Path, metavar="FILE", help="FILE.json and FILE.webp, as tests/data/eye_verdicts"
+    )
+    eyes.add_argument(
+        "--model", help="diffusers folder that drew them, to draw them anew (default: bands in the file)"
+    )
+    eyes.add_argument("--out", type=Path, help="folder for the pictures that --model draws")
+    eyes.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    eyes.add_argument("--renders", type=COUNT, default=1000, help="true renders that have to pass (default: 1000)")
+
+    for action in (table, model, people, depth, morph, savings, recognition, train, choose, eyes):
         action.add_argument("--threads", type=THREADS, help="CPU threads of torch (default: torch decides)")
         action.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -124,6 +145,8 @@ def run(args: argparse.Namespace) -> int:
         "savings": _savings,
         "recognition": _recognition,
         "train-judges": _train,
+        "choose": _choose,
+        "eyes": _eyes,
     }
     result, text = actions[args.action](args)
     print(json.dumps(result, indent=1) if args.json else text)
@@ -237,6 +260,7 @@ def _adapter(args: argparse.Namespace) -> str | None:
 def _table(args: argparse.Namespace) -> tuple[dict, str]:
     from ..avatars.evaluation.avatar_table import as_markdown, compare
     from ..avatars.evaluation.trials import TRUE_BOX, plan_trials
+    from ..avatars.measures.panel import load_measures
     from ..evaluation.generation import METHODS, needs_adapter, pipeline_of
     from ..face_detectors import load_detector
     from ..face_errors import FaceFusionError
@@ -253,6 +277,7 @@ def _table(args: argparse.Namespace) -> tuple[dict, str]:
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
     panel = _panel(args)
+    panel.measures = load_measures(panel.judges)
     result = compare(pipeline_of(settings, args.device), trials, methods, panel, settings, args.out)
     return result, as_markdown(result, panel.names)
 
@@ -363,3 +388,31 @@ def _train(args: argparse.Namespace) -> tuple[dict, str]:
     rows = [[f"{trait} right", value] for trait, value in result["accuracy"].items()]
     rows += [["landmark error, pixels", result["landmark_error_pixels"]], ["recogniser AUC", result["recogniser_auc"]]]
     return result, markdown_table(["judges on held-out people", "value"], rows)
+
+
+def _choose(args: argparse.Namespace) -> tuple[dict, str]:
+    from dataclasses import asdict
+
+    from ..avatars.measures.choice import candidate, choose, read_table
+    from ..evaluation.reports import markdown_table
+
+    found = [candidate(read_table(place), args.method, str(place)) for place in args.tables]
+    best = choose(found)
+    rows = [
+        [c.name, *(f"{100 * v:.0f} %" for v in (c.eyes, c.eyes_without_face, c.traits, c.published)), c.drawn_well]
+        for c in found
+    ]
+    header = ["table", "eyes well drawn", "without a face", "traits", "published recognisers", "drawn well enough"]
+    said = f"\nShips: {best.name}\n" if best else "\nNone ships: all draw worse and show too little of the person.\n"
+    return {"candidates": [asdict(c) for c in found], "ships": best and best.name}, markdown_table(header, rows) + said
+
+
+def _eyes(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..avatars.measures.agreement import measure_agreement
+    from ..evaluation.reports import markdown_table
+
+    result = measure_agreement(args.verdicts, args.model, args.out, device=args.device, renders=args.renders)
+    rows = [[name.replace("_", " "), f"{100 * value:.1f} %"] for name, value in result["shares"].items()]
+    return result, markdown_table(
+        ["share", "value"], rows
+    ) + f"\n{result['good']} good and {result['broken']} broken.\n"

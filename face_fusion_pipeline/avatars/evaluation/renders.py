@@ -14,3 +14,10 @@ def depth_cells(depth: torch.Tensor) -> torch.Tensor:
 def coarse(images: torch.Tensor, size: int) -> torch.Tensor:
     """Pictures (N, C, H, W) in which `size` x `size` pixels became one, at the size they had."""
     return F.interpolate(F.avg_pool2d(images, size), scale_factor=size, mode="bilinear", align_corners=False)
+
+
+def at_size(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Square pictures (N, C, S, S) at another size; those that have it are given back as they are."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
