@@ -135,9 +135,9 @@ def check_identity(identity: Any, what: str) -> None:
         raise IdentityMismatchError(f"{what} has other layers than those of the mode {shown(identity.mode)}")
     if (identity.self_attention is None) != (identity.mode == "adapter"):
         raise IdentityMismatchError(f"{what} of the mode {identity.mode!r} does not say how it is seen at attn1")
-    everything = {f"{name}.key": key for name, key in keys.items()}
-    everything |= {f"{name}.value": value for name, value in values.items()}
-    check_tensors(everything, what, IdentityMismatchError)
+    for kind in CELLS[identity.mode]:  # the weights that made one kind may have another precision than the UNet
+        parts = {f"{name}.{part}": kv[name] for part, kv in (("key", keys), ("value", values)) for name in kv}
+        check_tensors({n: t for n, t in parts.items() if f".{kind}." in n}, what, IdentityMismatchError)
     for name, key in keys.items():
         if key.ndim != 3 or key.shape != values[name].shape or not key.numel():
             raise IdentityMismatchError(

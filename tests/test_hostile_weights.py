@@ -350,3 +350,13 @@ def test_safetensors_are_taken_where_a_pickle_lies_beside_them(tmp_path):
     tiny_pipeline().save_pretrained(model)
     (model / "text_encoder" / "pytorch_model.bin").write_bytes(b"no weights")
     assert load_pipeline(str(model)).text_encoder is not None
+
+
+def test_weights_of_another_precision_than_the_unet_make_an_identity_that_loads(tmp_path: Path) -> None:
+    pipe = with_adapter(tiny_pipeline())
+    pipe._face_adapter.half()
+    identity = pipe.encode_face(face(), face_mode="both")
+    assert len({key.dtype for key in identity.keys.values()}) == 2
+    identity.save(tmp_path / "ada.safetensors")
+    loaded = FaceIdentity.load(tmp_path / "ada.safetensors")
+    assert torch.equal(generate(pipe, face_image=loaded), generate(pipe, face_image=identity))

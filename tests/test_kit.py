@@ -107,7 +107,8 @@ def test_what_is_missing_is_named(tmp_path, capsys):
         load_parts(tmp_path, TINY)
     words = ["avatars-kit", "--model", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main(words) == 2 and "nothing to train" in capsys.readouterr().err
-    assert main([*words, "--base-seconds", "-1"]) == 2 and "base is -1.0" in capsys.readouterr().err
+    assert main([*words, "--base-seconds", "-1"]) == 2
+    assert "--base-seconds must be a number from 0" in capsys.readouterr().err
 
 
 def test_planned_windows_are_the_same_from_processes(start):
