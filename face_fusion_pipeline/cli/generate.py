@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the pictures show")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what they should not show")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for images and contact sheet")
-    parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="Stable Diffusion 1.x model; default: the avatars")
+    parser.add_argument(
+        "--model", metavar="DIR_OR_FILE_OR_HUB_ID", help="Stable Diffusion 1.x model; default: the avatars"
+    )
     add_version_arguments(parser)
     parser.add_argument(
         "--adapter",
@@ -183,14 +185,14 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def check_model_arguments(args: argparse.Namespace) -> None:
     """Raise [`FaceFusionError`] for a model that cannot be one: what it recommends is read next."""
-    check_version(args.model, args.revision, args.variant)
+    check_version(args.model, args.revision, args.variant, args.model_config)
     if args.model is not None:
         check_model(args.model)
 
 
 def set_defaults(args: argparse.Namespace) -> None:
     """What the model recommends, where nothing was said; the mode is left to the pipeline, which knows its weights."""
-    defaults = defaults_beside(args.model, args.revision)
+    defaults = defaults_beside(args.model, args.revision, args.model_config)
     args.guidance, args.late_guidance = guidance_scales(args.guidance, args.late_guidance, defaults)
     if args.steps is None:
         args.steps = (defaults and defaults.num_inference_steps) or 25
@@ -228,9 +230,8 @@ def load_model(args: argparse.Namespace) -> Any:
     if args.self_scale is not None:
         check_scale(args.self_scale, "--self-scale")
     args.adapter = args.adapter or adapter_beside(args.model)
-    pipe = load_pipeline(
-        args.model, args.adapter, args.device, args.dtype, revision=args.revision, variant=args.variant
-    )
+    version = {"revision": args.revision, "variant": args.variant, "config": args.model_config}
+    pipe = load_pipeline(args.model, args.adapter, args.device, args.dtype, **version)
     if args.adapter is None:
         print(
             f"face-fusion: no --adapter for {args.model or 'it'}: training-free mode, a weaker likeness",

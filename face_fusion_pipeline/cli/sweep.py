@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..face_errors import FaceFusionError
 from .generate import add_arguments as add_generate_arguments
-from .generate import check_arguments, denoising, load_model, read_faces, set_defaults
+from .generate import check_arguments, check_model_arguments, denoising, load_model, read_faces, set_defaults
 
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_model_arguments(args)
     set_defaults(args)
     if args.mode == "adapter" or args.face[0].endswith(".safetensors"):
         raise FaceFusionError(
