@@ -121,7 +121,7 @@ def defaults_of(
     """
     if os.path.isdir(model):
         return read_defaults(model)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+    if os.path.isfile(model) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         return None
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 

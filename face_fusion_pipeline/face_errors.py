@@ -61,3 +61,14 @@ class InvalidLayoutError(FaceFusionError):
 
 class FaceAxesError(FaceFusionError):
     """Prompts, people, references or values for them whose numbers do not go together."""
+
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+
+
+def check_no_pickle(name: str) -> None:
+    """Raise [`FaceFusionError`] for weights whose name says that they are a pickle."""
+    if name.lower().endswith(PICKLES):
+        raise FaceFusionError(
+            f"{name} is a pickle, which can run code when it is loaded: take the .safetensors file of this model"
+        )

@@ -19,6 +19,7 @@ from .face_adapter import (
     save_adapter,
 )
 from .face_attention import attention_layers
+from .face_checkpoints import load_single_file
 from .face_defaults import DEFAULTS_NAME, FaceDefaults, loaded_defaults
 from .face_errors import AdapterMismatchError, FaceFusionError, InvalidScaleError, ModelNotFoundError
 from .face_files import read_tensors
@@ -96,6 +97,22 @@ class FaceLoaderMixin:
         elif pipeline._face_adapter is not None:
             logger.warning("the new pipeline has another UNet and so no adapter: load one that was trained for it")
         return new
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As diffusers', of a `.safetensors` file; `face_defaults` are those in the folder of its configuration.
+
+        Args:
+            pretrained_model_link_or_path: file, or the address of one on the Hub.
+            kwargs: of diffusers. `config`, a Diffusers folder or Hub id, has the configuration; by default it is
+                fetched from the repository of the model that the file was made from.
+
+        Raises:
+            FaceFusionError: a pickle, another architecture, or weights that do not fit the configuration.
+            ModelNotFoundError: no such file, or no configuration; the message says how to get it.
+        """
+        plain = super().from_single_file  # type: ignore[misc]
+        return load_single_file(plain, cls, str(pretrained_model_link_or_path), **kwargs)
 
     def register_to_config(self, **kwargs: Any) -> None:
         """As diffusers'; `from_pretrained` ends with it and the model's name, however it was called, also by way of

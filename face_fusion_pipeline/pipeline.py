@@ -20,6 +20,7 @@ from .conditioner_reference import ReferenceConditioner
 from .face_adapter import FaceFusionAdapter, create_adapter, face_fused_unet
 from .face_attention import FaceFusionAttnProcessor
 from .face_axes import face_axes
+from .face_checkpoints import load_single_file
 from .face_defaults import FaceDefaults
 from .face_depth import ControlKind, DepthEstimator
 from .face_errors import FaceFusionError
@@ -69,6 +70,7 @@ __all__ = [
     "follow_steps",
     "joint_attention",
     "layer_regions",
+    "load_single_file",
     "place_people",
     "read_tensors",
     "register_conditioner",

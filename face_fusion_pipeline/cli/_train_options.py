@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Train to_k_face and to_v_face for a Stable Diffusion model. A run that was killed goes on from its last "
         "checkpoint when the same command is given again. OUT gets the weights, a model card, checkpoints and logs."
     )
-    parser.add_argument("--model", "--pretrained-model-name-or-path", required=True, metavar="DIR_OR_HUB_ID")
+    parser.add_argument("--model", "--pretrained-model-name-or-path", required=True, metavar="DIR_OR_FILE_OR_HUB_ID")
     parser.add_argument(
         "--data",
         "--train-data-dir",

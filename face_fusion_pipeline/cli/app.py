@@ -17,7 +17,9 @@ HELP = "a web page on this machine: photos and a prompt in, pictures out"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="Stable Diffusion 1.x model; default: the avatars")
+    parser.add_argument(
+        "--model", metavar="DIR_OR_FILE_OR_HUB_ID", help="Stable Diffusion 1.x model; default: the avatars"
+    )
     add_version_arguments(parser)
     parser.add_argument(
         "--adapter",
@@ -71,13 +73,14 @@ def load_engine(args: argparse.Namespace) -> Any:
     detector = load_detector(args.detector, args.detector_model)
     adapter = args.adapter or adapter_beside(args.model)
     controlnet = args.controlnet or controlnet_beside(args.model)
-    pipe = load_pipeline(args.model, adapter, args.device, args.dtype, controlnet, args.revision, args.variant)
+    version = (args.revision, args.variant, args.model_config)
+    pipe = load_pipeline(args.model, adapter, args.device, args.dtype, controlnet, *version)
     return Engine(pipe, args.model, adapter, detector, args.watermark)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before anything is loaded. Raises [`FaceFusionError`]."""
-    check_version(args.model, args.revision, args.variant)
+    check_version(args.model, args.revision, args.variant, args.model_config)
     if args.model is not None:
         check_model(args.model)
     if args.watermark:

@@ -55,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what they should not show")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for images and contact sheet")
-    parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="Stable Diffusion 1.x model; default: the avatars")
+    parser.add_argument(
+        "--model", metavar="DIR_OR_FILE_OR_HUB_ID", help="Stable Diffusion 1.x model; default: the avatars"
+    )
     add_version_arguments(parser)
     parser.add_argument(
         "--adapter",
@@ -193,7 +195,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def check_model_arguments(args: argparse.Namespace) -> None:
     """Raise [`FaceFusionError`] for a model that cannot be one: what it recommends is read next."""
-    check_version(args.model, args.revision, args.variant)
+    check_version(args.model, args.revision, args.variant, args.model_config)
     if args.model is not None:
         check_model(args.model)
 
@@ -205,7 +207,7 @@ def set_defaults(args: argparse.Namespace) -> None:
     """
     args.face = [photo for face in args.face for photo in photos_in(face)]
     args.height, args.width = args.height or args.width, args.width or args.height
-    defaults = defaults_beside(args.model, args.revision)
+    defaults = defaults_beside(args.model, args.revision, args.model_config)
     args.guidance, args.late_guidance = guidance_scales(args.guidance, args.late_guidance, defaults)
     if args.steps is None:
         args.steps = (defaults and defaults.num_inference_steps) or 25
@@ -279,9 +281,8 @@ def read_faces(args: argparse.Namespace) -> "list[FacePhoto] | Any":
 def load_model(args: argparse.Namespace) -> Any:
     """The pipeline; `args.adapter` then says which adapter it has."""
     args.adapter = args.adapter or adapter_beside(args.model)
-    pipe = load_pipeline(
-        args.model, args.adapter, args.device, args.dtype, revision=args.revision, variant=args.variant
-    )
+    version = {"revision": args.revision, "variant": args.variant, "config": args.model_config}
+    pipe = load_pipeline(args.model, args.adapter, args.device, args.dtype, **version)
     if args.adapter is None:
         print(
             f"face-fusion: no --adapter for {args.model or 'it'}: training-free mode, a weaker likeness",

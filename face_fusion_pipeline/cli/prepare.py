@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..face_errors import FaceFusionError
 from ..files.atomic import check_new
-from ..generation.arguments import add_version_arguments
+from ..generation.arguments import add_version_arguments, check_version
 from ._arguments import COUNT, real, whole
 
 
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         "--pretrained-model-name-or-path",
-        metavar="DIR_OR_HUB_ID",
+        metavar="DIR_OR_FILE_OR_HUB_ID",
         help="the base to train for: latents and text are encoded too, which `train` does otherwise",
     )
     add_version_arguments(parser)
@@ -104,6 +104,7 @@ def given_words(args: argparse.Namespace, add: Callable[[argparse.ArgumentParser
 
 def run(args: argparse.Namespace) -> int:
     check_selection(args)
+    check_version(args.model, args.revision, args.variant, args.model_config)
     if args.source.startswith("avatars:"):
         return run_rendered(args)
     pieces = first_look(args.source, args)
@@ -137,7 +138,8 @@ def run_rendered(args: argparse.Namespace) -> int:
     photos = argparse.Namespace(**{**vars(args), "workers": DEFAULT_WORKERS})
     if words := given_words(photos, add_source_arguments) + given_words(photos, add_selection_arguments):
         raise DataError(f"{words[0]} chooses among photos: {args.source} is rendered as the model takes it")
-    own = argparse.Namespace(revision=args.revision, variant=args.variant)  # goes to other processes
+    version = {"revision": args.revision, "variant": args.variant, "model_config": args.model_config}
+    own = argparse.Namespace(**version)  # goes to other processes
     loading = partial(load, args.model, own)
     report = prepare_rendered(count, args.out, loading(), workers=min(args.workers, MOST_RENDERING), load=loading)
     print(f"{report['kept']} of {report['read']} scenes: portraits of {report['people']} people")
@@ -189,7 +191,7 @@ def load(model: str, args: argparse.Namespace) -> BaseModel:
     from ..training.base_model import load_base
     from ..training.loop import process_group
 
-    base = load_base(model, revision=args.revision, variant=args.variant)
+    base = load_base(model, config=args.model_config, revision=args.revision, variant=args.variant)
     base.pipeline.to(process_group().device)
     return base
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..generation.arguments import add_version_arguments
+from ..generation.arguments import add_version_arguments, check_version
 from ._train_options import add_arguments, check_arguments, command_line, resume
 from .prepare import (
     add_selection_arguments,
@@ -43,6 +43,7 @@ HELP = "train Face Fusion weights for a Stable Diffusion model on your own photo
 
 def run(args: argparse.Namespace) -> int:
     check_arguments(args)
+    check_version(args.model, args.revision, args.variant, args.model_config)
 
     import torch
 

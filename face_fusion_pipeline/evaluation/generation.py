@@ -90,7 +90,8 @@ def needs_adapter(method: str) -> bool:
 
 def hash_weights(model: str, adapter: str | None = None, controlnet: str | None = None) -> str | None:
     """Of the content of the local files among these, None where all are on the Hub."""
-    folders = [Path(model) / "unet", *(Path(place) for place in (adapter, controlnet) if place)]
+    base = Path(model) if Path(model).is_file() else Path(model) / "unet"
+    folders = [base, *(Path(place) for place in (adapter, controlnet) if place)]
     files = [
         file for place in folders for file in ([place] if place.is_file() else sorted(place.glob("*.safetensors")))
     ]

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ..face_defaults import FACE_MODES, FaceDefaults
-from ..face_errors import FaceFusionError, InvalidPromptError, ModelNotFoundError
+from ..face_errors import FaceFusionError, InvalidPromptError, ModelNotFoundError, check_no_pickle
 
 
 MAX_IMAGES, MAX_SEED = 1000, 2**63 - 1
@@ -23,28 +23,53 @@ def check_prompt(text: str, name: str) -> None:
 
 
 def add_version_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which version of `--model`, as `from_pretrained` takes it."""
+    """Which version of `--model`, as `from_pretrained` takes it, and what belongs to one that is a file."""
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     parser.add_argument("--variant", help="variant of the model's weight files, such as fp16")
+    parser.add_argument(
+        "--model-config",
+        metavar="DIR_OR_HUB_ID",
+        help="of a --model that is a .safetensors file: a Diffusers model of the same kind, whose configuration "
+        "(tokenizer, scheduler, sizes) is taken; default: the model on the Hub that such files are made from",
+    )
 
 
-def check_version(model: str | None, revision: str | None, variant: str | None) -> None:
-    """Raise [`FaceFusionError`] for the version of a model that was not given."""
-    for flag, value in (("--revision", revision), ("--variant", variant)):
+def check_version(model: str | None, revision: str | None, variant: str | None, config: str | None = None) -> None:
+    """Raise [`FaceFusionError`] for the version or configuration of a model that was not given, or has none."""
+    for flag, value in (("--revision", revision), ("--variant", variant), ("--model-config", config)):
         if value is not None and model is None:
             raise FaceFusionError(f"{flag} {value} is of a model that you name: give --model")
+    if model is not None and Path(model).is_file():
+        if variant is not None:
+            raise FaceFusionError(f"--variant {variant}: {model} is one file, and has no variants")
+        if config is not None:
+            check_folder_or_id(config)
+    elif config is not None:
+        raise FaceFusionError(f"--model-config {config} is for a --model that is one .safetensors file")
 
 
 def check_model(model: str) -> None:
+    """Raise [`FaceFusionError`] unless `model` is a diffusers folder, a `.safetensors` file or can be a Hub id."""
+    path = Path(model)
+    if not path.is_dir():
+        check_no_pickle(model)
+    if not path.is_file():
+        if model.lower().endswith(".safetensors") and not path.is_dir():
+            raise ModelNotFoundError(f"there is no file {model}")
+        check_folder_or_id(model)
+    elif not model.lower().endswith(".safetensors"):
+        raise ModelNotFoundError(
+            f"{model} is a file: --model takes a .safetensors checkpoint, a diffusers folder or a Hub id (owner/name)"
+        )
+
+
+def check_folder_or_id(model: str) -> None:
     """Raise [`ModelNotFoundError`] unless `model` is a diffusers folder or can be a Hub id."""
     path = Path(model)
     if path.is_dir():
         _check_index(path / "model_index.json")
     if path.is_file():
-        raise ModelNotFoundError(
-            f"{model} is a file: --model takes a diffusers folder or a Hub id (owner/name); make a folder of it once: "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-        )
+        raise ModelNotFoundError(f"{model} is a file: a diffusers folder or a Hub id (owner/name) is meant")
     if path.exists():
         return
     if model.startswith((".", "/", "~")):

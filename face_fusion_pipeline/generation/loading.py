@@ -3,6 +3,7 @@
 torch and diffusers are imported inside the function: `--help` and the checks of arguments do without them.
 """
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +26,13 @@ def adapter_beside(model: str | None) -> str | None:
     return str(path) if path.is_file() else None
 
 
-def defaults_beside(model: str | None, revision: str | None = None) -> FaceDefaults | None:
+def defaults_beside(model: str | None, revision: str | None = None, config: str | None = None) -> FaceDefaults | None:
     """What `model` (folder or Hub id; None: the embedded avatar model) recommends, or None.
 
-    Raises [`FaceFusionError`] for a file of it that is wrong.
+    Of a model in one file it is `config` that recommends. Raises [`FaceFusionError`] for a file of it that is wrong.
     """
-    return defaults_of(model or embedded_model(), revision)
+    place = config if model is not None and Path(model).is_file() else model or embedded_model()
+    return None if place is None else defaults_of(place, revision)
 
 
 def controlnet_beside(model: str | None) -> str | None:
@@ -101,6 +103,62 @@ def _is_offline(error: BaseException | None) -> bool:
     return error is not None
 
 
+def model_class(model: str, **hub: Any) -> str:
+    """The class of diffusers that a folder, a Hub id or a checkpoint file says that it is for.
+
+    Args:
+        hub: `revision`, `token`, `cache_dir` of a Hub id.
+    """
+    from diffusers import DiffusionPipeline
+
+    from ..face_checkpoints import PIPELINES, checkpoint_kind
+
+    if Path(model).is_file():
+        return PIPELINES[checkpoint_kind(model)]
+    return str(DiffusionPipeline.load_config(model, **hub)["_class_name"])
+
+
+def load_checkpoint(
+    pipeline_class: Any, model: str, config: str | None = None, variant: str | None = None, **settings: Any
+) -> Any:
+    """`model` as a pipeline of this class, from a folder, a Hub id or a `.safetensors` file; never from a pickle.
+
+    Args:
+        config: folder or Hub id with the configuration of a file, see `face_checkpoints.load_single_file`.
+        variant, settings: as `from_pretrained` takes them; a file has no variant.
+    """
+    if not Path(model).is_file():
+        return pipeline_class.from_pretrained(model, variant=variant, use_safetensors=True, **settings)
+    from ..face_checkpoints import load_single_file
+    from ..face_loader_mixin import FaceLoaderMixin
+
+    if issubclass(pipeline_class, FaceLoaderMixin):
+        return pipeline_class.from_single_file(model, config=config, **settings)
+    return load_single_file(pipeline_class.from_single_file, pipeline_class, model, config=config, **settings)
+
+
+def text_to_image_class(model: str, **hub: Any) -> Any:
+    """Our pipeline that draws with `model` from a text. Raises [`FaceFusionError`] where there is none."""
+    from ..pipeline import StableDiffusionFaceFusionPipeline
+
+    if "XL" not in model_class(model, **hub):
+        return StableDiffusionFaceFusionPipeline
+    try:
+        return importlib.import_module("..pipeline_xl", __package__).StableDiffusionXLFaceFusionPipeline
+    except ModuleNotFoundError as error:
+        raise FaceFusionError(f"{model} is Stable Diffusion XL: take a 1.x or 2.x model here") from error
+
+
+def check_draws_text(pipe: Any, model: str) -> None:
+    """Raise [`FaceFusionError`] for a model whose UNet takes more than latents, as those for inpainting do."""
+    channels, own = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if channels != own:
+        raise FaceFusionError(
+            f"{model} takes {channels} channels instead of {own}, as models for inpainting do: use it in Python, with "
+            "StableDiffusionInpaintFaceFusionPipeline"
+        )
+
+
 def load_pipeline(
     model: str | None = None,
     adapter: str | None = None,
@@ -109,24 +167,27 @@ def load_pipeline(
     controlnet: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    config: str | None = None,
 ) -> Any:
     """The pipeline with its adapter, on its device. The safety checker of the model, if it has one, stays on.
 
     Args:
-        model: diffusers folder or Hub id; None is the embedded avatar model.
+        model: diffusers folder, Hub id or `.safetensors` file; None is the embedded avatar model.
         adapter: folder, file or Hub id; None is the training-free mode, also where [`adapter_beside`] finds one.
         device: "auto" (CUDA where there is one) or a device of torch.
         dtype: "auto" (half precision on CUDA), "float32", "float16" or "bfloat16".
         controlnet: folder or Hub id of a ControlNet, or None.
         revision, variant: of `model`, as diffusers' `from_pretrained` takes them.
+        config: folder or Hub id with the configuration of a file, see `face_checkpoints.load_single_file`.
 
     Raises:
-        FaceFusionError: the device is not there; ModelNotFoundError and AdapterMismatchError for the rest.
+        FaceFusionError: the device is not there, or another kind of model; ModelNotFoundError and
+            AdapterMismatchError for the rest.
     """
     model = model or str(embedded_model())
     device = usable_device(device)
     with quietly():
-        pipe = _from_pretrained(model, device, dtype, controlnet, revision, variant)
+        pipe = _from_pretrained(model, device, dtype, controlnet, revision, variant, config)
     pipe.set_progress_bar_config(desc="denoising", leave=False)
     if adapter is not None:
         pipe.load_face_fusion_adapter(adapter)
@@ -134,21 +195,30 @@ def load_pipeline(
 
 
 def _from_pretrained(
-    model: str, device: str, dtype: str, controlnet: str | None, revision: str | None, variant: str | None
+    model: str,
+    device: str,
+    dtype: str,
+    controlnet: str | None,
+    revision: str | None,
+    variant: str | None,
+    config: str | None,
 ) -> Any:
     import torch
     from diffusers import ControlNetModel
 
-    from ..pipeline import StableDiffusionFaceFusionPipeline
-
     name = ("float16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
-    settings: dict[str, Any] = {"dtype": getattr(torch, name), "use_safetensors": True}  # never a pickle
+    settings: dict[str, Any] = {"dtype": getattr(torch, name)}
     what = f"model {model}"
     try:
         if controlnet is not None:
             what = f"ControlNet {controlnet}"
-            settings["controlnet"] = ControlNetModel.from_pretrained(controlnet, **settings)
+            settings["controlnet"] = ControlNetModel.from_pretrained(controlnet, use_safetensors=True, **settings)
             what = f"model {model}"
-        return StableDiffusionFaceFusionPipeline.from_pretrained(model, revision=revision, variant=variant, **settings)
+        pipeline_class = text_to_image_class(model, revision=revision)
+        pipe = load_checkpoint(pipeline_class, model, config, variant, revision=revision, **settings)
+        check_draws_text(pipe, model)
+        return pipe
+    except FaceFusionError:
+        raise
     except Exception as error:  # not there, offline, gated, a broken or other kind of model, pickles: any type
         raise unloadable(what, error) from error

@@ -11,10 +11,11 @@ from typing import Any
 import diffusers.utils.logging as diffusers_logging
 import torch
 import transformers.utils.logging as transformers_logging
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
-from ..generation.loading import unloadable
+from ..face_errors import FaceFusionError
+from ..generation.loading import check_draws_text, load_checkpoint, model_class, unloadable
 from ..pipeline import StableDiffusionFaceFusionPipeline
 from ..unet_family import TEXT, encode_latents, text_conditions, unet_arguments
 from .loop import TrainingError
@@ -109,29 +110,31 @@ def quiet() -> Iterator[None]:
             library.set_verbosity(level)
 
 
-def load_base(name: str | Path, dtype: torch.dtype = torch.float32, **hub: Any) -> BaseModel:
-    """The checkpoint in a diffusers folder or of a Hub id, frozen, without its safety checker.
+def load_base(
+    name: str | Path, dtype: torch.dtype = torch.float32, config: str | None = None, **hub: Any
+) -> BaseModel:
+    """The checkpoint in a diffusers folder, a `.safetensors` file, or of a Hub id, frozen, without safety checker.
 
     Args:
+        config: folder or Hub id with the configuration of a file, see `face_checkpoints.load_single_file`.
         hub: `revision`, `variant`, `token`, `cache_dir`.
 
     Raises:
         ModelNotFoundError: it cannot be loaded. TrainingError: another architecture, or without noise levels.
     """
     try:
-        kind = str(
-            DiffusionPipeline.load_config(name, **{k: v for k, v in hub.items() if k != "variant"})["_class_name"]
-        )
+        kind = model_class(str(name), **{k: v for k, v in hub.items() if k != "variant"})
         if not kind.startswith("StableDiffusion") or kind.startswith("StableDiffusion3"):
             raise TrainingError(f"{name} is a {kind}: Face Fusion can be trained for Stable Diffusion 1.x, 2.x and XL")
         if "XL" in kind:
-            pipeline = StableDiffusionXLPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub)
+            pipeline = load_checkpoint(StableDiffusionXLPipeline, str(name), config, dtype=dtype, **hub)
         else:
             parts: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "controlnet": None}
-            parts["use_safetensors"] = True  # never a pickle
-            pipeline = StableDiffusionFaceFusionPipeline.from_pretrained(name, dtype=dtype, **parts, **hub)
+            whole = StableDiffusionFaceFusionPipeline
+            pipeline = load_checkpoint(whole, str(name), config, dtype=dtype, **parts, **hub)
             pipeline.face_defaults = None  # what a training and its samples see is said with every call
-    except TrainingError:
+        check_draws_text(pipeline, str(name))
+    except FaceFusionError:
         raise
     except Exception as error:  # not there, offline, gated, another or a broken model, pickles: any type
         raise unloadable(f"model {name}", error) from error
