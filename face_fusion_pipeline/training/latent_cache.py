@@ -56,6 +56,8 @@ def cache_folders(folder: Path, base: BaseModel, augmentations: int = AUGMENTATI
     """Where the shards of a prepared folder lie for this base: another part of it or other data is another place."""
     data = data_key(folder)
     vae = [fingerprint(base.vae), base.vae.config.scaling_factor, data, augmentations]
+    if mean := getattr(base.vae.config, "latents_mean", None):
+        vae += [list(mean), list(base.vae.config.latents_std)]
     text = [[fingerprint(encoder) for encoder in base.text_encoders], base.is_xl, data]  # XL takes an earlier layer
     return Cache(folder / "latents" / _digest(vae), folder / "conditions" / _digest(text))
 
