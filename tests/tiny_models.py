@@ -14,15 +14,17 @@ import face_fusion_pipeline
 from face_fusion_pipeline import face_fusion_mixin
 from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_attention import FaceCall, FaceFusionAttnProcessor, LayerPeople
+from face_fusion_pipeline.face_defaults import FACE_MODES
 from face_fusion_pipeline.joint_attention import PersonKeys
 
 
 torch.set_num_threads(1)  # several times faster at this size
 
+CASES = [*(("sd", mode) for mode in FACE_MODES), ("xl", "both")]  # families and modes in which a face is seen
+
 TEXT_WIDTH = 24
 TEXT_LENGTH = 12
 
-FAMILIES = ("sd", "xl")
 STATES, SIZES = 2 * TEXT_WIDTH, 8  # of XL: width of the two encoders' states, numbers that each size becomes
 XL_UNET = {
     "cross_attention_dim": STATES,
@@ -152,6 +154,15 @@ def stock_pipeline(family: str = "sd", task: str = "", **parts: Any) -> Any:
 def for_task(pipe: Any, task: str) -> Any:
     """Our pipeline for a task in the family and of the components of `pipe`."""
     return quiet(kind_of(family_of(pipe), task).from_pipe(pipe))
+
+
+def told_of_nothing(pipe: Any, side: int = 16) -> dict[str, Any]:
+    """What the UNet is told when it looks at a reference: no words and, in XL, the size of the crop; by diffusers."""
+    found = pipe.encode_prompt("", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    if family_of(pipe) == "sd":
+        return {"encoder_hidden_states": found[0]}
+    sizes = pipe._get_add_time_ids((side, side), (0, 0), (side, side), found[0].dtype, found[2].shape[-1])
+    return {"encoder_hidden_states": found[0], "added_cond_kwargs": {"text_embeds": found[2], "time_ids": sizes}}
 
 
 def embeddings(pipe: Any, prompt: str, negative: str = "") -> dict[str, Any]:
