@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .call_arguments import Call, bind_call, with_whole_signature
+from .call_arguments import Call, bind_call, has_call_below, with_whole_signature
 from .conditioner import IdentityOptions, Person, conditioner_of
 from .conditioner_reference import ReferenceConditioner  # noqa: F401  (registers the modes)
 from .face_attention import check_idle
@@ -52,7 +52,8 @@ class FaceFusionMixin(FaceLoaderMixin):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__call__ = with_whole_signature(cls.__call__, cls, FaceFusionMixin)  # type: ignore[method-assign]
+        if has_call_below(cls, FaceFusionMixin):  # a pipeline, not yet another mixin
+            cls.__call__ = with_whole_signature(cls.__call__, cls, FaceFusionMixin)  # type: ignore[method-assign]
 
     @property
     def interrupt(self) -> bool:

@@ -61,6 +61,8 @@ def cache_folders(folder: Path, base: BaseModel, augmentations: int = AUGMENTATI
     """Where the shards of a prepared folder lie for this base: another part of it or other data is another place."""
     data = data_key(folder)
     vae = [digest(base.vae.state_dict()), base.vae.config.scaling_factor, data, augmentations]
+    if mean := getattr(base.vae.config, "latents_mean", None):
+        vae += [list(mean), list(base.vae.config.latents_std)]
     text = [
         [digest(encoder.state_dict()) for encoder in base.text_encoders],
         base.is_xl,
