@@ -27,11 +27,14 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .conditioner_reference import ReferenceConditioner
     from .face_adapter import FaceFusionAdapter
     from .face_attention import FaceFusionAttnProcessor
+    from .face_checkpoints import load_single_file
     from .face_defaults import FaceDefaults
     from .face_detectors import load_detector
+    from .face_file_checks import read_header
     from .face_files import read_tensors
     from .face_identity import FaceIdentity
     from .face_images import detect_faces
+    from .face_metadata import without_metadata
     from .face_pictures import upright_rgb
     from .face_places import place_people
     from .face_self_attention import SelfAttentionReference

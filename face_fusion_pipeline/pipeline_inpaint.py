@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_checkpoints import load_single_file
     from .face_defaults import FaceDefaults
     from .face_detectors import load_detector
+    from .face_file_checks import read_header
     from .face_files import read_tensors
     from .face_identity import FaceIdentity
     from .face_images import detect_faces

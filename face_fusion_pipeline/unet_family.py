@@ -239,10 +239,10 @@ _marks: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
 
 @torch.no_grad()
 def weights_fingerprint(unet: Any, call_scale: float = 1.0) -> str:
-    """One number for each weight tensor of a UNet and each LoRA in it: another value for other contents or strengths.
+    """Three numbers for each weight tensor of a UNet and each LoRA in it: others for other contents or strengths.
 
-    That is the tensor's projection on a fixed pattern of signs over its norm, which rounding to bfloat16 changes by
-    about .001, and a change of the tensor by 2 % of its norm by .02. It is kept until a tensor changes. Empty as that
+    They are the tensor's projections on fixed patterns of signs over its norm, which rounding to bfloat16 changes by
+    about .001, and a change of the tensor by a tenth of its norm by about .1. It is kept until a tensor changes. Empty as that
     of [`fingerprint`].
 
     Args:
@@ -261,16 +261,16 @@ def weights_fingerprint(unet: Any, call_scale: float = 1.0) -> str:
         return ""
     state = [(weight.data_ptr(), weight._version, factor) for weight, factor in zip(weights, factors, strict=True)]
     if unet not in _marks or _marks[unet][0] != state:
-        numbers = torch.stack([f * signed_share(w) for w, f in zip(weights, factors, strict=True)])
-        _marks[unet] = state, " ".join(f"{number:.4f}" for number in numbers.tolist())
+        numbers = torch.cat([f * signed_shares(w) for w, f in zip(weights, factors, strict=True)])
+        _marks[unet] = state, " ".join(f"{number:.3f}" for number in numbers.tolist())
     return _marks[unet][1]
 
 
-def signed_share(weight: Tensor) -> Tensor:
-    """The sum of a tensor's values, rows of it with fixed random signs, over its norm; a number on the CPU."""
+def signed_shares(weight: Tensor) -> Tensor:
+    """Sums of a tensor's values, rows of it with fixed random signs, over its norm: `(3,)`, on the CPU."""
     rows = weight.detach().reshape(len(weight), -1) if weight.ndim > 1 else weight.detach().reshape(-1, 1)
     precision = torch.promote_types(rows.dtype, torch.float32)
-    signs = torch.rand(len(rows), generator=torch.Generator().manual_seed(len(rows))).round() * 2 - 1
+    signs = torch.rand((len(rows), 3), generator=torch.Generator().manual_seed(len(rows))).round() * 2 - 1
     total = rows.sum(1, dtype=precision).cpu() @ signs.to(precision)
     return (total / torch.linalg.vector_norm(rows, dtype=precision).cpu().clamp_min(1e-12)).float()
 
