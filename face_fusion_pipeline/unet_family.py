@@ -242,8 +242,8 @@ def weights_fingerprint(unet: Any, call_scale: float = 1.0) -> str:
     """Three numbers for each weight tensor of a UNet and each LoRA in it: others for other contents or strengths.
 
     They are the tensor's projections on fixed patterns of signs over its norm, which rounding to bfloat16 changes by
-    about .001, and a change of the tensor by a tenth of its norm by about .1. It is kept until a tensor changes. Empty as that
-    of [`fingerprint`].
+    about .001, and a change of the tensor by a tenth of its norm by about .1. They are kept until a tensor changes.
+    Empty as that of [`fingerprint`].
 
     Args:
         call_scale: see [`lora_strengths`].
