@@ -192,7 +192,7 @@ def check_model_arguments(args: argparse.Namespace) -> None:
 
 def set_defaults(args: argparse.Namespace) -> None:
     """What the model recommends, where nothing was said; the mode is left to the pipeline, which knows its weights."""
-    defaults = defaults_beside(args.model, args.revision, args.model_config)
+    defaults = defaults_beside(args.model, args.revision, args.model_config, args.steps)
     args.guidance, args.late_guidance = guidance_scales(args.guidance, args.late_guidance, defaults)
     if args.steps is None:
         args.steps = (defaults and defaults.num_inference_steps) or 25

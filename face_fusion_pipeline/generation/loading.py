@@ -10,6 +10,7 @@ from typing import Any
 from ..avatar_model import embedded_model
 from ..face_defaults import FaceDefaults, defaults_of
 from ..face_errors import FaceFusionError, ModelNotFoundError, short
+from ..face_few_steps import few_steps_beside, with_few_steps
 
 
 ADAPTER_FILE = "face_fusion_adapter.safetensors"
@@ -24,13 +25,22 @@ def adapter_beside(model: str | None) -> str | None:
     return str(path) if path.is_file() else None
 
 
-def defaults_beside(model: str | None, revision: str | None = None, config: str | None = None) -> FaceDefaults | None:
-    """What `model` (folder or Hub id; None: the embedded avatar model) recommends, or None.
+def defaults_beside(
+    model: str | None, revision: str | None = None, config: str | None = None, steps: int | None = None
+) -> FaceDefaults | None:
+    """What `model` (folder or Hub id; None: the embedded avatar model) recommends, or what suits its scheduler.
 
-    Of a model in one file it is `config` that recommends. Raises [`FaceFusionError`] for a file of it that is wrong.
+    Args:
+        config: of a model in one file, which recommends in its place.
+        steps: those that were asked for, see `face_few_steps.few_step_defaults`.
+
+    Raises:
+        FaceFusionError: a file of it that is wrong.
     """
     place = config if model is not None and Path(model).is_file() else model or embedded_model()
-    return None if place is None else defaults_of(place, revision)
+    if place is None:
+        return None
+    return with_few_steps(defaults_of(place, revision), few_steps_beside(str(place), revision, steps))
 
 
 def controlnet_beside(model: str | None) -> str | None:
