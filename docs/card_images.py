@@ -12,7 +12,7 @@ from pathlib import Path
 from face_fusion_pipeline.cli import main
 
 
-SEED = "1100008"  # of the person, who is not in any training data
+SEED = "1100000"  # the first person whom no training saw, not a picked one
 PROMPTS = [
     "a photo of a smiling person in a red shirt in a garden",
     "a photo of a person in a suit in a library",

@@ -51,6 +51,10 @@ _EXPORTS = {
     "StableDiffusionControlNetFaceFusionPipeline": "pipeline_controlnet",
     "StableDiffusionImg2ImgFaceFusionPipeline": "pipeline_img2img",
     "StableDiffusionInpaintFaceFusionPipeline": "pipeline_inpaint",
+    "StableDiffusionXLFaceFusionPipeline": "pipeline_xl",
+    "StableDiffusionXLControlNetFaceFusionPipeline": "pipeline_xl_controlnet",
+    "StableDiffusionXLImg2ImgFaceFusionPipeline": "pipeline_xl_img2img",
+    "StableDiffusionXLInpaintFaceFusionPipeline": "pipeline_xl_inpaint",
     "capture_hidden_states": "reference_pass",
 }
 

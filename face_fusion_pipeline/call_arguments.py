@@ -74,6 +74,11 @@ def bind_call(
     return Call(plain, bound)
 
 
+def has_call_below(pipeline_class: type, owner: type) -> bool:
+    """Whether a class after `owner` can be called: there is a pipeline below the mixin."""
+    return any("__call__" in vars(c) for c in pipeline_class.__mro__[pipeline_class.__mro__.index(owner) + 1 :])
+
+
 def plain_signature(pipeline_class: type, owner: type) -> tuple[inspect.Signature, set[str] | None]:
     """The signature of the first `__call__` after `owner` that names its arguments, and all names known after it.
 

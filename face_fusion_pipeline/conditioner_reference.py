@@ -143,7 +143,7 @@ class ReferenceConditioner(Conditioner):
             adapter_fingerprint(pipe._face_adapter) if self.cross else "",
             weights_fingerprint(pipe.unet, 1.0 if options.lora_scale is None else options.lora_scale),
         )
-        check_identity_fits(identity, pipe.unet)
+        check_identity_fits(identity, pipe.unet, pipe._face_adapter)
         identity = identity if options.weights is None else identity.with_weights(options.weights)
         return identity if options.self_scale is None else identity.with_self_scale(options.self_scale)
 

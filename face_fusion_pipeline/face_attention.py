@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .face_errors import FaceFusionError
 from .face_layout import Regions
-from .face_ownership import IN_USE, OwnThread
+from .face_ownership import IN_USE, REPLACED, OwnThread, Use, heal
 from .joint_attention import PersonKeys, join_people, joint_attention, split_heads
 
 
@@ -292,12 +292,10 @@ def check_idle(unet: Any) -> None:
 
     That is in a callback of a call with faces: in other threads they do not act.
     """
+    heal(unet)
     for layer in (*attention_layers(unet, "attn1").values(), *attention_layers(unet, "attn2").values()):
         if getattr(layer.processor, "acts_here", False):
             raise FaceFusionError(IN_USE)
-
-
-REPLACED = "replaced_processor"
 
 
 @contextmanager
@@ -314,9 +312,11 @@ def installed_processors(unet: Any, processors: Mapping[str, Any]) -> Iterator[N
     ]
     if any(sliced):
         logger.warning("attention slicing is off in %d layers while they see faces: more memory is used", sum(sliced))
+    use = Use()
     try:
         for name, layer in layers.items():
             processors[name].take_over(originals[name])
+            processors[name].use = use
             layer.set_processor(processors[name])
             if isinstance(
                 originals[name], torch.nn.Module

@@ -146,7 +146,7 @@ def file_of(
     try:
         return Path(hf_hub_download(**place))
     except (OSError, ValueError) as error:  # no such file, offline, not allowed
-        logger.info("no %s of %s: %s", name, model, error)
+        logger.debug("no %s of %s: %s", name, model, error)
         return None
 
 

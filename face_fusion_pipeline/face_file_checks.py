@@ -135,9 +135,9 @@ def check_identity(identity: Any, what: str) -> None:
         raise IdentityMismatchError(f"{what} has other layers than those of the mode {shown(identity.mode)}")
     if (identity.self_attention is None) != (identity.mode == "adapter"):
         raise IdentityMismatchError(f"{what} of the mode {identity.mode!r} does not say how it is seen at attn1")
-    everything = {f"{name}.key": key for name, key in keys.items()}
-    everything |= {f"{name}.value": value for name, value in values.items()}
-    check_tensors(everything, what, IdentityMismatchError)
+    for kind in CELLS[identity.mode]:  # the weights that made one kind may have another precision than the UNet
+        parts = {f"{name}.{part}": kv[name] for part, kv in (("key", keys), ("value", values)) for name in kv}
+        check_tensors({n: t for n, t in parts.items() if f".{kind}." in n}, what, IdentityMismatchError)
     for name, key in keys.items():
         if key.ndim != 3 or key.shape != values[name].shape or not key.numel():
             raise IdentityMismatchError(
@@ -163,12 +163,15 @@ def _check_reference_weights(weights: Tensor, references: int, what: str) -> Non
         raise IdentityMismatchError(f"{what} has weights {shown(weights.tolist())}: they are 0 or more, and not all 0")
 
 
-def check_identity_fits(identity: Any, unet: Any) -> None:
-    """Raise [`IdentityMismatchError`] unless an identity has exactly the layers of a UNet, in their widths.
+def check_identity_fits(identity: Any, unet: Any, adapter: Any) -> None:
+    """Raise [`IdentityMismatchError`] unless an identity has exactly the layers that it should have, in their widths.
 
-    At the self-attention these are the layers that its `SelfAttentionReference` chooses.
+    At the cross-attention these are the layers of the adapter, at the self-attention those that its
+    `SelfAttentionReference` chooses.
     """
-    layers = attention_layers(unet, "attn2") if identity.needs_adapter else {}
+    layers = {}
+    if identity.needs_adapter:
+        layers = {name: attn for name, attn in attention_layers(unet, "attn2").items() if name in adapter.layer_names}
     if identity.self_attention is not None:
         layers = layers | _chosen(attention_layers(unet, "attn1"), identity.self_attention.layers)
     for what, names in (

@@ -1,5 +1,6 @@
 """Faces for any Stable Diffusion pipeline: encode people, place them, let the UNet see them, call the pipeline."""
 
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .call_arguments import Call, bind_call, with_whole_signature
+from .call_arguments import Call, bind_call, has_call_below, with_whole_signature
 from .conditioner import IdentityOptions, Person, conditioner_of
 from .conditioner_reference import ReferenceConditioner  # noqa: F401  (registers the modes)
 from .face_attention import check_idle
@@ -22,6 +23,7 @@ from .face_self_attention import SelfAttentionReference
 from .face_steps import follow_steps
 
 
+_tokenizing = threading.RLock()
 MODE_WITH_WEIGHTS = "adapter"  # where weights are loaded and no mode is asked for: the paper
 
 
@@ -51,7 +53,8 @@ class FaceFusionMixin(FaceLoaderMixin):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__call__ = with_whole_signature(cls.__call__, cls, FaceFusionMixin)  # type: ignore[method-assign]
+        if has_call_below(cls, FaceFusionMixin):  # a pipeline, not yet another mixin
+            cls.__call__ = with_whole_signature(cls.__call__, cls, FaceFusionMixin)  # type: ignore[method-assign]
 
     @property
     def interrupt(self) -> bool:
@@ -105,6 +108,11 @@ class FaceFusionMixin(FaceLoaderMixin):
         if mode is not None and mode != face.mode:
             raise IdentityMismatchError(f"the identity was encoded for {face.mode!r}, not {mode!r}")
         return conditioner_of(face.mode).adjusted(self, face, options)
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """As the underlying pipeline's, one thread after the other: a tokenizer that threads share is not safe."""
+        with _tokenizing:
+            return super().encode_prompt(*args, **kwargs)  # type: ignore[misc]
 
     # --- Generation ----------------------------------------------------------------------------------------------
 

@@ -132,14 +132,17 @@ class FaceLoaderMixin:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def as_pipeline(self, pipeline_class: Any) -> Any:
-        """Another Face Fusion pipeline for a part of this one's work: same components, adapter, scales and defaults.
+        """Another Face Fusion pipeline of this family for a part of this one's work: same components, adapter, scales
+        and defaults.
 
         Unlike `from_pipe` it takes any VAE, leaves offloading to this pipeline, and stops where this one is told to
         (`_interrupt`).
         """
         wanted = inspect.signature(pipeline_class.__init__).parameters
-        parts = {name: part for name, part in self.components.items() if name in wanted}
-        new = pipeline_class(**parts | {"requires_safety_checker": self.config.requires_safety_checker})
+        known = dict(self.config) | self.components  # the configuration lists components by their classes
+        new = pipeline_class(**{name: known[name] for name in wanted if name in known})
+        if hasattr(self, "watermark"):  # diffusers' XL pipelines mark pictures, and keep no word of it
+            new.watermark = self.watermark
         new._face_adapter, new._face_layer_scales = self._face_adapter, self._face_layer_scales
         new.face_defaults = self.face_defaults
         new.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))

@@ -5,11 +5,14 @@ refused. A plain call in another thread, perhaps by a stock pipeline that asks n
 that stood there before.
 """
 
+import contextlib
+import inspect
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from types import FrameType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from .face_errors import FaceFusionError
 
@@ -18,9 +21,7 @@ IN_USE = (
     "this UNet is in use by another call with faces: let calls on one UNet follow each other, do not start one in a "
     "callback of another, or give each thread a UNet of its own"
 )
-
-_in_use: WeakSet[Any] = WeakSet()
-_lock = threading.Lock()
+REPLACED = "replaced_processor"  # the submodule that a processor with weights is while ours stands in for it
 
 
 class OwnThread(threading.local):
@@ -42,20 +43,59 @@ def own_thread() -> OwnThread:
     return OwnThread(threading.get_ident())
 
 
-@contextmanager
+class Use:
+    """One use of a UNet, for as long as the function goes on that asks for it here, through `with` blocks or not."""
+
+    def __init__(self) -> None:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and (
+            frame.f_code.co_flags & inspect.CO_GENERATOR or frame.f_code.co_filename == contextlib.__file__
+        ):
+            frame = frame.f_back
+        self.frame, self.thread = frame, threading.get_ident()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the function still runs: an interrupt can end it at any place, also where it would say so."""
+        frame = sys._current_frames().get(self.thread)
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
+
+
+_uses: WeakKeyDictionary[Any, Use] = WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
 def sole_use(unet: Any) -> Iterator[None]:
     """Within the block nobody else may put faces into this UNet or take some from it.
 
+    What an earlier use has left in the UNet, because an interrupt ended it half-way, is put right first.
+
     Raises:
-        FaceFusionError: at once, if somebody does so already, in this or in another thread.
+        FaceFusionError: at once, if somebody uses it already, in this or in another thread.
     """
     unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper
-    with _lock:
-        if unet in _in_use:
-            raise FaceFusionError(IN_USE)
-        _in_use.add(unet)
+    use = Use()
     try:
+        with _lock:
+            if unet in _uses and _uses[unet].goes_on:
+                raise FaceFusionError(IN_USE)
+            _uses[unet] = use
+        heal(unet)
         yield
     finally:
         with _lock:
-            _in_use.discard(unet)
+            if _uses.get(unet) is use:
+                del _uses[unet]
+
+
+def heal(unet: Any) -> None:
+    """Put back the processors of a UNet in the place of which some were left whose use an interrupt has ended."""
+    for layer in getattr(unet, "_orig_mod", unet).modules():
+        processor = getattr(layer, "processor", None)
+        use = getattr(processor, "use", None)
+        if use is not None and not use.goes_on:
+            layer._modules.pop(REPLACED, None)
+            layer.set_processor(processor.original)  # type: ignore[union-attr]

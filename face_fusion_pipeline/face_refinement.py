@@ -18,7 +18,6 @@ from .face_few_steps import settings_of_pipeline
 from .face_images import crop_face
 from .face_layout import Box, Placement, assign_boxes, box_masks, check_box, visible_people
 from .face_pictures import load_images
-from .pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ SOFT_EDGE = 0.06  # standard deviation of the edge of what is put back, over the
 def refine_faces(
     pipe: Any, image: Any, prompt: Any, people: Any, face_boxes: Any, detector: Any, strength: Any, **kwargs: Any
 ) -> list[Image.Image]:
-    """See `StableDiffusionFaceFusionPipeline.refine_faces`."""
+    """See `TextToImageFaces.refine_faces`."""
     check_refinable(kwargs)
     pictures = load_images(image)
     casts = face_axes(people, len(pictures))
@@ -43,7 +42,7 @@ def refine_faces(
     if places is not None and len(places) not in (1, len(pictures)):
         raise FaceAxesError(f"face_boxes for {len(places)} pictures, but there are {len(pictures)}")
     check_strength(DEFAULT_STRENGTH if strength is None else strength, steps_of(pipe, kwargs))
-    inner = pipe.as_pipeline(StableDiffusionImg2ImgFaceFusionPipeline)
+    inner = pipe.as_pipeline(pipe._image_to_image_class())
     refined = []
     for index, picture in enumerate(pictures):
         cast = casts[index % len(casts)]

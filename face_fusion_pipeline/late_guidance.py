@@ -42,9 +42,20 @@ class LateGuidance(PipelineCallback):
     def callback_fn(
         self, pipeline: Any, step_index: int, timesteps: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        coming = step_index + 1 - pipeline.num_timesteps  # from the end: image-to-image leaves steps out at the start
-        if coming < 0 and pipeline.do_classifier_free_guidance:
-            scheduler = pipeline.scheduler
+        steps, scheduler = pipeline.num_timesteps, pipeline.scheduler
+        if step_index + 1 < steps and pipeline.do_classifier_free_guidance:
+            coming = place(scheduler.timesteps, timesteps, step_index, steps) + 1
             if scheduler.timesteps[coming] < self.config.below * scheduler.config.num_train_timesteps:
                 pipeline._guidance_scale = self.config.guidance_scale
         return callback_kwargs
+
+
+def place(timesteps: Any, timestep: Any, step: int, steps: int) -> int:
+    """The index in the scheduler's `timesteps` of the step `step` of `steps`, which is at `timestep`.
+
+    Image-to-image leaves steps out at the start, `denoising_end` of XL at the end, and both may come together.
+    """
+    for index in (step, len(timesteps) - steps + step):
+        if timesteps[index] == timestep:
+            return index
+    return int((timesteps == timestep).nonzero()[0])

@@ -4,14 +4,12 @@ This one folder is a Python package, a diffusers `custom_pipeline` folder and a 
 copies exactly the siblings that this file names, so all that are needed are named here.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from PIL import Image
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from .call_arguments import Call
@@ -22,7 +20,7 @@ from .face_attention import FaceFusionAttnProcessor
 from .face_axes import face_axes
 from .face_checkpoints import load_single_file
 from .face_defaults import FaceDefaults
-from .face_depth import ControlKind, DepthEstimator
+from .face_depth import control_depth
 from .face_errors import FaceFusionError
 from .face_few_steps import few_step_defaults
 from .face_files import read_tensors
@@ -35,6 +33,7 @@ from .face_pictures import upright_rgb
 from .face_places import place_people
 from .face_self_attention import SelfAttentionReference
 from .face_steps import follow_steps
+from .face_text_to_image import TextToImageFaces, one_controlnet
 from .joint_attention import joint_attention
 from .late_guidance import LateGuidance
 from .reference_pass import capture_hidden_states
@@ -42,11 +41,11 @@ from .unet_family import base_family
 
 
 if TYPE_CHECKING:  # not always needed, but the loader has to find their names here
-    from .face_detectors import load_detector  # noqa: F401
-    from .face_file_checks import read_header  # noqa: F401
-    from .face_images import detect_faces  # noqa: F401
-    from .face_metadata import without_metadata  # noqa: F401
-    from .pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline  # noqa: F401
+    from .face_detectors import load_detector
+    from .face_file_checks import read_header
+    from .face_images import detect_faces
+    from .face_metadata import without_metadata
+    from .face_refinement import refine_faces
 
 
 __all__ = [
@@ -63,8 +62,10 @@ __all__ = [
     "ReferenceConditioner",
     "SelfAttentionReference",
     "StableDiffusionFaceFusionPipeline",
+    "TextToImageFaces",
     "base_family",
     "capture_hidden_states",
+    "control_depth",
     "create_adapter",
     "face_axes",
     "face_fused_unet",
@@ -81,7 +82,7 @@ __all__ = [
 ]
 
 
-class StableDiffusionFaceFusionPipeline(FaceFusionMixin, StableDiffusionPipeline):
+class StableDiffusionFaceFusionPipeline(TextToImageFaces, StableDiffusionPipeline):
     """Text to image with a person's face, for every Stable Diffusion 1.x or 2.x checkpoint.
 
     `pipe(prompt, face_image=face)` takes one or several face crops, see [`FaceFusionMixin.__call__`]. Everything else
@@ -120,79 +121,14 @@ class StableDiffusionFaceFusionPipeline(FaceFusionMixin, StableDiffusionPipeline
             image_encoder=image_encoder,
             requires_safety_checker=requires_safety_checker,
         )
-        if isinstance(controlnet, (list, tuple)):  # from_pipe gives (None, None) for a component that was not there
-            nets = [net for net in controlnet if isinstance(net, ControlNetModel)]
-            controlnet = MultiControlNetModel(nets) if nets else None
-        self.register_modules(controlnet=controlnet)
+        self.register_modules(controlnet=one_controlnet(controlnet))
 
-    def __call__(
-        self,
-        prompt: str | list[str] | None = None,
-        *args: Any,
-        control_image: Any = None,
-        control_kind: ControlKind | Sequence[ControlKind] = "auto",
-        depth_estimator: str | DepthEstimator = "auto",
-        **kwargs: Any,
-    ) -> Any:
-        """Text to image with people's faces, as [`FaceFusionMixin.__call__`]; and with the depth of a picture.
+    def _control_class(self) -> type:
+        from .pipeline_controlnet import StableDiffusionControlNetFaceFusionPipeline
 
-        Args:
-            prompt, args, kwargs: those of `StableDiffusionPipeline` and of [`FaceFusionMixin.__call__`].
-            control_image: depth map (near is white) or photo that sets the pose, for the `controlnet`; a list with
-                one for each prompt, or of several ControlNets with one for each; see
-                `pipeline_controlnet.call_with_control`. Then the arguments of `StableDiffusionControlNetPipeline` are
-                known too, `controlnet_conditioning_scale`, `control_guidance_start` and so on, and
-                `control_face_scale`: the ControlNet's strength inside the face boxes.
-            control_kind: `"depth"`, `"photo"` (its depth is estimated), `"map"` (of any other ControlNet, taken as it
-                is), or `"auto"`: without colour depth, with colour a photo. With several ControlNets a list, one each;
-                `"auto"` refuses colour there.
-            depth_estimator: see `face_depth.load_depth_estimator`.
-        """
-        if control_image is None:
-            return super().__call__(prompt, *args, **kwargs)
-        if args:
-            raise TypeError("with control_image all arguments after the prompt have to be named")
-        from .pipeline_controlnet import call_with_control  # here: diffusers' ControlNet pipeline is slow to import
+        return StableDiffusionControlNetFaceFusionPipeline
 
-        return call_with_control(self, prompt, control_image, control_kind, depth_estimator, **kwargs)
+    def _image_to_image_class(self) -> type:
+        from .pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
 
-    def refine_faces(
-        self,
-        image: Any,
-        prompt: str | Sequence[str],
-        *,
-        face_image: Any,
-        face_boxes: Any = None,
-        face_detector: Any = "auto",
-        strength: float | None = None,
-        **kwargs: Any,
-    ) -> list[Image.Image]:
-        """Draw the small faces of finished pictures again, larger, and put them back; the rest stays as it is.
-
-        Where a face is small the model has few latent cells for it and its likeness suffers. Faces that would hardly
-        be enlarged are left as they are.
-
-        Args:
-            image: a picture or a list of pictures, such as `images` of a result.
-            prompt: of one person, "a smiling person in a suit", for all people or one for each: only this person is
-                to be seen in what is drawn again.
-            face_image: the people, as in the call: one person, or `[ada, bob]`; one level deeper, for each picture
-                its own.
-            face_boxes: XYXY of each person's face in pixels of the picture, or such a list for each picture, such as
-                `face_boxes` of a result. Default: the faces that are found, people from left to right.
-            face_detector: see `face_detectors.load_detector`.
-            strength: share of the steps that is done again: how far a face may depart from the first drawing. Default:
-                more for smaller faces, from .48 to .8, see `face_refinement.strength_for`.
-            kwargs: of `StableDiffusionImg2ImgPipeline` and [`FaceFusionMixin.__call__`], such as
-                `num_inference_steps` and `guidance_scale`; `generator`, `negative_prompt` and `face_scale` may be
-                lists with one for each person.
-
-        Returns:
-            The pictures, in their size.
-
-        Raises:
-            FaceFusionError: a subclass for each kind of bad input.
-        """
-        from .face_refinement import refine_faces  # here: it brings another pipeline of diffusers
-
-        return refine_faces(self, image, prompt, face_image, face_boxes, face_detector, strength, **kwargs)
+        return StableDiffusionImg2ImgFaceFusionPipeline

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +16,41 @@ from .call_arguments import prompt_count
 from .face_axes import face_axes
 from .face_depth import control_depth, load_depth_estimator, photo_of
 from .face_errors import FaceAxesError, FaceFusionError
+from .face_few_steps import few_step_defaults
 from .face_fusion_mixin import FaceFusionMixin
 from .face_layout import Layout
 from .face_loader_mixin import check_scale
 from .face_ownership import own_thread
 
 
+if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
+    from .conditioner import Conditioner
+    from .conditioner_reference import ReferenceConditioner
+    from .face_adapter import FaceFusionAdapter
+    from .face_attention import FaceFusionAttnProcessor
+    from .face_checkpoints import load_single_file
+    from .face_defaults import FaceDefaults
+    from .face_detectors import load_detector
+    from .face_file_checks import read_header
+    from .face_files import read_tensors
+    from .face_identity import FaceIdentity
+    from .face_images import detect_faces
+    from .face_metadata import without_metadata
+    from .face_pictures import upright_rgb
+    from .face_places import place_people
+    from .face_self_attention import SelfAttentionReference
+    from .face_steps import follow_steps
+    from .joint_attention import joint_attention
+    from .late_guidance import LateGuidance
+    from .reference_pass import capture_hidden_states
+    from .unet_family import base_family
+
+
 logger = logging.getLogger(__name__)
 
 
-class StableDiffusionControlNetFaceFusionPipeline(FaceFusionMixin, StableDiffusionControlNetPipeline):
-    """`StableDiffusionControlNetPipeline` with people's faces, and with a ControlNet that may be weaker inside them.
+class ControlNetFaces(FaceFusionMixin):
+    """Faces for a ControlNet pipeline, whose ControlNet may be weaker inside them.
 
     Besides what [`FaceFusionMixin.__call__`] takes, `control_face_scale` in [0, 100] multiplies the ControlNet's
     output inside the face boxes (given, or found as for several people): where a pose image shows another head, a
@@ -34,6 +58,7 @@ class StableDiffusionControlNetFaceFusionPipeline(FaceFusionMixin, StableDiffusi
     """
 
     control_image_processor: Any
+    controlnet: Any
 
     def __call__(self, prompt: Any = None, *args: Any, control_face_scale: float = 1.0, **kwargs: Any) -> Any:
         self._control_face_scale = check_scale(control_face_scale, "control_face_scale")
@@ -80,6 +105,10 @@ class StableDiffusionControlNetFaceFusionPipeline(FaceFusionMixin, StableDiffusi
             handle.remove()
 
 
+class StableDiffusionControlNetFaceFusionPipeline(ControlNetFaces, StableDiffusionControlNetPipeline):
+    """`StableDiffusionControlNetPipeline` with people's faces, see [`ControlNetFaces`]."""
+
+
 def at_size(features: Tensor, strength: Tensor) -> Tensor:
     """Features `(B, C, h, w)` times the map `(images, 1, H, W)`, averaged to their size; B is a multiple of images."""
     mean = F.adaptive_avg_pool2d(strength, (features.shape[-2], features.shape[-1]))
@@ -88,6 +117,7 @@ def at_size(features: Tensor, strength: Tensor) -> Tensor:
 
 def call_with_control(
     pipe: Any,
+    pipeline_class: type,
     prompt: Any,
     control_image: Any,
     control_kind: Any = "auto",
@@ -98,6 +128,7 @@ def call_with_control(
 
     Args:
         pipe: a Face Fusion pipeline with a `controlnet`.
+        pipeline_class: that pipeline, of the same family.
         control_image: depth map, photo or other map, nested as diffusers takes it: one for all prompts or a list with
             one for each; of several ControlNets a list with one for each, or prompts × ControlNets. Several people
             are looked for in the photos, in that of each prompt its own, unless their places are given otherwise.
@@ -122,8 +153,7 @@ def call_with_control(
         if any(len(cast) > 1 for cast in casts) or (casts and kwargs.get("control_face_scale", 1.0) != 1.0):
             kwargs["face_layout"] = layout
 
-    inner = pipe.as_pipeline(StableDiffusionControlNetFaceFusionPipeline)
-    return inner(prompt, image=image, **kwargs)
+    return pipe.as_pipeline(pipeline_class)(prompt, image=image, **kwargs)
 
 
 def control_inputs(

@@ -1,14 +1,46 @@
 """Face Fusion on diffusers' image-to-image pipeline: the same mixin before another class."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers import StableDiffusionImg2ImgPipeline
 
 from .face_fusion_mixin import FaceFusionMixin
 
 
-class StableDiffusionImg2ImgFaceFusionPipeline(FaceFusionMixin, StableDiffusionImg2ImgPipeline):
-    """`StableDiffusionImg2ImgPipeline` with people's faces, see [`FaceFusionMixin.__call__`]."""
+if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
+    from .call_arguments import Call
+    from .conditioner import Conditioner
+    from .conditioner_reference import ReferenceConditioner
+    from .face_adapter import FaceFusionAdapter
+    from .face_attention import FaceFusionAttnProcessor
+    from .face_axes import face_axes
+    from .face_checkpoints import load_single_file
+    from .face_defaults import FaceDefaults
+    from .face_detectors import load_detector
+    from .face_errors import FaceFusionError
+    from .face_few_steps import few_step_defaults
+    from .face_file_checks import read_header
+    from .face_files import read_tensors
+    from .face_identity import FaceIdentity
+    from .face_images import detect_faces
+    from .face_layout import layer_regions
+    from .face_loader_mixin import FaceLoaderMixin
+    from .face_metadata import without_metadata
+    from .face_ownership import sole_use
+    from .face_pictures import upright_rgb
+    from .face_places import place_people
+    from .face_self_attention import SelfAttentionReference
+    from .face_steps import follow_steps
+    from .joint_attention import joint_attention
+    from .late_guidance import LateGuidance
+    from .reference_pass import capture_hidden_states
+    from .unet_family import base_family
+
+
+class ImageToImageFaces(FaceFusionMixin):
+    """Faces for an image-to-image pipeline: the picture says the size."""
+
+    image_processor: Any
 
     def _output_size(self, arguments: dict[str, Any]) -> tuple[int, int]:
         if arguments["image"] is None:  # diffusers says so in a moment
@@ -17,3 +49,7 @@ class StableDiffusionImg2ImgFaceFusionPipeline(FaceFusionMixin, StableDiffusionI
         latents = channels == self.image_processor.config.vae_latent_channels
         scale = self.vae_scale_factor if latents else 1
         return height * scale, width * scale
+
+
+class StableDiffusionImg2ImgFaceFusionPipeline(ImageToImageFaces, StableDiffusionImg2ImgPipeline):
+    """`StableDiffusionImg2ImgPipeline` with people's faces, see [`FaceFusionMixin.__call__`]."""

@@ -1,17 +1,44 @@
 """Face Fusion on diffusers' inpainting pipeline: put a person's face into a picture that is there."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers import StableDiffusionInpaintPipeline
 
 from .call_arguments import Call
 from .face_errors import InvalidLayoutError
+from .face_few_steps import few_step_defaults
 from .face_fusion_mixin import FaceFusionMixin
 from .face_layout import Layout, Placement
 
 
-class StableDiffusionInpaintFaceFusionPipeline(FaceFusionMixin, StableDiffusionInpaintPipeline):
-    """`StableDiffusionInpaintPipeline` with people's faces, see [`FaceFusionMixin.__call__`]."""
+if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
+    from .conditioner import Conditioner
+    from .conditioner_reference import ReferenceConditioner
+    from .face_adapter import FaceFusionAdapter
+    from .face_attention import FaceFusionAttnProcessor
+    from .face_axes import face_axes
+    from .face_checkpoints import load_single_file
+    from .face_defaults import FaceDefaults
+    from .face_detectors import load_detector
+    from .face_file_checks import read_header
+    from .face_files import read_tensors
+    from .face_identity import FaceIdentity
+    from .face_images import detect_faces
+    from .face_loader_mixin import FaceLoaderMixin
+    from .face_metadata import without_metadata
+    from .face_ownership import sole_use
+    from .face_pictures import upright_rgb
+    from .face_places import place_people
+    from .face_self_attention import SelfAttentionReference
+    from .face_steps import follow_steps
+    from .joint_attention import joint_attention
+    from .late_guidance import LateGuidance
+    from .reference_pass import capture_hidden_states
+    from .unet_family import base_family
+
+
+class InpaintingFaces(FaceFusionMixin):
+    """Faces for an inpainting pipeline."""
 
     def _layouts(self, placement: Placement, people: list[int], call: Call) -> list[Layout]:
         placed = placement.given is not None or max(people) > 1
@@ -25,3 +52,7 @@ class StableDiffusionInpaintFaceFusionPipeline(FaceFusionMixin, StableDiffusionI
     def _output_size(self, arguments: dict[str, Any]) -> tuple[int, int]:
         height, width = self._default_size()  # diffusers asks the UNet, not the picture, and each side for itself
         return arguments["height"] or height, arguments["width"] or width
+
+
+class StableDiffusionInpaintFaceFusionPipeline(InpaintingFaces, StableDiffusionInpaintPipeline):
+    """`StableDiffusionInpaintPipeline` with people's faces, see [`FaceFusionMixin.__call__`]."""

@@ -64,10 +64,11 @@ def text_conditions(pipe: Any, prompts: list[str], device: Any, lora_scale: floa
     """What the UNet of `pipe` is told of N prompts: `text` (N, tokens, width), of SDXL also `pooled` (N, width).
 
     Raises:
-        FaceFusionError: the pipeline has no text encoder.
+        FaceFusionError: the pipeline lacks a text encoder, or its UNet is told something else yet.
     """
-    missing = [name for name in ("text_encoder", "tokenizer") if getattr(pipe, name, None) is None]
-    if len(missing) and getattr(pipe, "text_encoder_2", None) is None:
+    parts = ["text_encoder", "tokenizer"]
+    parts += ["text_encoder_2", "tokenizer_2"] if hasattr(pipe, "text_encoder_2") else []
+    if missing := [name for name in parts if getattr(pipe, name, None) is None]:
         raise FaceFusionError(
             f"this pipeline has no {' and no '.join(missing)}, and a face is looked at with an empty prompt: load it "
             "with them, or give identities that were encoded before (`pipe.encode_face(...)`, `FaceIdentity.load`)"
@@ -79,8 +80,21 @@ def text_conditions(pipe: Any, prompts: list[str], device: Any, lora_scale: floa
             f"this UNet takes pooled text besides its states, as that of SDXL does; {type(pipe).__name__} has none: "
             "take StableDiffusionXLFaceFusionPipeline"
         )
+    # The states of the words, also of none: `force_zeros_for_empty_prompt` is for the other half of guidance alone.
     states = pipe.encode_prompt(prompts, device=device, do_classifier_free_guidance=False, lora_scale=lora_scale)
+    check_sizes(pipe.unet, states[2].shape[-1])
     return {TEXT: states[0], POOLED: states[2]}
+
+
+def check_sizes(unet: Any, pooled: int) -> None:
+    """Raise FaceFusionError unless a UNet takes six numbers of sizes beside `pooled` numbers of text."""
+    config = getattr(unet, "_orig_mod", unet).config
+    numbers = (config.projection_class_embeddings_input_dim - pooled) / config.addition_time_embed_dim
+    if numbers != 6:
+        raise FaceFusionError(
+            f"this UNet takes {numbers:g} numbers beside the text instead of 6 sizes, as that of SDXL's refiner does: "
+            "draw faces with the base model, and refine without face_image"
+        )
 
 
 def unet_arguments(conditions: Mapping[str, Tensor], height: int, width: int) -> dict[str, Any]:
@@ -148,8 +162,18 @@ def encode_latents(vae: Any, pixels: Tensor) -> Tensor:
         if upcast:
             vae.to(torch.float16)
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return (latents - shift) * vae.config.scaling_factor
+    shift, scale = latent_scaling(vae, latents)
+    return (latents - shift) * scale
+
+
+def latent_scaling(vae: Any, latents: Tensor) -> tuple[Any, Any]:
+    """(shift, scale): scaled latents are `(latents - shift) * scale`; numbers, or `(1, c, 1, 1)` by channel."""
+    config = vae.config
+    shift, scale = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+    mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is None or deviation is None:
+        return shift, scale
+    return latents.new_tensor(mean).view(1, -1, 1, 1), scale / latents.new_tensor(deviation).view(1, -1, 1, 1)
 
 
 # --- Fingerprints ------------------------------------------------------------------------------------------------
@@ -215,11 +239,11 @@ _marks: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
 
 @torch.no_grad()
 def weights_fingerprint(unet: Any, call_scale: float = 1.0) -> str:
-    """One number for each weight tensor of a UNet and each LoRA in it: another value for other contents or strengths.
+    """Three numbers for each weight tensor of a UNet and each LoRA in it: others for other contents or strengths.
 
-    That is the tensor's projection on a fixed pattern of signs over its norm, which rounding to bfloat16 changes by
-    about .001, and a change of the tensor by 2 % of its norm by .02. It is kept until a tensor changes. Empty as that
-    of [`fingerprint`].
+    They are the tensor's projections on fixed patterns of signs over its norm, which rounding to bfloat16 changes by
+    about .001, and a change of the tensor by a tenth of its norm by about .1. They are kept until a tensor changes.
+    Empty as that of [`fingerprint`].
 
     Args:
         call_scale: see [`lora_strengths`].
@@ -237,16 +261,16 @@ def weights_fingerprint(unet: Any, call_scale: float = 1.0) -> str:
         return ""
     state = [(weight.data_ptr(), weight._version, factor) for weight, factor in zip(weights, factors, strict=True)]
     if unet not in _marks or _marks[unet][0] != state:
-        numbers = torch.stack([f * signed_share(w) for w, f in zip(weights, factors, strict=True)])
-        _marks[unet] = state, " ".join(f"{number:.4f}" for number in numbers.tolist())
+        numbers = torch.cat([f * signed_shares(w) for w, f in zip(weights, factors, strict=True)])
+        _marks[unet] = state, " ".join(f"{number:.3f}" for number in numbers.tolist())
     return _marks[unet][1]
 
 
-def signed_share(weight: Tensor) -> Tensor:
-    """The sum of a tensor's values, rows of it with fixed random signs, over its norm; a number on the CPU."""
+def signed_shares(weight: Tensor) -> Tensor:
+    """Sums of a tensor's values, rows of it with fixed random signs, over its norm: `(3,)`, on the CPU."""
     rows = weight.detach().reshape(len(weight), -1) if weight.ndim > 1 else weight.detach().reshape(-1, 1)
     precision = torch.promote_types(rows.dtype, torch.float32)
-    signs = torch.rand(len(rows), generator=torch.Generator().manual_seed(len(rows))).round() * 2 - 1
+    signs = torch.rand((len(rows), 3), generator=torch.Generator().manual_seed(len(rows))).round() * 2 - 1
     total = rows.sum(1, dtype=precision).cpu() @ signs.to(precision)
     return (total / torch.linalg.vector_norm(rows, dtype=precision).cpu().clamp_min(1e-12)).float()
 

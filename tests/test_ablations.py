@@ -28,7 +28,7 @@ from face_fusion_pipeline.avatars.ablations.encoders import (
     RecogniserEncoder,
     check_independent,
     load_conditioner,
-    load_recogniser,
+    load_judging_recogniser,
 )
 from face_fusion_pipeline.avatars.ablations.laboratory import Run
 from face_fusion_pipeline.avatars.ablations.pictures import plain_pipeline, reference_photos
@@ -262,7 +262,7 @@ def test_encoders(base: Any) -> None:
     pooled, patches = ImageEncoder(image_encoder), ImageEncoder(image_encoder, patches=True)
     assert pooled([photo(1), photo(2)]).shape == (2, 1, 12) and patches([photo(1)]).shape == (1, 5, 16)
     faces = RecogniserEncoder(load_conditioner(None))
-    check_independent(load_conditioner(None), load_recogniser(None))
+    check_independent(load_conditioner(None), load_judging_recogniser(None))
     found = faces([photo(1), photo(2)])
     assert found.shape == (2, 1, 256)
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(2, 1))
@@ -316,7 +316,7 @@ def test_everybody_learns_from_people_who_are_alone_and_have_another_photo(
     monkeypatch.setattr(training, "train", lambda task, *_: seen.append(task))
     trainer = Trainer(base, data, tmp_path, Budget(steps=1, batch_size=4))
     monkeypatch.setattr(training, "split_people", lambda *_, **__: split_people(rows, 0, seed=0))
-    with pytest.raises(FileNotFoundError):  # nothing was trained
+    with pytest.raises(KeyError):  # nothing was trained
         trainer.trained(VARIANTS[METHOD], 0)
     identities = [rows[index]["identity"] for index in seen[0].pairs.targets]
     assert identities == ["bob", "bob", "dan", "dan"], "ada stands beside somebody, cy's reference was named"
@@ -392,11 +392,11 @@ def test_an_identity_loss_is_part_of_the_budget(base: Any, data: Path, tmp_path:
 
 def test_who_conditions_does_not_judge(tmp_path: Path) -> None:
     with pytest.raises(FaceFusionError, match="cannot judge"):
-        check_independent(load_recogniser(None), load_recogniser(None))
+        check_independent(load_judging_recogniser(None), load_judging_recogniser(None))
     torch.manual_seed(0)
     Judges.new(load_judges().labels).save(tmp_path / "other")
-    second = load_recogniser(str(tmp_path / "other"))
-    check_independent(load_recogniser(None), second)
+    second = load_judging_recogniser(str(tmp_path / "other"))
+    check_independent(load_judging_recogniser(None), second)
     assert second.name == "avatar recogniser other"
 
 
@@ -612,13 +612,13 @@ def test_bad_input_of_the_command(model: Path, data: Path, tmp_path: Path, capsy
         "--data is missing": ["ablate", "pairs"],
         "--seeds must be different": command(model, data, tmp_path, "pairs", "--seeds", "1", "1"),
         "--rate 'colour=1': write": command(model, data, tmp_path, "pairs", "--rate", "colour=1"),
-        "--rate 'ip-adapter=x': write": command(model, data, tmp_path, "pairs", "--rate", "ip-adapter=x"),
-        "--identity-loss-weight must be 0 or more": command(
+        "--rate 'ip-adapter=x': the rate must be": command(model, data, tmp_path, "pairs", "--rate", "ip-adapter=x"),
+        "--identity-loss-weight must be a number from 0": command(
             model, data, tmp_path, "pairs", "--identity-loss-weight", "-1"
         ),
         "no variant 'colour'": command(model, data, tmp_path, "pairs", "--variants", "colour"),
         "--variants needs face-fusion": command(model, data, tmp_path, "pairs", "--variants", "same-photo"),
-        "--scales must be above 0": command(model, data, tmp_path, "scale", "--scales", "0"),
+        "--scales must be a number above 0": command(model, data, tmp_path, "scale", "--scales", "0"),
         "cannot judge pictures": command(model, data, tmp_path, "encoders", "--condition-recogniser", str(SHIPPED)),
         "--teacher teaches nothing": [*start, "--teacher", str(model), "--init-adapter", str(model), "--steps", "0"],
     }

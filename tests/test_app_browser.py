@@ -249,8 +249,15 @@ def test_messages_stand_beside_their_fields(open_page: Any) -> None:
     page = open_page()
     page.locator("#generate").click()
     expect(beside(page, "person_1")).to_contain_text("add a photo")
-    upload(page, {"name": "bad <b>.png", "mimeType": "image/png", "buffer": b"no picture"})
+    broken = {"mimeType": "image/png", "buffer": b"no picture"}
+    upload(page, {"name": "bad <b>.png", **broken}, png(portrait(ADA)), {"name": "worse.png", **broken})
     expect(beside(page, "person_1")).to_contain_text("bad b.png: the image is not a picture")
+    expect(beside(page, "person_1")).to_contain_text("worse.png: the image is not a picture")
+    if folder := os.environ.get("FACE_FUSION_SCREENSHOTS"):
+        for size in (DESKTOP, PHONE):
+            page.set_viewport_size(size)
+            page.screenshot(path=str(Path(folder) / f"bad_photos_{size['width']}.png"), full_page=True)
+        page.set_viewport_size(DESKTOP)
     page.locator("#photos_1").get_by_role("button", name="Clear").click()
     expect(beside(page, "person_1")).to_have_count(0)
     upload(page, png(Image.new("RGB", (64, 64), "white"), "wall.png"))
@@ -283,9 +290,9 @@ def test_a_file_above_the_limit_is_refused(open_page: Any) -> None:
     page = open_page()
     noise = Image.effect_noise((2400, 2400), 100).convert("RGB")
     assert len(png(noise)["buffer"]) > 4 * 2**20
-    upload(page, png(noise, "noise.png"))
+    upload(page, png(noise, "noise.png"), png(portrait(ADA)), png(noise, "more.png"))
     message = page.locator(".over-limit")
-    expect(message).to_contain_text("noise.png")
+    expect(message).to_contain_text(re.compile(r"noise\.png: \d.* MB, more\.png: "))
     expect(message).to_contain_text("above the limit of 4.0 MB")
     expect(page.locator("#photos_1 img")).to_have_count(0)
     upload(page, png(portrait(ADA)))

@@ -1,6 +1,7 @@
 """The handlers of the web app without a browser: runs that are replaced, cancelled or refused, pages that close."""
 
 import dataclasses
+import re
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from PIL import Image
 from test_app import make_engine
 from test_several_people import FakeDetector
 
+from face_fusion_pipeline.app import session
 from face_fusion_pipeline.app.engine import CancelledError, Engine, Picture
 from face_fusion_pipeline.app.form import WHOLE_PHOTO, Form, PersonForm
 from face_fusion_pipeline.app.session import Sessions
@@ -174,6 +176,49 @@ def test_too_many_photos_are_said_at_once(page: Page, photo: Path) -> None:
     assert "9 photos: keep the best 8" in page.words(
         page.handlers_of_person().check_photos(page.values, page.request), "person_1"
     )
+
+
+def test_every_bad_photo_of_every_person_is_named(page: Page, tmp_path: Path) -> None:
+    for number, names in enumerate((("a.png", "b <i>.png"), ("c.png",))):
+        files = [tmp_path / name for name in names]
+        for file in files:
+            file.write_text("no picture")
+        page.values[page.widgets.people[number].photos] = [(str(file), None) for file in files]
+    said = page.words(page.handlers_of_person().check_photos(page.values, page.request), "person_1")
+    assert re.search(r"a\.png: .*<br>b &lt;i&gt;\.png: ", said)
+    (update,) = page.run(page.start())
+    assert "a.png" in page.words(update, "person_1") and "<br>b &lt;i&gt;.png" in page.words(update, "person_1")
+    assert "c.png" in page.words(update, "person_2") and update[page.widgets.tabs].selected == 1
+    assert update[page.widgets.generate].interactive
+
+
+def test_a_page_too_many_is_told_so(page: Page, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "MAX_SESSIONS", 1)
+    page.sessions.of("bob")
+    page.sessions.connect("bob")
+    updates = page.handlers.start(page.values, page.request)
+    assert "1 pages are open" in page.words(updates, "result") and page.run({**page.values, **updates}) == []
+    assert "pages are open" in page.words(page.handlers.show_layout(str(photo), page.request), "result")
+    identity = page.engine.identity(PersonForm(1, (photo,), which=WHOLE_PHOTO))[1]
+    identity.save(photo.with_suffix(".safetensors"))
+    loaded = page.handlers_of_person().load_identity(str(photo.with_suffix(".safetensors")), page.request)
+    assert "pages are open" in page.words(loaded, "person_1")
+
+
+def test_looking_at_photos_and_clearing_fields_keeps_nothing(page: Page) -> None:
+    person = page.handlers_of_person()
+    person.check_photos(page.values, page.request)
+    person.clear_message(page.values, page.request)
+    person.forget_identity(page.request)
+    page.handlers.remove_layout(page.request)
+    page.handlers.cancel(page.request)
+    assert len(page.sessions) == 0
+
+
+def test_a_layout_takes_little_memory(page: Page, tmp_path: Path) -> None:
+    Image.new("RGB", (9000, 9000)).save(tmp_path / "bomb.png")
+    page.handlers.show_layout(str(tmp_path / "bomb.png"), page.request)
+    assert page.sessions.of("ada").layout.size == (1024, 1024)
 
 
 def test_a_run_of_a_closed_page_leaves_nothing(page: Page) -> None:

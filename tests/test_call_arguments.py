@@ -1,15 +1,15 @@
 """Arguments of a call: what their numbers must match, which sizes they mean, what is ignored and what refused."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_several_people import LEFT, RIGHT, FakeDetector, close
-from tiny_models import face, generate, tiny_pipeline, tiny_unet
+from tiny_models import XL_UNET, embeddings, face, family_of, for_task, generate, tiny_pipeline, tiny_unet
 
 from face_fusion_pipeline.face_errors import FaceAxesError, FaceFusionError, InvalidLayoutError, InvalidScaleError
-from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
-from face_fusion_pipeline.pipeline_inpaint import StableDiffusionInpaintFaceFusionPipeline
 
 
 A, B, C = face(0), face(1), face(2)
@@ -17,8 +17,8 @@ TWO = {"face_image": [[A], [B]], "face_boxes": [LEFT, RIGHT]}
 
 
 @pytest.fixture
-def pipe():
-    return tiny_pipeline()
+def pipe(family):
+    return tiny_pipeline(family=family)
 
 
 # --- Sizes ---------------------------------------------------------------------------------------------------------
@@ -47,10 +47,13 @@ def made_and_expected(pipe, monkeypatch, **arguments):
     [({}, (16, 16)), ({"height": 24}, (16, 16)), ({"width": 40}, (16, 16)), ({"height": 24, "width": 40}, (24, 40))],
 )
 def test_text_to_image_takes_both_sides_or_none(pipe, monkeypatch, given, size):
+    if family_of(pipe) == "xl":  # there each side counts for itself
+        size = (given.get("height", 16), given.get("width", 16))
     assert made_and_expected(pipe, monkeypatch, **given) == (size, {size})
 
 
-def test_a_unet_may_be_wider_than_high(pipe, monkeypatch):
+def test_a_unet_may_be_wider_than_high(monkeypatch):
+    pipe = tiny_pipeline()  # diffusers' XL pipelines take squares only
     pipe.unet = tiny_unet(sample_size=(8, 12))
     pipe._is_unet_config_sample_size_int = False  # what the constructor notes
     assert made_and_expected(pipe, monkeypatch) == ((16, 24), {(16, 24)})
@@ -69,8 +72,7 @@ def test_a_unet_may_be_wider_than_high(pipe, monkeypatch):
     ids=["picture", "list", "array", "tensor", "batch", "latents"],
 )
 def test_image_to_image_takes_the_size_of_the_image(pipe, monkeypatch, image):
-    other = StableDiffusionImg2ImgFaceFusionPipeline.from_pipe(pipe)
-    other.set_progress_bar_config(disable=True)
+    other = for_task(pipe, "Img2Img")
     assert made_and_expected(other, monkeypatch, image=image, strength=1.0) == ((24, 20), {(24, 20)})
 
 
@@ -79,8 +81,7 @@ def test_image_to_image_takes_the_size_of_the_image(pipe, monkeypatch, image):
     [({}, (16, 16)), ({"height": 24}, (24, 16)), ({"width": 40}, (16, 40)), ({"height": 24, "width": 40}, (24, 40))],
 )
 def test_inpainting_takes_the_size_of_the_unet(pipe, monkeypatch, given, size):
-    other = StableDiffusionInpaintFaceFusionPipeline.from_pipe(pipe)
-    other.set_progress_bar_config(disable=True)
+    other = for_task(pipe, "Inpaint")
     options = {"image": picture(), "mask_image": Image.new("L", (20, 24), "white"), "strength": 1.0}
     assert made_and_expected(other, monkeypatch, **options, **given) == (size, {size})
 
@@ -91,8 +92,7 @@ def test_latents_say_the_size_where_they_are_given(pipe, monkeypatch):
 
 
 def test_people_are_not_placed_in_a_part_of_a_picture(pipe):
-    other = StableDiffusionInpaintFaceFusionPipeline.from_pipe(pipe)
-    other.set_progress_bar_config(disable=True)
+    other = for_task(pipe, "Inpaint")
     mask = np.zeros((16, 16), np.uint8)
     mask[9:, 9:] = 255
     options = {"image": picture(16, 16), "mask_image": Image.fromarray(mask), "strength": 1.0, "padding_mask_crop": 2}
@@ -118,10 +118,8 @@ def test_an_argument_that_nobody_knows_is_refused(pipe, name, message, faces):
 
 
 def test_a_unet_for_inpainting_looks_at_faces_too(pipe):
-    parts = {**pipe.components, "unet": tiny_unet(in_channels=9)}
-    del parts["controlnet"]
-    other = StableDiffusionInpaintFaceFusionPipeline(**parts, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
+    pipe.unet = tiny_unet(in_channels=9, **(XL_UNET if family_of(pipe) == "xl" else {}))
+    other = for_task(pipe, "Inpaint")
     options = {"image": picture(16, 16), "mask_image": Image.new("L", (16, 16), "white"), "strength": 1.0}
     assert not close(generate(other, **options, face_image=A), generate(other, **options))
 
@@ -140,10 +138,94 @@ def test_a_unet_for_inpainting_looks_at_faces_too(pipe):
         ),
     ],
 )
-def test_a_unet_that_cannot_look_at_a_face_is_named(pipe, config, message):
+def test_a_unet_that_cannot_look_at_a_face_is_named(config, message):
+    pipe = tiny_pipeline()
     pipe.unet = tiny_unet(**config)
     with pytest.raises(FaceFusionError, match=message):
         pipe.encode_face(A)
+
+
+# --- What XL is told -----------------------------------------------------------------------------------------------
+
+
+def told(pipe, call):
+    """What the UNet is told in every pass of a call: text, pooled text, sizes."""
+    seen = []
+
+    def note(module, args, kwargs):
+        added = kwargs["added_cond_kwargs"]
+        seen.append((kwargs["encoder_hidden_states"], added["text_embeds"], added["time_ids"]))
+
+    handle = pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
+    call()
+    handle.remove()
+    return seen
+
+
+def test_the_reference_has_no_words_and_its_own_size_and_the_picture_what_the_call_says():
+    pipe = tiny_pipeline(family="xl")
+    options = {"height": 24, "width": 40, "num_inference_steps": 1, "guidance_scale": 1.0}
+    options |= {
+        "prompt_2": "a dog",
+        "original_size": (64, 48),
+        "crops_coords_top_left": (4, 2),
+        "target_size": (32, 30),
+    }
+    call = partial(generate, pipe, face_image=A, face_resolution=32, **options)
+    (text, pooled, sizes), (of_picture, pooled_2, sizes_2) = told(pipe, call)
+    states, _, expected, _ = pipe.encode_prompt("", device="cpu", do_classifier_free_guidance=False)
+    assert torch.equal(text, states) and torch.equal(pooled, expected) and pooled.any()
+    assert sizes.tolist() == [[32, 32, 0, 0, 32, 32]]
+    states, _, expected, _ = pipe.encode_prompt("a cat", "a dog", device="cpu", do_classifier_free_guidance=False)
+    assert torch.equal(of_picture, states) and torch.equal(pooled_2, expected)
+    assert sizes_2.tolist() == [[64, 48, 4, 2, 32, 30]]
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_reference_is_not_the_unconditional_half(zeros):
+    """Whether XL zeroes the empty prompt of guidance does not change what a face is encoded with."""
+    pipe = tiny_pipeline(family="xl")
+    expected = pipe.encode_face(A)
+    pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
+    found = pipe.encode_face(A)
+    assert all(torch.equal(found.keys[name], key) for name, key in expected.keys.items())
+    seen = told(pipe, partial(generate, pipe, face_image=found, num_inference_steps=1))
+    assert bool(seen[0][1][0].any()) is not zeros
+
+
+def test_the_refiner_of_xl_is_named():
+    pipe = tiny_pipeline(family="xl")
+    pipe.unet = tiny_unet(**XL_UNET | {"projection_class_embeddings_input_dim": 24 + 5 * 8})
+    with pytest.raises(FaceFusionError, match="takes 5 numbers beside the text"):
+        pipe.encode_face(A)
+
+
+def test_a_part_of_the_steps_and_the_rest_by_image_to_image_make_the_whole():
+    """`denoising_end` and `denoising_start`; the window of the faces is of the steps of each call."""
+    pipe = tiny_pipeline(family="xl")
+    options = {"face_image": pipe.encode_face(A), "num_inference_steps": 4}
+    whole = generate(pipe, **options)
+    first = generate(pipe, denoising_end=0.5, **options)
+    rest = generate(for_task(pipe, "Img2Img"), image=first, denoising_start=0.5, **options)
+    assert close(rest, whole) and not close(first, whole)
+    late = generate(pipe, denoising_end=0.5, face_start=0.5, **options)
+    assert not close(late, first) and not close(late, generate(pipe, denoising_end=0.5, num_inference_steps=4))
+
+
+def test_pooled_embeddings_have_to_come_along():
+    pipe = tiny_pipeline(family="xl")
+    given = {name: value for name, value in embeddings(pipe, "a cat").items() if name != "pooled_prompt_embeds"}
+    with pytest.raises(ValueError, match="pooled_prompt_embeds"):
+        pipe(face_image=A, num_inference_steps=1, **given)
+
+
+def test_another_pipeline_for_a_part_of_the_work_is_set_up_alike():
+    pipe = tiny_pipeline(family="xl")
+    pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    pipe.watermark = object()
+    inner = pipe.as_pipeline(pipe._image_to_image_class())
+    assert inner.config.force_zeros_for_empty_prompt is False and inner.watermark is pipe.watermark
+    assert tiny_pipeline().as_pipeline(tiny_pipeline()._image_to_image_class()).config.requires_safety_checker is False
 
 
 # --- Numbers that belong to people ---------------------------------------------------------------------------------

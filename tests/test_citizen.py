@@ -10,14 +10,26 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from diffusers.models import attention_dispatch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from test_pipeline import load_random_ip_adapter
 from test_several_people import LEFT, RIGHT, close, differ
-from tiny_models import TEXT_WIDTH, face, generate, tiny_components, tiny_pipeline, tiny_unet, with_adapter
+from tiny_models import (
+    TEXT_WIDTH,
+    XL_UNET,
+    face,
+    for_task,
+    generate,
+    kind_of,
+    quiet,
+    stock_pipeline,
+    tiny_components,
+    tiny_pipeline,
+    tiny_unet,
+    with_adapter,
+)
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
@@ -28,16 +40,28 @@ from face_fusion_pipeline.face_attention import (
     installed_processors,
 )
 from face_fusion_pipeline.face_errors import FaceFusionError, IdentityMismatchError
-from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
-from face_fusion_pipeline.pipeline_inpaint import StableDiffusionInpaintFaceFusionPipeline
 
 
 A, B = face(0), face(1)
+UNETS = {"sd": {}, "xl": XL_UNET}
+
+
+each_family = pytest.mark.parametrize("family", ("sd", "xl"))
 
 
 @pytest.fixture
-def pipe():
-    return with_adapter(tiny_pipeline())
+def family():
+    """Where a test is not `each_family`."""
+    return "sd"
+
+
+@pytest.fixture
+def pipe(family):
+    return with_adapter(tiny_pipeline(family=family))
+
+
+def text_encoders(pipe):
+    return [part for name, part in pipe.components.items() if name.startswith("text_encoder")]
 
 
 # --- Arguments of the call -----------------------------------------------------------------------------------------
@@ -70,6 +94,7 @@ def test_schedulers(pipe, scheduler):
     assert all(torch.equal(identity.keys[name], again.keys[name]) for name in again.keys)
 
 
+@each_family
 def test_negative_prompt_and_guidance(pipe):
     plain = generate(pipe, face_image=A)
     assert differ(plain, generate(pipe, face_image=A, negative_prompt="a dog"))
@@ -109,16 +134,17 @@ def test_custom_timesteps(pipe):
 # --- Features of the pipeline --------------------------------------------------------------------------------------
 
 
-def test_lora_and_adapter_in_either_order(pipe, tmp_path):
+@each_family
+def test_lora_and_adapter_in_either_order(pipe, family, tmp_path):
     peft = pytest.importorskip("peft")
     pipe.save_face_fusion_adapter(tmp_path)
     plain, faced = generate(pipe), generate(pipe, face_image=A)
-    trained = tiny_unet()
+    trained, stock = tiny_unet(**UNETS[family]), kind_of(family, ours=False)
     trained.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
-    StableDiffusionPipeline.save_lora_weights(
+    stock.save_lora_weights(
         tmp_path / "lora", unet_lora_layers=peft.get_peft_model_state_dict(trained), safe_serialization=True
     )
-    lora_first, face_first = tiny_pipeline(), tiny_pipeline()
+    lora_first, face_first = tiny_pipeline(family=family), tiny_pipeline(family=family)
     lora_first.load_lora_weights(tmp_path / "lora")
     lora_first.load_face_fusion_adapter(tmp_path)
     face_first.load_face_fusion_adapter(tmp_path)
@@ -148,6 +174,7 @@ def test_textual_inversion(pipe):
     assert close(generate(pipe, "a b", face_image=A), plain)
 
 
+@each_family
 def test_freeu(pipe):
     identity = pipe.encode_face(A)
     without = generate(pipe, face_image=identity)
@@ -160,6 +187,7 @@ def test_freeu(pipe):
     assert close(generate(pipe, face_image=A), without)
 
 
+@each_family
 def test_vae_slicing_and_tiling(pipe):
     identity = pipe.encode_face(A)
     options = {"face_image": identity, "num_images_per_prompt": 2}
@@ -188,6 +216,7 @@ def test_vae_slicing_and_tiling(pipe):
     assert len(encoded) > 1
 
 
+@each_family
 def test_interrupt_in_a_callback_stops_the_loop(pipe):
     steps = []
 
@@ -256,6 +285,7 @@ def test_attention_backends(pipe, backend, monkeypatch):
     assert used
 
 
+@each_family
 def test_attention_slicing_and_fused_projections(pipe):
     plain = generate(pipe, face_image=A)
     pipe.enable_attention_slicing(1)
@@ -274,6 +304,7 @@ def test_attention_slicing_and_fused_projections(pipe):
 # --- Memory and precision ------------------------------------------------------------------------------------------
 
 
+@each_family
 def test_layerwise_casting(pipe):
     plain = generate(pipe, face_image=A)
     pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
@@ -337,6 +368,7 @@ def _noting(order, name, method, *args, **kwargs):
     return method(*args, **kwargs)
 
 
+@each_family
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "faces", [{"face_image": A}, {"face_image": [[A], [B]], "face_boxes": [LEFT, RIGHT]}], ids=["one", "two"]
@@ -349,20 +381,22 @@ def test_half_precision_is_near_single_precision(pipe, dtype, faces):
     assert (half.float() - single).abs().mean() < 0.2 * (without - single).abs().mean()
 
 
+@each_family
 def test_group_offloading(pipe):
     plain = generate(pipe, face_image=A)
-    for part in (pipe.unet, pipe.text_encoder):
+    for part in (pipe.unet, *text_encoders(pipe)):
         apply_group_offloading(part, onload_device=torch.device("cpu"), offload_type="leaf_level")
     assert close(generate(pipe, face_image=A), plain)
 
 
+@each_family
 @pytest.mark.parametrize("method", ["cpu_offload_with_hook", "cpu_offload"])
 def test_accelerate_offload_hooks(pipe, method):
     """What `enable_model_cpu_offload` and `enable_sequential_cpu_offload` install, with the CPU as the device."""
     import accelerate
 
     plain = generate(pipe, face_image=A)
-    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+    for part in (*text_encoders(pipe), pipe.unet, pipe.vae):
         getattr(accelerate, method)(part, torch.device("cpu"))
     assert close(generate(pipe, face_image=A), plain)
     assert differ(generate(pipe, face_image=[[A], [B]], face_boxes=[LEFT, RIGHT]), plain)
@@ -415,49 +449,47 @@ def test_another_scale_does_not_compile_again():
 # --- Conversion ----------------------------------------------------------------------------------------------------
 
 
-def test_from_pipe_both_ways(pipe):
-    stock = StableDiffusionPipeline.from_pipe(pipe)
+@each_family
+def test_from_pipe_both_ways(pipe, family):
+    stock = kind_of(family, ours=False).from_pipe(pipe)
     assert stock.unet is pipe.unet
-    again = StableDiffusionFaceFusionPipeline.from_pipe(stock)
+    again = quiet(kind_of(family).from_pipe(stock))
     again.set_face_fusion_adapter(pipe._face_adapter)
-    again.set_progress_bar_config(disable=True)
     assert close(generate(again, face_image=A), generate(pipe, face_image=A))
 
 
-TASKS = [
-    StableDiffusionFaceFusionPipeline,
-    StableDiffusionImg2ImgFaceFusionPipeline,
-    StableDiffusionInpaintFaceFusionPipeline,
-]
+TASKS = ["", "Img2Img", "Inpaint"]
 
 
-@pytest.mark.parametrize("task", [StableDiffusionFaceFusionPipeline, StableDiffusionImg2ImgFaceFusionPipeline])
-def test_from_pipe_takes_a_tiny_vae_both_ways(task):
-    ours = tiny_pipeline(tiny_vae=True)
-    stock = StableDiffusionPipeline.from_pipe(ours, vae=ours.vae)
+@each_family
+@pytest.mark.parametrize("task", TASKS[:2])
+def test_from_pipe_takes_a_tiny_vae_both_ways(family, task):
+    ours, task = tiny_pipeline(tiny_vae=True, family=family), kind_of(family, task)
+    stock = kind_of(family, ours=False).from_pipe(ours, vae=ours.vae)
     again = task.from_pipe(stock)
     assert again.vae is stock.vae is ours.vae and again.unet is ours.unet
     assert task.from_pipe(ours).vae is ours.vae
 
 
+@each_family
 @pytest.mark.parametrize("task", TASKS)
-def test_from_pipe_carries_adapter_and_layer_scales(pipe, task):
+def test_from_pipe_carries_adapter_and_layer_scales(pipe, family, task):
     pipe.set_face_fusion_scale({"down_blocks": 1.0, "up_blocks": 0.5})
     expected = generate(pipe, face_image=A)
-    other = task.from_pipe(pipe)
+    other = for_task(pipe, task)
     assert other._face_adapter is pipe._face_adapter
     assert other._face_layer_scales == {"down_blocks": 1.0, "up_blocks": 0.5}
     assert other.encode_face(A).mode == "adapter"
-    back = StableDiffusionFaceFusionPipeline.from_pipe(other)
-    back.set_progress_bar_config(disable=True)
+    back = quiet(kind_of(family).from_pipe(other))
     assert torch.equal(generate(back, face_image=A), expected)
     other.unload_face_fusion_adapter()  # each has its own state
     assert pipe._face_adapter is not None and pipe._face_layer_scales != 1.0
 
 
+@each_family
 @pytest.mark.parametrize("task", TASKS)
-def test_from_pipe_of_a_stock_pipeline_has_no_adapter(task):
-    other = task.from_pipe(StableDiffusionPipeline(**tiny_components(), image_encoder=None))
+def test_from_pipe_of_a_stock_pipeline_has_no_adapter(family, task):
+    other = kind_of(family, task).from_pipe(stock_pipeline(family))
     assert other._face_adapter is None and other._face_layer_scales == 1.0
     assert other.encode_face(A).mode == "training-free"
 
@@ -471,9 +503,9 @@ def test_from_pipe_with_another_unet_leaves_the_adapter_and_says_so(pipe, caplog
 # --- Other tasks ---------------------------------------------------------------------------------------------------
 
 
+@each_family
 def test_image_to_image(pipe):
-    other = StableDiffusionImg2ImgFaceFusionPipeline.from_pipe(pipe)
-    other.set_progress_bar_config(disable=True)
+    other = for_task(pipe, "Img2Img")
     options = {"image": face(5), "strength": 0.7, "num_inference_steps": 6}
     faced = generate(other, face_image=A, **options)
     assert differ(faced, generate(other, **options))
@@ -481,9 +513,9 @@ def test_image_to_image(pipe):
     assert differ(placed, faced)
 
 
+@each_family
 def test_inpainting(pipe):
-    other = StableDiffusionInpaintFaceFusionPipeline.from_pipe(pipe)
-    other.set_progress_bar_config(disable=True)
+    other = for_task(pipe, "Inpaint")
     mask = np.zeros((16, 16), dtype=np.uint8)
     mask[:, 8:] = 255
     options = {"image": face(5), "mask_image": Image.fromarray(mask), "num_inference_steps": 6, "strength": 1.0}

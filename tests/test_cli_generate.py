@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +16,14 @@ import tiny_models
 import torch
 from PIL import Image
 
-from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter, save_adapter
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter, face_images, save_adapter
 from face_fusion_pipeline.cli import commands, main
 from face_fusion_pipeline.cli import generate as generate_command
 from face_fusion_pipeline.face_defaults import FaceDefaults
 from face_fusion_pipeline.generation.contact_sheet import contact_sheet, save_png
+
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +272,118 @@ def test_detected_face(generate: Any, tmp_path: Path, test_data: Path) -> None:
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
 
 
+def test_several_prompts_are_drawn_with_the_same_seeds(generate: Any, tmp_path: Path) -> None:
+    status, out, err = generate("--no-detect", "--json", "--prompt=a dog", batch_size=1)
+    made = json.loads(out)
+    assert status == 0, err
+    assert made["prompt"] == ["a cat", "a dog"] and len(made["files"]) == 5
+    texts = [Image.open(path).text for path in made["files"]]  # type: ignore[attr-defined]
+    assert [(text["prompt"], text["seed"]) for text in texts[:4]] == [
+        (prompt, seed) for prompt in ("a cat", "a dog") for seed in ("7", "8")
+    ]
+    assert Image.open(made["files"][4]).height == 28 + 4 * 264  # a row for each picture
+    generate("--no-detect", "--no-sheet", prompt="a dog", out=tmp_path / "alone")
+    alone, third = pixels(tmp_path / "alone" / "image_000.png"), pixels(Path(made["files"][2]))
+    assert np.abs(alone.astype(int) - third).max() <= 1
+    status, _, err = generate("--no-detect", "--prompt=  ", out=tmp_path / "no")
+    assert status == 2 and "--prompt" in err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_one_side_alone_is_that_of_a_square_and_an_odd_size_is_said(side: str, generate: Any, tmp_path: Path) -> None:
+    status, _, err = generate("--no-detect", "--no-sheet", num_images=1, steps=1, **{side: 64})
+    assert status == 0 and pixels(tmp_path / "out" / "image_000.png").shape == (64, 64, 3)
+    assert "this model draws pictures of 16 pixels a side; at 64 x 64" in err
+    assert "this model draws" not in generate("--no-detect", "--no-sheet", num_images=1, steps=1)[2]
+
+
+def test_a_folder_of_photos_is_its_photos(generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "photos"
+    (folder / "below.png").mkdir(parents=True)
+    for seed, name in enumerate(("b.png", "a.JPG", ".hidden.png")):
+        tiny_models.face(seed, size=32).save(folder / name, "PNG")
+    (folder / "notes.txt").write_text("no photo")
+    located = []
+    original = face_images.locate_face
+    monkeypatch.setattr(
+        face_images, "locate_face", lambda source, *args: located.append(Path(source).name) or original(source, *args)
+    )
+    assert generate("--no-detect", "--no-sheet", face=folder)[0] == 0
+    assert located == ["a.JPG", "b.png"]
+    (folder / "c.png").write_text("broken")
+    (folder / "d.png").touch()
+    status, _, err = generate("--no-detect", face=folder)
+    assert status == 2 and "2 of 4 photos cannot be used" in err and "c.png" in err and "d.png is empty" in err
+    for index in range(40):
+        (folder / f"{index}.png").touch()
+    status, _, err = generate("--no-detect", face=folder)
+    assert status == 2 and "has 44 photos: keep the best 32" in err
+
+
+@pytest.mark.parametrize("watermark", [False, True])
+def test_a_picture_says_whether_a_watermark_is_in(
+    watermark: bool, generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("blind_watermark", "check_size"):
+        monkeypatch.setattr(f"face_fusion_pipeline.generation.watermark.{name}", lambda *_: None)
+    monkeypatch.setattr("face_fusion_pipeline.generation.watermark.add_watermark", lambda picture: picture)
+    status, out, err = generate("--no-detect", "--json", *["--watermark"] * watermark)
+    made = json.loads(out)
+    assert status == 0 and made["watermark"] is watermark, err
+    assert {Image.open(path).text["watermark"] for path in made["files"]} == {str(watermark)}  # type: ignore[attr-defined]
+
+
+def test_a_bad_number_is_refused_before_anything_is_read(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("read_faces", "load_model", "set_defaults"):
+        monkeypatch.setattr(generate_command, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    status, _, err = generate(scale=-1)
+    assert status == 2 and "--scale must be a number from 0 to 100, got -1" in err
+
+
+def test_a_run_prints_its_own_lines_only(model: Path, face: Path, tmp_path: Path) -> None:
+    """In a process of its own, where the libraries' warnings come at the first import; the model is ours."""
+    words = [
+        "--face",
+        str(face),
+        "--no-detect",
+        "--prompt",
+        "a cat",
+        "--steps",
+        "1",
+        "--num-images",
+        "1",
+        "--no-sheet",
+    ]
+    for given in ([], ["--model", str(model)]):
+        command = [sys.executable, "-m", "face_fusion_pipeline", "generate", *words, *given, "--out", str(tmp_path)]
+        environment = {**os.environ, "TQDM_DISABLE": "0", "TRANSFORMERS_VERBOSITY": "", "DIFFUSERS_VERBOSITY": ""}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        bars = re.sub(r"\r?denoising: [^\r\n]*", "", done.stderr)
+        strangers = [line for line in re.split(r"[\r\n]+", bars) if line.strip() and "face-fusion: " not in line]
+        assert strangers == []
+        assert [Path(line).suffix for line in done.stdout.splitlines()] == [".png"]
+
+
+def test_a_model_that_cannot_be_fetched_is_one_line(generate: Any) -> None:
+    status, _, err = generate("--no-detect", model="nobody/nothing")
+    assert status == 2 and "is not in the cache, and the Hub cannot be reached" in err and "stack" not in err
+
+
+def test_broken_parts_of_a_model_are_named(generate: Any, model: Path, tmp_path: Path) -> None:
+    for number, (part, content) in enumerate(
+        [
+            ("unet/config.json", "[]"),
+            ("scheduler/scheduler_config.json", "[]"),
+            ("vae/config.json", '{"in_channels": "x"}'),
+        ]
+    ):
+        own = shutil.copytree(model, tmp_path / str(number))
+        (own / part).write_text(content)
+        status, _, err = generate("--no-detect", model=own)
+        assert status == 2 and f"cannot load the model {own}" in err, err
+
+
 def test_a_variant_of_the_weights_can_be_chosen(generate: Any, tmp_path: Path) -> None:
     tiny_models.tiny_pipeline(seed=1).save_pretrained(tmp_path / "model")
     tiny_models.tiny_pipeline(seed=2).save_pretrained(tmp_path / "model", variant="fp16")
@@ -289,7 +406,7 @@ BAD = {
     "no steps": ({"steps": 0}, "--steps"),
     "no images": ({"num_images": 0}, "--num-images"),
     "guidance below zero": ({"guidance": -1}, "--guidance"),
-    "late guidance that is none": ({"late_guidance": 1}, "--late-guidance must be above 1"),
+    "late guidance that is none": ({"late_guidance": 1}, "--late-guidance must be a number above 1"),
     "late guidance after none": ({"guidance": 1, "late_guidance": 2}, "--guidance above 1"),
     "odd height": ({"height": 100}, "--height"),
     "seed below zero": ({"seed": -1}, "--seed"),
@@ -306,6 +423,9 @@ BAD = {
     "no such adapter": ({"adapter": "absent.safetensors"}, "absent.safetensors"),
     "no such identity": ({"face": "absent.safetensors"}, "absent.safetensors"),
     "no such device": ({"device": "warp"}, "warp"),
+    "device that computes nothing": ({"device": "meta"}, "--device meta"),
+    "endless prompt": ({"prompt": "word " * 2_000_000}, "--prompt has 10,000,000 characters"),
+    "folder without photos": ({"face": "."}, "--face . has no photos"),
     "unknown option": ({"colour": "red"}, "--colour"),
     "no face given": ({"face": None}, "--face"),
 }

@@ -1,5 +1,6 @@
 """`face-fusion sweep`: the grid of settings of the self-attention."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +50,27 @@ def test_every_combination_is_in_its_cell(model, tmp_path, capsys):
     assert (sheet[BAR + CELL : BAR + 2 * CELL - GAP, GAP : GAP + SMALLEST_CELL] == 255).all()  # one picture without
 
 
+def test_the_grid_says_what_made_it(model, tmp_path, capsys, monkeypatch):
+    marked = []
+    monkeypatch.setattr("face_fusion_pipeline.generation.watermark.blind_watermark", lambda: None)
+    monkeypatch.setattr(
+        "face_fusion_pipeline.generation.watermark.add_watermark", lambda picture: marked.append(1) or picture
+    )
+    words = ["--timesteps", "0", "--scales", "2", "--layers", "up", "--json", "--watermark"]
+    assert sweep(model, tmp_path, *words) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["columns"] == ["without", "strength 2"] and made["rows"] == ["up, timestep 0"] and made["watermark"]
+    assert Image.open(made["files"][0]).text["watermark"] == "True" and marked == [1]
+
+
 def test_what_cannot_be_swept_is_refused(model, tmp_path, capsys):
     for words, said in (
         (["--mode", "adapter"], "no --mode adapter"),
-        (["--num-images", "2"], "--num-images"),
+        (["--num-images", "2"], "leave --num-images out"),
+        (["--batch-size", "2"], "leave --batch-size out"),
+        (["--self-scale", "2"], "leave --self-scale out"),
+        (["--no-sheet"], "leave --no-sheet out"),
+        (["--prompt", "a dog"], "leave the second --prompt out"),
         (["--scales", "-1"], "got -1"),
         (["--timesteps", *map(str, range(60))], "more than 100"),
     ):

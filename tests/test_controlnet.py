@@ -9,17 +9,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers import ControlNetModel
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 from test_several_people import LEFT, RIGHT, FakeDetector, close, differ
-from tiny_models import face, generate, tiny_components, tiny_controlnet, tiny_pipeline
+from tiny_models import (
+    face,
+    family_of,
+    generate,
+    stock_pipeline,
+    tiny_controlnet,
+    tiny_pipeline,
+    with_adapter,
+)
 from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
 
-from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
-from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_depth import control_depth, depth_image, is_depth_map, load_depth_estimator
 from face_fusion_pipeline.face_errors import FaceAxesError, FaceFusionError, ModelNotFoundError, UnreadableImageError
+from face_fusion_pipeline.face_text_to_image import one_controlnet
 from face_fusion_pipeline.pipeline_controlnet import at_size
 
 
@@ -34,11 +41,10 @@ def brightness(image):
     return np.asarray(image.convert("L"), dtype=np.float32)
 
 
-def with_nets(count):
-    components = tiny_components()
-    nets = [tiny_controlnet(components["unet"], seed) for seed in range(2, 2 + count)]
-    pipe = StableDiffusionFaceFusionPipeline(**components, controlnet=nets)
-    pipe.set_progress_bar_config(disable=True)
+def with_nets(count, family="sd"):
+    pipe = tiny_pipeline(family=family)
+    nets = [tiny_controlnet(pipe.unet, seed) for seed in range(2, 2 + count)]
+    pipe.register_modules(controlnet=one_controlnet(nets if count > 1 else nets[0]))
     return pipe
 
 
@@ -55,18 +61,22 @@ class FacesInTurn(FakeDetector):
 
 
 @pytest.fixture
-def pipe():
-    components = tiny_components()
-    pipe = StableDiffusionFaceFusionPipeline(**components, controlnet=tiny_controlnet(components["unet"]))
-    pipe.set_progress_bar_config(disable=True)
-    torch.manual_seed(1)
-    pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata={"resolution": 16}))
-    return pipe
+def family():
+    """Where a test is not `each_family`."""
+    return "sd"
 
 
+each_family = pytest.mark.parametrize("family", ("sd", "xl"))
+
+
+@pytest.fixture
+def pipe(family):
+    return with_adapter(with_nets(1, family))
+
+
+@each_family
 def test_without_a_face_it_is_diffusers_own_controlnet_pipeline(pipe):
-    stock = StableDiffusionControlNetPipeline(**tiny_components(), controlnet=pipe.controlnet, image_encoder=None)
-    stock.set_progress_bar_config(disable=True)
+    stock = stock_pipeline(family_of(pipe), "ControlNet", controlnet=pipe.controlnet)
     options = {"controlnet_conditioning_scale": 0.7, "control_guidance_end": 0.6}
     expected = generate(stock, image=DEPTH.convert("RGB"), **options)
     assert torch.equal(generate(pipe, control_image=DEPTH, **options), expected)
@@ -76,8 +86,9 @@ def test_without_a_face_it_is_diffusers_own_controlnet_pipeline(pipe):
     assert close(faced, generate(pipe, control_image=DEPTH, face_image=pipe.encode_face(A), **options))
 
 
-def test_several_controlnets():
-    pipe = with_nets(2)
+@each_family
+def test_several_controlnets(family):
+    pipe = with_nets(2, family)
     both = generate(pipe, control_image=[DEPTH, DEPTH], face_image=A, controlnet_conditioning_scale=[1.0, 0.5])
     one = generate(pipe, control_image=[DEPTH, DEPTH], face_image=A, controlnet_conditioning_scale=[1.0, 0.0])
     assert differ(both, one)
@@ -126,8 +137,7 @@ def test_only_photos_have_their_depth_estimated():
     ids=["tensor", "tensors", "array", "pictures"],
 )
 def test_what_diffusers_takes_is_taken(pipe, image):
-    stock = StableDiffusionControlNetPipeline(**tiny_components(), controlnet=pipe.controlnet, image_encoder=None)
-    stock.set_progress_bar_config(disable=True)
+    stock = stock_pipeline(family_of(pipe), "ControlNet", controlnet=pipe.controlnet)
     prompts = ["a cat", "a dog"]
     expected = generate(stock, prompts, image=image, num_inference_steps=1)
     assert torch.equal(generate(pipe, prompts, control_image=image, num_inference_steps=1), expected)
@@ -140,9 +150,7 @@ def test_what_diffusers_takes_is_taken(pipe, image):
 def test_several_images_for_several_controlnets():
     """Prompts × ControlNets, as diffusers nests them."""
     pipe = with_nets(2)
-    nets = MultiControlNetModel(list(pipe.controlnet.nets))
-    stock = StableDiffusionControlNetPipeline(**tiny_components(), controlnet=nets, image_encoder=None)
-    stock.set_progress_bar_config(disable=True)
+    stock = stock_pipeline(task="ControlNet", controlnet=MultiControlNetModel(list(pipe.controlnet.nets)))
     images = [[face(10), face(11)], [face(12), face(13)]]
     prompts, options = ["a cat", "a dog"], {"num_inference_steps": 1}
     expected = generate(stock, prompts, image=[list(row) for row in images], **options)
@@ -153,6 +161,7 @@ def test_several_images_for_several_controlnets():
     assert close(faced[1:], alone)
 
 
+@each_family
 def test_guidance_start_and_end(pipe):
     strengths = []
     hook = pipe.controlnet.register_forward_pre_hook(
@@ -166,6 +175,7 @@ def test_guidance_start_and_end(pipe):
     assert differ(faced, generate(pipe, **{**options, "face_image": None}, control_guidance_start=0.25))
 
 
+@each_family
 def test_interrupting_the_pipeline_called_stops_the_steps(pipe):
     steps = []
 
@@ -181,6 +191,7 @@ def test_interrupting_the_pipeline_called_stops_the_steps(pipe):
     assert differ(stopped, finished)
 
 
+@each_family
 def test_the_controlnet_is_weaker_inside_faces_only(pipe):
     seen = []
     boxes = [(1, 6, 6, 10), (10, 6, 15, 10)]  # enlarged they leave the uppermost latents free
@@ -235,6 +246,7 @@ def test_control_face_scale_of_a_single_person_finds_its_place(pipe):
         generate(pipe, control_face_scale=-1, **options)
 
 
+@each_family
 def test_people_are_looked_for_in_the_control_photo(pipe):
     result = pipe(
         "a cat",
@@ -294,13 +306,14 @@ def test_missing_controlnet_and_positional_arguments_are_refused(pipe):
         pipe("a cat", 16, control_image=DEPTH)
 
 
+@each_family
 def test_a_controlnet_is_saved_and_loaded_as_a_component(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    again = StableDiffusionFaceFusionPipeline.from_pretrained(tmp_path)
+    again = type(pipe).from_pretrained(tmp_path)
     assert isinstance(again.controlnet, ControlNetModel)
     assert "controlnet" in again.components
-    tiny_pipeline().save_pretrained(tmp_path / "without")
-    assert StableDiffusionFaceFusionPipeline.from_pretrained(tmp_path / "without").controlnet is None
+    tiny_pipeline(family=family_of(pipe)).save_pretrained(tmp_path / "without")
+    assert type(pipe).from_pretrained(tmp_path / "without").controlnet is None
 
 
 # --- Depth maps ----------------------------------------------------------------------------------------------------

@@ -228,6 +228,7 @@ def test_every_page_is_in_the_navigation_and_every_module_in_the_reference() -> 
         "publishing",
         "avatars/training",
         "avatars/evaluation",
+        "avatars/measures",
     ]
     for module in (path for folder in ("", *packages) for path in (package / folder).glob("[!_]*.py")):
         name = ".".join(module.relative_to(ROOT).with_suffix("").parts)

@@ -21,7 +21,6 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model, face_detectors
 from face_fusion_pipeline.avatars import caption, render, sample_scene
-from face_fusion_pipeline.avatars.evaluation.renders import to_pil
 from face_fusion_pipeline.cli import avatars_evaluate, evaluate, main
 from face_fusion_pipeline.evaluation.alignment import face_template
 from face_fusion_pipeline.evaluation.clip_score import QUALITY_PROMPTS, ClipScore
@@ -38,6 +37,7 @@ from face_fusion_pipeline.evaluation.copying import (
 from face_fusion_pipeline.evaluation.distribution import cmmd
 from face_fusion_pipeline.evaluation.faces import FaceFinder
 from face_fusion_pipeline.evaluation.generation import METHODS, Settings, hash_weights, keep_settings, pipeline_of
+from face_fusion_pipeline.evaluation.image_files import to_pil
 from face_fusion_pipeline.evaluation.metrics import copy_paste_score, psnr
 from face_fusion_pipeline.evaluation.observation import Observation, Observer, distribution
 from face_fusion_pipeline.evaluation.people import Person, read_people
@@ -159,6 +159,24 @@ def test_faces_are_assigned_by_likeness() -> None:
     assert match([ada], []) == [None]
     small, large = Observation(Face((0, 0, 9, 9), 1)), Observation(Face((0, 0, 50, 50), 1))
     assert match([KnownPerson(small, {})], [small, large]) == [large]
+
+
+def test_a_locator_adds_the_landmarks_that_a_detector_lacks() -> None:
+    class Locator:
+        def landmarks(self, image: Image.Image, boxes: list[Any]) -> list[np.ndarray]:
+            return [np.full((5, 2), box[0]) for box in boxes]
+
+    class Detector:
+        name, sizes = "boxes", (64,)
+
+        def detect(self, image: Image.Image) -> list[Face]:
+            return [Face((4, 8, 20, 28), 1.0), Face((30, 8, 50, 30), 0.9)]
+
+    picture = Image.new("RGB", (64, 64))
+    alone, located = (FaceFinder(Detector(), locator).find(picture) for locator in (None, Locator()))
+    assert [face.landmarks5 for face in alone] == [None, None]
+    assert [face.box for face in located] == [face.box for face in alone]
+    assert [np.unique(face.landmarks5).tolist() for face in located] == [[face.box[0]] for face in alone]
 
 
 def test_neighbours_are_compared() -> None:
@@ -528,8 +546,8 @@ def test_guidance_that_is_asked_for_is_that_of_all_steps(
     )
     settings = avatars_evaluate._settings(arguments)
     assert (settings.guidance_scale, settings.late_guidance) == expected
-    arguments.guidance_scale = -1.0
-    with pytest.raises(FaceFusionError, match="--guidance-scale must be from 0 to 100, got -1"):
+    arguments.guidance_scale, arguments.late_guidance = 1.0, 2.0
+    with pytest.raises(FaceFusionError, match="--guidance-scale above 1, got 1"):
         avatars_evaluate._settings(arguments)
 
 
@@ -612,10 +630,10 @@ def test_what_a_safety_checker_blacked_out_counts_in_no_figure(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--steps", "0"], "--steps must be from 1 to 1000, got 0"),
-        (["--guidance", "-1"], "--guidance must be from 0 to 100, got -1"),
-        (["--late-guidance", "1"], "--late-guidance must be above 1, at most 100, got 1"),
-        (["--seed", "-1"], "--seed must be 0 or more"),
+        (["--steps", "0"], "--steps must be a whole number from 1 to 1000, got 0"),
+        (["--guidance", "-1"], "--guidance must be a number from 0 to 100, got -1"),
+        (["--late-guidance", "1"], "--late-guidance must be a number above 1, at most 100, got 1"),
+        (["--seed", "-1"], "--seed must be a whole number from 0"),
         (["--scale", "-1"], "--scale"),
         (["--people", "4"], "too few for --people 4"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
@@ -624,6 +642,7 @@ def test_what_a_safety_checker_blacked_out_counts_in_no_figure(
         (["--images", "nowhere"], "has no metadata.jsonl"),
         (["--recogniser", "mine=nowhere.onnx"], "no recogniser file nowhere.onnx"),
         (["--device", "nothing"], "--device nothing"),
+        (["--device", "meta"], "--device meta"),
     ],
 )
 def test_bad_arguments(words: list[str], capsys: pytest.CaptureFixture[str], change: list[str], message: str) -> None:

@@ -17,21 +17,16 @@ from face_fusion_pipeline.avatars import BACKGROUNDS, CLOTHINGS, EXPRESSIONS, ST
 from face_fusion_pipeline.avatars.evaluation import depth_table, people_table
 from face_fusion_pipeline.avatars.evaluation.avatar_table import CEILING, FLOOR, as_markdown, compare, summarise
 from face_fusion_pipeline.avatars.evaluation.depth_table import POSED, STRANGER, compare_depth, control_depth
+from face_fusion_pipeline.avatars.evaluation.framing import FACE_HEIGHT, portrait_crops
 from face_fusion_pipeline.avatars.evaluation.judge_training import train_judges
 from face_fusion_pipeline.avatars.evaluation.judges import SHIPPED, WEIGHTS_NAME, Judges, load_judges
 from face_fusion_pipeline.avatars.evaluation.model_quality import measure_model, quality_trials, reconstruction_psnr
 from face_fusion_pipeline.avatars.evaluation.morph_table import compare_morphs
 from face_fusion_pipeline.avatars.evaluation.recognition import kept, measure_recognition
-from face_fusion_pipeline.avatars.evaluation.renders import (
-    coarse,
-    depth_cells,
-    from_pil,
-    read_image,
-    to_pil,
-    write_image,
-)
+from face_fusion_pipeline.avatars.evaluation.renders import coarse, depth_cells
 from face_fusion_pipeline.avatars.evaluation.savings_table import EVERYTHING, SAVINGS, compare_savings, inner_scales
 from face_fusion_pipeline.avatars.evaluation.scoring import Panel
+from face_fusion_pipeline.avatars.evaluation.trial_pictures import image_path
 from face_fusion_pipeline.avatars.evaluation.trials import (
     FIRST_TEST_IDENTITY,
     detected_face,
@@ -45,8 +40,8 @@ from face_fusion_pipeline.avatars.world.caption import caption
 from face_fusion_pipeline.avatars.world.dataset import write
 from face_fusion_pipeline.cli import avatars_evaluate
 from face_fusion_pipeline.evaluation.alignment import align_faces, face_template, similarity_transform
-from face_fusion_pipeline.evaluation.faces import FACE_HEIGHT, portrait_crops
-from face_fusion_pipeline.evaluation.generation import METHODS, Settings, image_path
+from face_fusion_pipeline.evaluation.generation import METHODS, Settings
+from face_fusion_pipeline.evaluation.image_files import from_pil, read_image, to_pil, write_image
 from face_fusion_pipeline.evaluation.metrics import (
     auc,
     bootstrap_mean,
@@ -392,13 +387,13 @@ def test_references_are_cut_out_by_a_detector_as_of_photos(
     trials = plan_trials(2, 1, style="photo")
     first, second = (trial.person for trial in trials)
 
-    def found(image: Image.Image, detector: str, *args: Any) -> Face:
+    def found(image: Image.Image, detector: str, *args: Any) -> tuple[Image.Image, Face]:
         if (np.asarray(image) == np.asarray(to_pil(portraits(second).reference))).all():
             raise NoFaceError("no face")
-        return Face({"yunet": (30.0, 20.0, 95.0, 110.0)}[detector], 0.9)
+        return image, Face({"yunet": (30.0, 20.0, 95.0, 110.0)}[detector], 0.9)
 
     monkeypatch.setattr(face_images, "load_detector", lambda name: name)
-    monkeypatch.setattr(face_images, "find_face", found)
+    monkeypatch.setattr(face_images, "find_upright", found)
     detected_face.cache_clear()
     crop = reference_face(first, cut_out="yunet")
     assert crop.size == (128, 128) and np.abs(np.asarray(crop, float) - np.asarray(portraits(first).face)).mean() > 1

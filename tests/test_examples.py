@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from face_fusion_pipeline.avatars import render, sample_scene
-from face_fusion_pipeline.avatars.evaluation.renders import to_pil
 from face_fusion_pipeline.avatars.world import sheet
+from face_fusion_pipeline.evaluation.image_files import to_pil
 from face_fusion_pipeline.face_depth import depth_image
 
 

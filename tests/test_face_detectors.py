@@ -116,7 +116,7 @@ def test_a_file_that_is_named_is_what_is_taken(hub, tmp_path, monkeypatch, caplo
 
 
 def test_the_detector_that_was_named_by_a_file_is_said(test_data, monkeypatch, caplog):
-    caplog.set_level(logging.INFO, "face_fusion_pipeline")
+    caplog.set_level(logging.DEBUG, "face_fusion_pipeline")
     file = test_data / "models" / face_detectors.YUNET_FILE
     monkeypatch.setenv("FACE_FUSION_YUNET", str(file))
     assert load_detector().name == "yunet"

@@ -174,6 +174,14 @@ def test_several_people_and_small_faces_in_few_steps(name: str) -> None:
     assert again.size == picture.size and again.tobytes() != picture.tobytes()
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_stable_diffusion_xl_in_few_steps(name: str) -> None:
+    pipe = distilled(name, with_adapter(tiny_pipeline(family="xl")))
+    seen = Batches(pipe)
+    faced = generate(pipe, face_image=A, face_mode="both", num_inference_steps=4)
+    assert seen.sizes == [1] * 5 and differ(faced, generate(pipe, num_inference_steps=4))
+
+
 # --- Guidance told to the UNet -------------------------------------------------------------------------------------
 
 

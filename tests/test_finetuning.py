@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter, embedded_model
 from face_fusion_pipeline.avatars.training import rendered
 from face_fusion_pipeline.avatars.training.rendered import detected, paired, prepare_rendered
-from face_fusion_pipeline.avatars.training.unet import plain_attention, plain_attention_on_cpu
 from face_fusion_pipeline.avatars.world.dataset import plan
 from face_fusion_pipeline.avatars.world.render import render
 from face_fusion_pipeline.cli import build_parser, main
@@ -33,6 +32,7 @@ from face_fusion_pipeline.face_layout import box_masks, pool, visible_people
 from face_fusion_pipeline.training import latent_cache, loop, objective
 from face_fusion_pipeline.training import task as task_module
 from face_fusion_pipeline.training.base_model import base_of, load_base
+from face_fusion_pipeline.training.kernels import plain_attention, plain_attention_on_cpu
 from face_fusion_pipeline.training.latent_cache import Shards, cache_folders, encode, is_encoded, shard_path
 from face_fusion_pipeline.training.loop import Part, TrainingError, data_order
 from face_fusion_pipeline.training.pairs import Pairs, split_people
@@ -166,8 +166,8 @@ def test_unknown_prediction_and_recogniser_are_refused() -> None:
     with pytest.raises(TrainingError, match="'flow'"):
         objective.NoiseSchedule(torch.ones(3), "flow")
     with pytest.raises(TrainingError, match="MODULE:FUNCTION"):
-        objective.load_recogniser("nobody")
-    found = objective.load_recogniser("avatars")(torch.rand(2, 3, 128, 128), torch.rand(2, 5, 2) * 128)
+        objective.load_identity_recogniser("nobody")
+    found = objective.load_identity_recogniser("avatars")(torch.rand(2, 3, 128, 128), torch.rand(2, 5, 2) * 128)
     assert found.shape == (2, 256)
 
 
@@ -872,7 +872,7 @@ def test_weights_can_be_trained_on(train: Any, tmp_path: Path) -> None:
     [
         (["--model", "/nowhere"], "there is no folder /nowhere"),
         (["--data", "/nowhere"], "/nowhere is no folder of photos"),
-        (["--learning-rate", "0"], "--learning-rate must be positive"),
+        (["--learning-rate", "0"], "--learning-rate must be a number above 0"),
         (["--text-dropout", "0.9", "--face-dropout", "0.2"], "more than 1"),
         (["--resolution", "100"], "multiple of 8"),
         (["--identity-loss-weight", "0.1"], "go together"),
@@ -886,8 +886,8 @@ def test_weights_can_be_trained_on(train: Any, tmp_path: Path) -> None:
         (["--validation-image", "a.png"], "--validation-prompt"),
         (["--validation-people", "99"], "none of 7"),
         (["--push-to-hub"], "on the Hub"),
-        (["--max-train-steps", "0"], "--max-train-steps must be positive"),
-        (["--reference-timestep", "1000"], "--reference-timestep must be from 0 to 999"),
+        (["--max-train-steps", "0"], "--max-train-steps must be a whole number from 1"),
+        (["--reference-timestep", "1000"], "--reference-timestep must be a whole number from 0 to 999"),
         (["--adam-beta2", "1"], "below 1"),
     ],
 )

@@ -244,7 +244,7 @@ def test_cells_that_are_not_those_of_the_keys_are_refused(pipe, tmp_path):
 
 def test_layers_that_the_model_does_not_have_are_refused_before_use(pipe, identity):
     whole = FaceIdentity.load(identity)
-    check_identity_fits(whole, pipe.unet)
+    check_identity_fits(whole, pipe.unet, pipe._face_adapter)
     rewritten(identity, moved)
     other = FaceIdentity.load(identity)
     refused(IdentityMismatchError, lambda: generate(pipe, face_image=other), "unknown layers", "elsewhere")
@@ -350,3 +350,13 @@ def test_safetensors_are_taken_where_a_pickle_lies_beside_them(tmp_path):
     tiny_pipeline().save_pretrained(model)
     (model / "text_encoder" / "pytorch_model.bin").write_bytes(b"no weights")
     assert load_pipeline(str(model)).text_encoder is not None
+
+
+def test_weights_of_another_precision_than_the_unet_make_an_identity_that_loads(tmp_path: Path) -> None:
+    pipe = with_adapter(tiny_pipeline())
+    pipe._face_adapter.half()
+    identity = pipe.encode_face(face(), face_mode="both")
+    assert len({key.dtype for key in identity.keys.values()}) == 2
+    identity.save(tmp_path / "ada.safetensors")
+    loaded = FaceIdentity.load(tmp_path / "ada.safetensors")
+    assert torch.equal(generate(pipe, face_image=loaded), generate(pipe, face_image=identity))

@@ -8,14 +8,15 @@ import torch
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import face, generate, tiny_pipeline
+from tiny_models import face, family_of, generate, tiny_pipeline, with_adapter
 
 from face_fusion_pipeline import FaceIdentity
-from face_fusion_pipeline.face_adapter import create_adapter
+from face_fusion_pipeline.face_adapter import create_adapter, load_adapter
 from face_fusion_pipeline.face_attention import attention_layers
 from face_fusion_pipeline.face_defaults import FACE_MODES
 from face_fusion_pipeline.face_detectors import Face
 from face_fusion_pipeline.face_errors import (
+    AdapterMismatchError,
     FaceFusionError,
     IdentityMismatchError,
     InvalidScaleError,
@@ -27,16 +28,16 @@ from face_fusion_pipeline.reference_pass import face_tensors, noise_latents
 from face_fusion_pipeline.unet_family import encode_latents, unet_fingerprint, weights_fingerprint
 
 
-def adapted_pipeline(seed=0, **metadata):
-    pipe = tiny_pipeline()
+def adapted_pipeline(seed=0, family="sd", **metadata):
+    pipe = tiny_pipeline(family=family)
     torch.manual_seed(seed)
     pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata={"resolution": 16, **metadata}))
     return pipe
 
 
 @pytest.fixture
-def pipe():
-    return adapted_pipeline()
+def pipe(family):
+    return adapted_pipeline(family=family)
 
 
 @pytest.mark.parametrize("mode", FACE_MODES)
@@ -105,11 +106,14 @@ def test_shapes_follow_the_layers(pipe):
 def test_identity_of_other_models_is_refused(pipe, tmp_path):
     identity = pipe.encode_face(face())
     with pytest.raises(IdentityMismatchError, match="other adapter"):
-        generate(adapted_pipeline(seed=5), face_image=identity)
+        generate(adapted_pipeline(5, family_of(pipe)), face_image=identity)
     with pytest.raises(IdentityMismatchError, match="load_face_fusion_adapter"):
-        generate(tiny_pipeline(), face_image=identity)
+        generate(tiny_pipeline(family=family_of(pipe)), face_image=identity)
     with pytest.raises(IdentityMismatchError, match="another base"):
-        generate(tiny_pipeline(seed=1), face_image=pipe.encode_face(face(), face_mode="training-free"))
+        generate(
+            tiny_pipeline(seed=1, family=family_of(pipe)),
+            face_image=pipe.encode_face(face(), face_mode="training-free"),
+        )
     with pytest.raises(IdentityMismatchError, match="training-free"):
         generate(pipe, face_image=identity, face_mode="training-free")
     with pytest.raises(ModelNotFoundError, match="nobody"):
@@ -120,6 +124,17 @@ def test_identity_of_other_models_is_refused(pipe, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"")
     with pytest.raises(IdentityMismatchError, match="readable"):
         FaceIdentity.load(tmp_path / "broken.safetensors")
+
+
+def test_what_belongs_to_another_family_is_refused(pipe):
+    """Adapter and identities, from 1.x to XL and back."""
+    other = with_adapter(tiny_pipeline(family={"sd": "xl", "xl": "sd"}[family_of(pipe)]))
+    of_other, own = other._face_adapter.metadata.base_family, pipe._face_adapter.metadata.base_family
+    with pytest.raises(AdapterMismatchError, match=f"base family '{of_other}'.*'{own}'"):
+        load_adapter(pipe.unet, other._face_adapter.state_dict(), other._face_adapter.metadata)
+    for mode in FACE_MODES:
+        with pytest.raises(IdentityMismatchError, match="another base model"):
+            generate(pipe, face_image=other.encode_face(face(), face_mode=mode))
 
 
 def test_reference_mode_of_the_adapter_is_followed():
@@ -236,6 +251,7 @@ def test_an_identity_goes_with_the_weights_it_was_encoded_with(pipe, tmp_path):
     identity.save(tmp_path / "ada.safetensors")
     weight = pipe.unet.up_blocks[0].resnets[0].conv1.weight
     original = weight.detach().clone()
+    torch.manual_seed(7)
     with torch.no_grad():
         weight += 0.2 * weight.std() * torch.randn_like(weight)  # nowhere near what a fingerprint of samples looks at
     for one in (identity, FaceIdentity.load(tmp_path / "ada.safetensors")):

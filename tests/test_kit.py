@@ -20,7 +20,7 @@ from face_fusion_pipeline.avatars.training.data import AvatarImages
 from face_fusion_pipeline.avatars.training.tokenizer import train_tokenizer
 from face_fusion_pipeline.avatars.training.vae import create_vae
 from face_fusion_pipeline.avatars.world.caption import caption, full_caption
-from face_fusion_pipeline.avatars.world.dataset import describe, plan
+from face_fusion_pipeline.avatars.world.dataset import plan, scene_records
 from face_fusion_pipeline.avatars.world.render import render
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.face_images import CROP_ENLARGE, crop_face
@@ -79,23 +79,26 @@ def test_a_killed_run_goes_on_from_its_checkpoint(start, tmp_path, monkeypatch):
     from face_fusion_pipeline.avatars.kit.tasks import BaseTask
 
     often = replace(TINY, loops={**TINY.loops, "base": replace(TINY.loops["base"], checkpoint_minutes=0.0)})
-    forward, steps = BaseTask.forward, []
+    forward = BaseTask.forward
 
-    def killed(self, batch):
-        steps.append(None)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        return forward(self, batch)
+    def steps_until_killed(number):
+        """The steps in the metrics after a run that is killed when it computes its `number`-th loss."""
+        losses = []
 
-    times = Times(draw=0, base=1.5, faces=0, depth=0)
-    monkeypatch.setattr(BaseTask, "forward", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(start, tmp_path, often, times, scenes=40, workers=1, warm=False)
-    checkpoint = tmp_path / "logs" / "unet" / "checkpoint.safetensors"
-    lines = [json.loads(line)["step"] for line in (checkpoint.parent / "metrics.jsonl").read_text().splitlines()]
-    monkeypatch.undo()
-    run(start, tmp_path, often, times, scenes=40, workers=1, warm=False)
-    after = [json.loads(line)["step"] for line in (checkpoint.parent / "metrics.jsonl").read_text().splitlines()]
+        def killed(self, batch):
+            losses.append(None)
+            if len(losses) == number:
+                raise KeyboardInterrupt
+            return forward(self, batch)
+
+        monkeypatch.setattr(BaseTask, "forward", killed)
+        with pytest.raises(KeyboardInterrupt):  # long before the time is up, on any machine
+            run(start, tmp_path, often, Times(draw=0, base=600, faces=0, depth=0), scenes=40, workers=1, warm=False)
+        metrics = tmp_path / "logs" / "unet" / "metrics.jsonl"
+        return [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+
+    lines, after = steps_until_killed(4), steps_until_killed(2)
+    assert (tmp_path / "logs" / "unet" / "checkpoint.safetensors").is_file()
     assert lines == [1, 2, 3] and after[:4] == [1, 2, 3, 4]
 
 
@@ -104,7 +107,8 @@ def test_what_is_missing_is_named(tmp_path, capsys):
         load_parts(tmp_path, TINY)
     words = ["avatars-kit", "--model", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main(words) == 2 and "nothing to train" in capsys.readouterr().err
-    assert main([*words, "--base-seconds", "-1"]) == 2 and "base is -1.0" in capsys.readouterr().err
+    assert main([*words, "--base-seconds", "-1"]) == 2
+    assert "--base-seconds must be a number from 0" in capsys.readouterr().err
 
 
 def test_planned_windows_are_the_same_from_processes(start):
@@ -121,7 +125,7 @@ def test_drawn_scenes_hold_what_the_renderer_says(start):
     window = planned._replace(scenes=planned.scenes[:12], tokens=planned.tokens[:12])
     data = draw_scenes([window], lambda images: images[:, :2, ::8, ::8], 64, torch.device("cpu"), 12, at_once=5)
     rendered = render(window.scenes, 64)
-    records = describe(window.scenes, rendered)
+    records = scene_records(window.scenes, rendered)
     assert len(data) == 12
     torch.testing.assert_close(data.latents.float(), (rendered.images * 2 - 1)[:, :2, ::8, ::8], atol=1e-3, rtol=0)
     for row, scene in enumerate(window.scenes):

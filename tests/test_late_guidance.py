@@ -2,20 +2,18 @@
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from tiny_models import face, generate, tiny_components, tiny_pipeline
+from tiny_models import face, for_task, generate, stock_pipeline, tiny_pipeline
 
 from face_fusion_pipeline import LateGuidance
 from face_fusion_pipeline.face_errors import InvalidScaleError
-from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
+from face_fusion_pipeline.late_guidance import place
 
 
 @pytest.fixture(params=["stock", "without a face", "with a face"])
 def draw(request):
     """Generates, and notes the guidance scale of each step."""
     plain = request.param == "stock"
-    pipe = StableDiffusionPipeline(**tiny_components(), image_encoder=None) if plain else tiny_pipeline()
-    pipe.set_progress_bar_config(disable=True)
+    pipe = stock_pipeline() if plain else tiny_pipeline()
     used = []
     step = pipe.scheduler.step
 
@@ -54,10 +52,19 @@ def test_a_call_without_guidance_stays_without(draw):
     assert torch.equal(images, draw(guidance_scale=1.0)[0])
 
 
-def test_image_to_image_has_the_scale_of_its_timesteps():
-    pipe = tiny_pipeline().as_pipeline(StableDiffusionImg2ImgFaceFusionPipeline)
+@pytest.mark.parametrize(
+    ("family", "task", "part", "expected"),
+    [
+        ("sd", "Img2Img", {"image": face(), "strength": 0.5}, [4.0, 2.0, 2.0, 2.0]),  # after 376, 251, 126 and 1
+        ("xl", "Img2Img", {"image": face(), "strength": 0.5}, [4.0, 2.0, 2.0, 2.0]),
+        ("xl", "", {"denoising_end": 0.8}, [4.0] * 5 + [2.0]),  # after 876, 751, 626, 501, 376 and 251
+        ("xl", "Img2Img", {"image": face(), "denoising_start": 0.5, "denoising_end": 0.8}, [4.0, 2.0]),
+    ],
+)
+def test_a_part_of_the_steps_has_the_scale_of_its_timesteps(family, task, part, expected):
+    pipe = for_task(tiny_pipeline(family=family), task)
     used = []
-    options = {"image": face(), "strength": 0.5, "num_inference_steps": 8, "guidance_scale": 4.0, "output_type": "pt"}
+    options = {"num_inference_steps": 8, "guidance_scale": 4.0, "output_type": "latent"} | part
 
     class Noted(LateGuidance):
         def callback_fn(self, pipeline, *args):
@@ -66,7 +73,15 @@ def test_image_to_image_has_the_scale_of_its_timesteps():
             return tensors
 
     pipe("a cat", face_image=face(), callback_on_step_end=Noted(2.0, 0.2), **options)
-    assert used == [4.0, 2.0, 2.0, 2.0]  # after the timesteps 376, 251, 126 and 1
+    assert used == expected
+
+
+def test_the_place_of_a_timestep_in_those_of_its_scheduler():
+    whole = torch.tensor([9, 8, 8, 7, 7, 6])  # of second order
+    assert [place(whole, whole[i], i, 6) for i in range(6)] == list(range(6))
+    assert [place(whole, whole[i], i, 3) for i in range(3)] == [0, 1, 2]
+    assert [place(whole, whole[i + 2], i, 4) for i in range(4)] == [2, 3, 4, 5]
+    assert [place(torch.arange(9, 0, -1), 9 - i, i - 3, 3) for i in range(3, 6)] == [3, 4, 5]
 
 
 @pytest.mark.parametrize("scale", [1.0, 0, -2, float("nan"), float("inf"), "2"])

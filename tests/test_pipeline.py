@@ -4,12 +4,26 @@ import inspect
 
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler, StableDiffusionPipeline
-from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers import HeunDiscreteScheduler
+from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor
-from tiny_models import TEXT_WIDTH, face, generate, in_mode, one_face, tiny_components, tiny_pipeline
+from tiny_models import (
+    CASES,
+    TEXT_WIDTH,
+    embeddings,
+    face,
+    family_of,
+    generate,
+    in_mode,
+    kind_of,
+    one_face,
+    stock_pipeline,
+    tiny_components,
+    tiny_pipeline,
+    told_of_nothing,
+)
 
-from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, face_fusion_mixin
+from face_fusion_pipeline import face_fusion_mixin
 from face_fusion_pipeline.face_adapter import create_adapter, face_fused_unet
 from face_fusion_pipeline.face_attention import (
     GUIDED,
@@ -18,20 +32,20 @@ from face_fusion_pipeline.face_attention import (
     attention_layers,
     installed_processors,
 )
-from face_fusion_pipeline.face_defaults import FACE_MODES
 from face_fusion_pipeline.face_errors import FaceFusionError, InvalidPromptError, InvalidScaleError
 from face_fusion_pipeline.reference_pass import capture_hidden_states, face_tensors
 from face_fusion_pipeline.unet_family import encode_latents
 
 
-@pytest.fixture(params=FACE_MODES)
+@pytest.fixture(params=CASES, ids="-".join)
 def pipe(request, monkeypatch):
-    return in_mode(tiny_pipeline(), request.param, monkeypatch)
+    family, mode = request.param
+    return in_mode(tiny_pipeline(family=family), mode, monkeypatch)
 
 
 @pytest.fixture
-def plain():
-    return StableDiffusionPipeline(**tiny_components(), image_encoder=None)
+def plain(pipe):
+    return stock_pipeline(family_of(pipe))
 
 
 def processors(pipe):
@@ -45,7 +59,8 @@ def assert_untouched(pipe, before):
 
 
 def layers_with_faces(pipe):
-    return {"adapter": 4, "training-free": 2, "both": 6}[pipe.encode_face(face()).mode]
+    layers = {"adapter": 4, "training-free": 2, "both": 6}[pipe.encode_face(face()).mode]
+    return layers + (family_of(pipe) == "xl")  # its middle block has two
 
 
 # --- Without a face ------------------------------------------------------------------------------------------------
@@ -53,7 +68,6 @@ def layers_with_faces(pipe):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_no_face_and_scale_zero_are_the_stock_pipeline_and_do_no_face_work(pipe, plain, guidance_scale, monkeypatch):
-    plain.set_progress_bar_config(disable=True)
     expected = generate(plain, guidance_scale=guidance_scale)
     with_face = generate(pipe, face_image=face(), guidance_scale=guidance_scale)
     assert not torch.allclose(with_face, expected, atol=1e-3)
@@ -113,7 +127,7 @@ def test_nothing_leaks_into_saved_components(pipe, tmp_path):
     generate(pipe, face_image=face(), callback_on_step_end=save, num_inference_steps=1)
     assert saved_inside == [keys]
     pipe.save_pretrained(tmp_path / "pipe")
-    again = StableDiffusionPipeline.from_pretrained(tmp_path / "pipe")
+    again = kind_of(family_of(pipe), ours=False).from_pretrained(tmp_path / "pipe")
     assert set(again.unet.state_dict()) == keys
     assert not list((tmp_path / "pipe").rglob("*face*"))
 
@@ -121,8 +135,8 @@ def test_nothing_leaks_into_saved_components(pipe, tmp_path):
 # --- Faces ---------------------------------------------------------------------------------------------------------
 
 
-def test_cached_keys_and_values_equal_recomputing_them_at_every_step():
-    pipe = tiny_pipeline()
+def test_cached_keys_and_values_equal_recomputing_them_at_every_step(family):
+    pipe = tiny_pipeline(family=family)
     adapter = create_adapter(pipe.unet, metadata={"resolution": 16})
     pipe.set_face_fusion_adapter(adapter)
     cached = generate(pipe, face_image=face(), guidance_scale=1.0)
@@ -130,9 +144,9 @@ def test_cached_keys_and_values_equal_recomputing_them_at_every_step():
 
     def recompute(sample, timestep, **kwargs):
         (pixels,) = face_tensors(face(), 16)
-        empty = pipe.encode_prompt("", "cpu", 1, False)[0]
+        empty = told_of_nothing(pipe)
         pipe.unet.forward = forward
-        tokens = capture_hidden_states(pipe.unet, encode_latents(pipe.vae, pixels), 0, empty)
+        tokens = capture_hidden_states(pipe.unet, encode_latents(pipe.vae, pixels), 0, **empty)
         with face_fused_unet(pipe.unet, adapter, {name: t[:, None] for name, t in tokens.items()}):
             result = forward(sample, timestep, **kwargs)
         pipe.unet.forward = recompute
@@ -182,11 +196,8 @@ def test_element_of_a_batch_equals_the_single_run(pipe, guidance_scale):
 
 
 def test_prompt_embeddings_instead_of_a_prompt(pipe):
-    positive, negative = pipe.encode_prompt("a cat", "cpu", 1, True, "")
     options = {"face_image": face(), "num_inference_steps": 2, "output_type": "latent"}
-    by_embeds = pipe(
-        prompt_embeds=positive, negative_prompt_embeds=negative, generator=torch.Generator().manual_seed(0), **options
-    ).images
+    by_embeds = pipe(**embeddings(pipe, "a cat"), generator=torch.Generator().manual_seed(0), **options).images
     assert torch.equal(by_embeds, generate(pipe, negative_prompt="", **options))
 
 
@@ -257,17 +268,18 @@ def test_time_window_and_the_users_callback_work_together(pipe):
 
 @pytest.mark.parametrize("face_end", [0.9, 1.0])
 def test_guidance_may_end_half_way(pipe, face_end):
-    callback = SDCFGCutoffCallback(cutoff_step_index=1, cutoff_step_ratio=None)
+    kind = SDCFGCutoffCallback if family_of(pipe) == "sd" else SDXLCFGCutoffCallback
+    callback = kind(cutoff_step_index=1, cutoff_step_ratio=None)
     options = {"face_image": face(), "callback_on_step_end": callback, "num_inference_steps": 4, "face_end": face_end}
 
     def cutoff_for_two(pipe, step, timestep, tensors):
-        tensors = SDCFGCutoffCallback.callback_fn(callback, pipe, step, timestep, tensors)
+        tensors = kind.callback_fn(callback, pipe, step, timestep, tensors)
         if step == 1:  # diffusers' own callback keeps the last row alone; both images need theirs
-            tensors["prompt_embeds"] = tensors["prompt_embeds"].expand(2, -1, -1)
+            tensors |= {name: tensors[name].expand(2, *tensors[name].shape[1:]) for name in kind.tensor_inputs}
         return tensors
 
     alone = [generate(pipe, seed=seed, **options) for seed in (0, 1)]
-    options |= {"callback_on_step_end": cutoff_for_two, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    options |= {"callback_on_step_end": cutoff_for_two, "callback_on_step_end_tensor_inputs": kind.tensor_inputs}
     together = generate(pipe, num_images_per_prompt=2, **options)
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-3)
 
@@ -330,15 +342,16 @@ def test_bad_arguments_are_named(pipe, arguments, error, reason):
 
 def load_random_ip_adapter(pipe):
     torch.manual_seed(0)
-    projection = {"proj.weight": torch.randn(4 * TEXT_WIDTH, 6), "proj.bias": torch.zeros(4 * TEXT_WIDTH)}
-    projection |= {"norm.weight": torch.ones(TEXT_WIDTH), "norm.bias": torch.zeros(TEXT_WIDTH)}
+    text = pipe.unet.config.cross_attention_dim
+    projection = {"proj.weight": torch.randn(4 * text, 6), "proj.bias": torch.zeros(4 * text)}
+    projection |= {"norm.weight": torch.ones(text), "norm.bias": torch.zeros(text)}
     weights = {}
     names = [name for name in pipe.unet.attn_processors if "attn2" in name]
     for name in names:
         index = 2 * list(pipe.unet.attn_processors).index(name) // 2
         width = pipe.unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
         for which in ("k", "v"):
-            weights[f"{index}.to_{which}_ip.weight"] = torch.randn(width, TEXT_WIDTH)
+            weights[f"{index}.to_{which}_ip.weight"] = torch.randn(width, text)
     pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": weights}])
 
 
@@ -382,16 +395,16 @@ def test_foreign_processors_are_named(pipe):
 
 
 @pytest.mark.parametrize("tiny_vae", [False, True])
-def test_from_pipe_keeps_all_components(tiny_vae):
-    components = tiny_components(tiny_vae=tiny_vae)
-    base = StableDiffusionPipeline(**components, image_encoder=None)
-    pipe = StableDiffusionFaceFusionPipeline.from_pipe(base)
-    assert type(pipe) is StableDiffusionFaceFusionPipeline
-    for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler"):
-        assert getattr(pipe, name) is components[name]
+def test_from_pipe_keeps_all_components(family, tiny_vae):
+    components = tiny_components(tiny_vae=tiny_vae, family=family)
+    stock, ours = kind_of(family, ours=False), kind_of(family)
+    pipe = ours.from_pipe(stock(**components, image_encoder=None))
+    assert type(pipe) is ours
+    for name, part in components.items():
+        assert name.startswith("requires") or getattr(pipe, name) is part
     pipe.set_progress_bar_config(disable=True)
     generate(pipe, face_image=face(), num_inference_steps=1)
-    assert type(StableDiffusionPipeline.from_pipe(pipe)) is StableDiffusionPipeline if not tiny_vae else True
+    assert tiny_vae or type(stock.from_pipe(pipe)) is stock
 
 
 def test_compiles_without_graph_breaks_and_another_identity_does_not_recompile():
@@ -416,18 +429,21 @@ def test_stock_arguments_may_be_positional(pipe):
         return tensors
 
     settings = {"generator": torch.Generator().manual_seed(0), "output_type": "latent", "face_image": face()}
-    out = pipe("a cat", 16, 16, 2, callback_on_step_end=callback, **settings).images
+    sizes = (16, 16, 2) if family_of(pipe) == "sd" else (None, 16, 16, 2)  # the second prompt comes before them
+    out = pipe("a cat", *sizes, callback_on_step_end=callback, **settings).images
     assert steps == [0, 1]
     assert torch.equal(out, generate(pipe, num_inference_steps=2, face_image=face()))
 
 
-def test_every_stock_argument_is_accepted():
-    stock = set(inspect.signature(StableDiffusionPipeline.__call__).parameters)
-    whole = inspect.signature(StableDiffusionFaceFusionPipeline.__call__).parameters
+def test_every_stock_argument_is_accepted(family):
+    stock = set(inspect.signature(kind_of(family, ours=False).__call__).parameters)
+    whole = inspect.signature(kind_of(family).__call__).parameters
     ours = set(whole) - stock
     assert stock <= set(whole) and {"face_image", "face_boxes", "control_image"} <= ours  # help shows all
     mixin = set(inspect.signature(face_fusion_mixin.FaceFusionMixin.__call__).parameters)
     assert not (mixin - {"self", "prompt", "args", "kwargs"}) & stock  # no name of ours hides a stock one
-    assert list(whole)[:4] == ["self", "prompt", "height", "width"] and whole["face_scale"].default == 1.0
+    sizes = ["height", "width"] if family == "sd" else ["prompt_2", "height"]
+    assert list(whole)[:4] == ["self", "prompt", *sizes] and whole["face_scale"].default == 1.0
     assert "guidance_rescale" in stock
-    generate(tiny_pipeline(), face_image=face(), guidance_rescale=0.5, eta=0.1, num_inference_steps=1)
+    pipe = tiny_pipeline(family=family)
+    generate(pipe, face_image=face(), guidance_rescale=0.5, eta=0.1, num_inference_steps=1)

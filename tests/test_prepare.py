@@ -35,8 +35,8 @@ from face_fusion_pipeline.training.selection import (
     differences,
     select,
     sharpness,
-    square_around,
     thumbnail,
+    training_square,
 )
 from face_fusion_pipeline.training.sources import (
     BrokenShardError,
@@ -267,9 +267,9 @@ def test_the_training_image_has_the_face_where_its_row_says() -> None:
 
 
 def test_small_faces_are_cropped_closer_and_the_square_stays_inside() -> None:
-    near = square_around(Face((40, 40, 60, 60), 1.0), (100, 80), 0.15)
+    near = training_square(Face((40, 40, 60, 60), 1.0), (100, 80), 0.15)
     assert near == (10, 0, 80)
-    corner = square_around(Face((0, 70, 10, 80), 1.0), (100, 80), 0.15)
+    corner = training_square(Face((0, 70, 10, 80), 1.0), (100, 80), 0.15)
     assert corner == (0, 13, 67)
     assert round(10 / corner[2], 2) == 0.15
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import face, tiny_controlnet, tiny_pipeline
+from tiny_models import face, family_of, kind_of, tiny_controlnet, tiny_pipeline, with_adapter
 
-from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_detectors import Face
 from face_fusion_pipeline.face_errors import (
     FaceAxesError,
@@ -19,7 +18,6 @@ from face_fusion_pipeline.face_errors import (
 )
 from face_fusion_pipeline.face_layout import box_masks
 from face_fusion_pipeline.face_refinement import longer_side, put_back, square_around, strength_for
-from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
 
 
 A, B, C = face(0), face(1), face(2)
@@ -27,12 +25,12 @@ LEFT, RIGHT, LARGE = (8, 10, 13, 17), (40, 12, 46, 18), (2, 2, 30, 40)  # of 64x
 STEPS = {"num_inference_steps": 4, "strength": 0.5}
 
 
-@pytest.fixture(params=[False, True], ids=["kl", "tiny-vae"])
+KINDS = {"kl": {}, "tiny-vae": {"tiny_vae": True}, "xl": {"family": "xl"}}
+
+
+@pytest.fixture(params=KINDS)
 def pipe(request):
-    pipe = tiny_pipeline(tiny_vae=request.param)
-    torch.manual_seed(1)
-    pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata={"resolution": 16}))
-    return pipe
+    return with_adapter(tiny_pipeline(**KINDS[request.param]))
 
 
 @pytest.fixture
@@ -70,7 +68,7 @@ def test_it_is_image_to_image_of_the_enlarged_crop(pipe, picture):
     (refined,) = pipe.refine_faces(picture, "a", face_image=A, face_boxes=[LEFT], generator=generators(1), **STEPS)
     square = square_around(LEFT)
     assert square == (4, 8, 16, 20)  # 1.75 times 7, about the middle of the box
-    other = StableDiffusionImg2ImgFaceFusionPipeline.from_pipe(pipe, vae=pipe.vae)
+    other = kind_of(family_of(pipe), "Img2Img").from_pipe(pipe, vae=pipe.vae)
     crop = picture.crop(square).resize((16, 16), Image.Resampling.LANCZOS)
     drawn = other("a", image=crop, face_image=A, generator=generators(1), **STEPS).images[0]
     x0, y0, x1, y1 = LEFT  # the heart of it is what was drawn, in the size of the picture
@@ -234,8 +232,9 @@ def test_pictures_of_any_kind(pipe, picture, kind):
     assert len(refined) == 1 and not changed(expected[0], refined[0]).any()
 
 
-def test_a_face_that_the_safety_checker_refuses_stays(pipe, picture, monkeypatch, caplog):
-    plain = StableDiffusionImg2ImgFaceFusionPipeline.run_safety_checker
+def test_a_face_that_the_safety_checker_refuses_stays(picture, monkeypatch, caplog):
+    pipe, kind = with_adapter(tiny_pipeline()), kind_of("sd", "Img2Img")  # XL has none
+    plain = kind.run_safety_checker
 
     calls = []
 
@@ -243,7 +242,7 @@ def test_a_face_that_the_safety_checker_refuses_stays(pipe, picture, monkeypatch
         calls.append(1)
         return plain(self, image, device, dtype)[0], [len(calls) == 2]
 
-    monkeypatch.setattr(StableDiffusionImg2ImgFaceFusionPipeline, "run_safety_checker", refuse_second)
+    monkeypatch.setattr(kind, "run_safety_checker", refuse_second)
     with caplog.at_level(logging.WARNING):
         (refined,) = pipe.refine_faces(
             picture, "a", face_image=[[A], [B]], face_boxes=[LEFT, RIGHT], generator=generators(), **STEPS
@@ -255,7 +254,7 @@ def test_a_face_that_the_safety_checker_refuses_stays(pipe, picture, monkeypatch
 def test_layer_scales_progress_bar_and_controlnet_of_the_pipeline(pipe, picture):
     pipe.set_face_fusion_scale({"up": 1.0})
     pipe.register_modules(controlnet=tiny_controlnet(pipe.unet))
-    inner = pipe.as_pipeline(StableDiffusionImg2ImgFaceFusionPipeline)
+    inner = pipe.as_pipeline(kind_of(family_of(pipe), "Img2Img"))
     assert inner._face_layer_scales == pipe._face_layer_scales and inner._face_adapter is pipe._face_adapter
     assert inner._progress_bar_config == pipe._progress_bar_config and inner.unet is pipe.unet
     assert not inner.interrupt
@@ -267,9 +266,10 @@ def test_layer_scales_progress_bar_and_controlnet_of_the_pipeline(pipe, picture)
 
 def test_smaller_faces_are_drawn_anew_for_the_most_part(pipe, picture, monkeypatch):
     strengths = []
-    original = StableDiffusionImg2ImgFaceFusionPipeline.__call__
+    kind = kind_of(family_of(pipe), "Img2Img")
+    original = kind.__call__
     monkeypatch.setattr(
-        StableDiffusionImg2ImgFaceFusionPipeline,
+        kind,
         "__call__",
         lambda self, *args, **options: strengths.append(options["strength"]) or original(self, *args, **options),
     )

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_several_people import LEFT, RIGHT, close, differ
-from tiny_models import face, generate, tiny_controlnet, tiny_pipeline, with_adapter
+from tiny_models import face, generate, tiny_controlnet, tiny_pipeline, told_of_nothing, with_adapter
 
 from face_fusion_pipeline import FaceIdentity, SelfAttentionReference
 from face_fusion_pipeline.face_adapter import create_adapter
@@ -27,8 +27,14 @@ PLACED = {"face_image": [[A], [B]], "face_boxes": [LEFT, RIGHT]}
 
 
 @pytest.fixture
-def pipe():
-    return with_adapter(tiny_pipeline())
+def family():
+    """Where a test is not for each."""
+    return "sd"
+
+
+@pytest.fixture
+def pipe(family):
+    return with_adapter(tiny_pipeline(family=family))
 
 
 # --- The whole, against an explicit softmax ------------------------------------------------------------------------
@@ -57,8 +63,7 @@ def reference_states(pipe, image, kind, timestep, seed):
     with torch.no_grad():
         latents = encode_latents(pipe.vae, *face_tensors(image, 16)).to(pipe.unet.dtype)
         latents = noise_latents(latents, pipe.scheduler.alphas_cumprod, timestep, seed)
-        text = pipe.encode_prompt("", "cpu", 1, False)[0].to(pipe.unet.dtype)
-        seen, _ = inputs_of(layers, lambda: pipe.unet(latents, timestep, encoder_hidden_states=text))
+        seen, _ = inputs_of(layers, lambda: pipe.unet(latents, timestep, **told_of_nothing(pipe)))
     return {name: hidden for name, (hidden, _, _) in seen.items()}
 
 
@@ -80,6 +85,7 @@ def explicit(layer, hidden, context, faces, visible):
     return layer.to_out[0]((weights @ v).transpose(0, 1).flatten(1))
 
 
+@pytest.mark.parametrize("family", ("sd", "xl"))
 @pytest.mark.parametrize("own", [SelfAttentionReference(), SelfAttentionReference(2.0, 300, 7, (0.9, 0.5))])
 def test_both_attentions_equal_the_explicit_softmax_with_people_in_their_places(pipe, own):
     """Two references of one person, weighted, and another person; strengths, regions and noise all at once."""

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import face, generate, in_mode, tiny_pipeline
+from tiny_models import CASES, face, generate, in_mode, tiny_pipeline, with_adapter
 
 from face_fusion_pipeline.face_adapter import create_adapter
-from face_fusion_pipeline.face_defaults import FACE_MODES
 from face_fusion_pipeline.face_detectors import Face
 from face_fusion_pipeline.face_errors import FaceAxesError, IdentityMismatchError, InvalidLayoutError
 
@@ -16,9 +15,10 @@ LEFT, RIGHT = (1, 4, 6, 12), (10, 4, 15, 12)  # of 16x16 images
 A, B, C = face(0), face(1), face(2)
 
 
-@pytest.fixture(params=FACE_MODES)
+@pytest.fixture(params=CASES, ids="-".join)
 def pipe(request, monkeypatch):
-    return in_mode(tiny_pipeline(), request.param, monkeypatch)
+    family, mode = request.param
+    return in_mode(tiny_pipeline(family=family), mode, monkeypatch)
 
 
 class FakeDetector:
@@ -56,11 +56,9 @@ def test_a_mask_over_everything_is_the_single_person(pipe):
     assert close(masked, generate(pipe, face_image=A))
 
 
-def test_each_person_reaches_its_own_mask_only():
+def test_each_person_reaches_its_own_mask_only(family):
     """In one layer the outputs at queries outside a person's mask do not depend on that person."""
-    pipe = tiny_pipeline()
-    torch.manual_seed(1)
-    pipe.set_face_fusion_adapter(create_adapter(pipe.unet, "xavier", metadata={"resolution": 16}))
+    pipe = with_adapter(tiny_pipeline(family=family))
     outputs = []
     layer = pipe.unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2")
     hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output[-1]))

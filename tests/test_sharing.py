@@ -7,9 +7,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from test_pipeline import load_random_ip_adapter
 from test_several_people import LEFT, RIGHT, FakeDetector, close, differ
-from tiny_models import face, generate, tiny_components, tiny_pipeline, with_adapter
+from tiny_models import face, generate, in_mode, tiny_components, tiny_pipeline, with_adapter
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, face_ownership
+from face_fusion_pipeline.face_defaults import FACE_MODES
 from face_fusion_pipeline.face_errors import FaceFusionError
 
 
@@ -180,7 +181,7 @@ def test_a_copy_of_the_module_is_recognised(pipe, monkeypatch):
 
     def encode(pipe, step, timestep, tensors):
         with monkeypatch.context() as patch:
-            patch.setattr(face_ownership, "_in_use", set())
+            patch.setattr(face_ownership, "_uses", {})
             for mode in ("adapter", "training-free"):
                 with pytest.raises(FaceFusionError, match=IN_USE):
                     with_adapter(another(pipe)).encode_face(B, face_mode=mode)
@@ -197,7 +198,7 @@ def test_a_unet_is_free_after_an_error_and_is_not_kept_alive(pipe):
     with pytest.raises(ValueError, match="num_inference_steps"):
         generate(pipe, face_image=A, num_inference_steps=10_000)
     pipe.encode_face(A)
-    assert not face_ownership._in_use
+    assert not list(face_ownership._uses)
 
 
 def test_compiled_and_plain_wrappers_are_the_same_unet(pipe):
@@ -221,3 +222,60 @@ def test_a_detector_is_loaded_once_for_all_pictures(pipe, monkeypatch):
     for _ in range(2):
         generate(pipe, face_image=[[face(0)], [face(1)]], face_detector="haar")
     assert loaded == ["haar"]
+
+
+# --- Interrupts ----------------------------------------------------------------------------------------------------
+
+
+USES = {
+    "installed_processors",
+    "sole_use",
+    "heal",
+    "take_over",
+    "installed",
+    "_without_ip_adapter",
+}
+
+
+def interrupted_at(place, run):
+    """Run to the `place`th line of these functions, and raise KeyboardInterrupt there; False where there is none."""
+    import sys
+
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        ours = frame.f_globals.get("__name__", "").startswith("face_fusion_pipeline.")
+        if not ours or frame.f_code.co_name not in USES:
+            return None
+        if event == "line":
+            count += 1
+            if count == place:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        run()
+        return False
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+
+
+@pytest.mark.parametrize("mode", FACE_MODES)
+def test_an_interrupt_anywhere_leaves_a_unet_that_the_next_call_can_use(pipe, monkeypatch, mode):
+    pipe = in_mode(pipe, mode, monkeypatch)
+    settings = {"face_image": face(), "num_inference_steps": 1}
+    expected, plain = generate(pipe, **settings), generate(pipe, num_inference_steps=1)
+    processors = dict(pipe.unet.attn_processors)
+    place = 1
+    while interrupted_at(place, lambda: generate(pipe, **settings)):
+        faces = place % 2 == 0
+        after = generate(pipe, **settings) if faces else generate(pipe, num_inference_steps=1)
+        assert torch.equal(after, expected if faces else plain), f"interrupted at line {place}"
+        assert pipe.unet.attn_processors == processors
+        place += 1 if place < 12 else 11
+    assert place > 100

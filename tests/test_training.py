@@ -21,6 +21,7 @@ from face_fusion_pipeline.avatars.world.dataset import write
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.face_errors import ModelNotFoundError
 from face_fusion_pipeline.training import loop
+from face_fusion_pipeline.training.latent_cache import cached
 from face_fusion_pipeline.training.loop import LoopOptions, Task, TrainingError, data_order, learning_rate, train
 
 
@@ -271,6 +272,20 @@ def test_pixels_are_cached_until_the_metadata_change(dataset, tmp_path):
         load_avatars(tmp_path, "train")
 
 
+def test_a_cache_that_was_cut_off_is_made_again(tmp_path):
+    path = tmp_path / "numbers.safetensors"
+    made = []
+
+    def make():
+        made.append(None)
+        return torch.arange(5.0)
+
+    assert cached(path, "key", make).tolist() == cached(path, "key", make).tolist() and len(made) == 1
+    path.write_bytes(path.read_bytes()[:-8])
+    assert cached(path, "key", make).tolist() == [0, 1, 2, 3, 4] and len(made) == 2
+    assert cached(path, "another", make).tolist() == cached(path, "another", make).tolist() and len(made) == 3
+
+
 def test_rendered_data_equal_a_dataset_on_disk(tmp_path):
     from face_fusion_pipeline.avatars.training.controlnet import load_depth
 
@@ -372,8 +387,9 @@ def test_latents_that_shrink_with_the_picture_have_no_extra_loss(dataset):
 
 
 def test_text_encoder_and_score_tower_agree(model):
-    from face_fusion_pipeline.avatars.training.clip import load_clip, tokenize
+    from face_fusion_pipeline.avatars.training.clip import tokenize
     from face_fusion_pipeline.avatars.training.unet import load_frozen
+    from face_fusion_pipeline.evaluation.clip_score import load_clip
 
     frozen, clip = load_frozen(model), load_clip(model)
     tokens = tokenize(frozen.tokenizer, ["a red shirt"])
@@ -392,7 +408,11 @@ def test_every_stage_is_recorded(model):
 
 def test_the_recogniser_of_trainings_learns_who_is_who_and_is_not_the_judge(tmp_path):
     from face_fusion_pipeline.avatars.evaluation.judges import load_judges
-    from face_fusion_pipeline.avatars.training.recogniser import RecogniserTask, TrainingRecogniser, load_recogniser
+    from face_fusion_pipeline.avatars.training.recogniser import (
+        RecogniserTask,
+        TrainingRecogniser,
+        load_training_recogniser,
+    )
 
     dataset = tmp_path / "data"
     for split in ("train", "validation"):
@@ -401,7 +421,7 @@ def test_the_recogniser_of_trainings_learns_who_is_who_and_is_not_the_judge(tmp_
     assert main(["avatars-train", "recogniser", *words, "--steps", "20", "--warmup", "2", "--ema-decay", "0.5"]) == 0
     first, last = (json.loads(line) for line in (tmp_path / "logs/recogniser/metrics.jsonl").read_text().splitlines())
     assert first["loss"] > 0 and 0 <= last["validation_auc_head"] <= 1
-    trained, fresh, images = load_recogniser(tmp_path), TrainingRecogniser(), load_avatars(dataset, "train")
+    trained, fresh, images = load_training_recogniser(tmp_path), TrainingRecogniser(), load_avatars(dataset, "train")
     task = RecogniserTask(copy.deepcopy(trained), images, images)
     batch = task.batch(torch.arange(task.size), torch.Generator().manual_seed(0), 0.0)
     found = batch["head"].shape[0] // 2
@@ -411,15 +431,15 @@ def test_the_recogniser_of_trainings_learns_who_is_who_and_is_not_the_judge(tmp_
         (a, b) for a in (7, 8, 9) for b in (7, 8, 9) if a != b
     }
     with pytest.raises(ModelNotFoundError, match="avatars-train recogniser"):
-        load_recogniser(tmp_path / "nowhere")
-    assert type(load_recogniser()) is not type(load_judges().recogniser), "what trains does not judge"
+        load_training_recogniser(tmp_path / "nowhere")
+    assert type(load_training_recogniser()) is not type(load_judges().recogniser), "what trains does not judge"
 
 
 def test_the_shipped_recogniser_of_trainings_tells_unseen_people_apart(tmp_path):
-    from face_fusion_pipeline.avatars.training.recogniser import RecogniserTask, load_recogniser
+    from face_fusion_pipeline.avatars.training.recogniser import RecogniserTask, load_training_recogniser
 
     unseen = render_avatars(tmp_path, "test", 100, "cpu")
-    task = RecogniserTask(load_recogniser(), unseen, unseen)
+    task = RecogniserTask(load_training_recogniser(), unseen, unseen)
     with torch.no_grad():
         measured = task.eval().sample(tmp_path / "nothing.png")
         # A cosine of the whole is the mean of those of its towers, each of which counts the same.
@@ -512,8 +532,9 @@ def test_two_processes_share_the_batch(dataset, model, tmp_path):
 
 
 def test_word_loss_is_the_cross_entropy_of_cosines_without_padding(model, dataset):
-    from face_fusion_pipeline.avatars.training.clip import ClipTask, load_clip, tokenize
+    from face_fusion_pipeline.avatars.training.clip import ClipTask, tokenize
     from face_fusion_pipeline.avatars.training.tokenizer import load_tokenizer
+    from face_fusion_pipeline.evaluation.clip_score import load_clip
 
     clip, tokenizer, data = load_clip(model), load_tokenizer(model), load_avatars(dataset, "train")
     task = ClipTask(clip, tokenizer, data, data)

@@ -2,24 +2,39 @@
 
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, face_fusion_mixin
+import face_fusion_pipeline
+from face_fusion_pipeline import face_fusion_mixin
 from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_attention import FaceCall, FaceFusionAttnProcessor, LayerPeople
+from face_fusion_pipeline.face_defaults import FACE_MODES
 from face_fusion_pipeline.joint_attention import PersonKeys
 
 
 torch.set_num_threads(1)  # several times faster at this size
 
+CASES = [*(("sd", mode) for mode in FACE_MODES), ("xl", "both")]  # families and modes in which a face is seen
+
 TEXT_WIDTH = 24
 TEXT_LENGTH = 12
 
+STATES, SIZES = 2 * TEXT_WIDTH, 8  # of XL: width of the two encoders' states, numbers that each size becomes
+XL_UNET = {
+    "cross_attention_dim": STATES,
+    "attention_head_dim": (2, 4),
+    "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 2),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": SIZES,
+    "projection_class_embeddings_input_dim": TEXT_WIDTH + 6 * SIZES,
+}
 SD15_UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
 SDXL_UNET = {
     "block_out_channels": (320, 640, 1280),
@@ -70,11 +85,12 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TEXT_LENGTH)
 
 
-def tiny_components(seed: int = 0, tiny_vae: bool = False) -> dict[str, Any]:
+def tiny_components(seed: int = 0, tiny_vae: bool = False, family: str = "sd") -> dict[str, Any]:
     """Components of a Stable Diffusion pipeline for 16x16 images."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     text_config = CLIPTextConfig(
+        projection_dim=TEXT_WIDTH,
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
         intermediate_size=32,
@@ -97,22 +113,63 @@ def tiny_components(seed: int = 0, tiny_vae: bool = False) -> dict[str, Any]:
             norm_num_groups=4,
             latent_channels=4,
         )
-    return {
+    parts = {
         "vae": vae.eval(),
         "text_encoder": CLIPTextModel(text_config).eval(),
         "tokenizer": tokenizer,
-        "unet": tiny_unet(seed),
         "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
-        "safety_checker": None,
         "feature_extractor": None,
-        "requires_safety_checker": False,
     }
+    if family == "xl":
+        second = CLIPTextModelWithProjection(text_config).eval()
+        return parts | {"unet": tiny_unet(seed, **XL_UNET), "text_encoder_2": second, "tokenizer_2": tiny_tokenizer()}
+    return parts | {"unet": tiny_unet(seed), "safety_checker": None, "requires_safety_checker": False}
 
 
-def tiny_pipeline(seed: int = 0, **kwargs: Any) -> StableDiffusionFaceFusionPipeline:
-    pipe = StableDiffusionFaceFusionPipeline(**tiny_components(seed, **kwargs))
+def family_of(pipe: Any) -> str:
+    return "xl" if hasattr(pipe, "text_encoder_2") else "sd"
+
+
+def kind_of(family: str, task: str = "", ours: bool = True) -> Any:
+    """The pipeline class for a task ("", "Img2Img", "Inpaint", "ControlNet") in a family, ours or diffusers'."""
+    name = f"StableDiffusion{'XL' if family == 'xl' else ''}{task}{'FaceFusion' if ours else ''}Pipeline"
+    return getattr(face_fusion_pipeline if ours else diffusers, name)
+
+
+def quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_pipeline(seed: int = 0, family: str = "sd", **kwargs: Any) -> Any:
+    return quiet(kind_of(family)(**tiny_components(seed, family=family, **kwargs)))
+
+
+def stock_pipeline(family: str = "sd", task: str = "", **parts: Any) -> Any:
+    """diffusers' own pipeline of the same components as [`tiny_pipeline`], and `parts`."""
+    components = tiny_components(family=family) | {"image_encoder": None} | parts
+    return quiet(kind_of(family, task, ours=False)(**components))
+
+
+def for_task(pipe: Any, task: str) -> Any:
+    """Our pipeline for a task in the family and of the components of `pipe`."""
+    return quiet(kind_of(family_of(pipe), task).from_pipe(pipe))
+
+
+def told_of_nothing(pipe: Any, side: int = 16) -> dict[str, Any]:
+    """What the UNet is told when it looks at a reference: no words and, in XL, the size of the crop; by diffusers."""
+    found = pipe.encode_prompt("", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    if family_of(pipe) == "sd":
+        return {"encoder_hidden_states": found[0]}
+    sizes = pipe._get_add_time_ids((side, side), (0, 0), (side, side), found[0].dtype, found[2].shape[-1])
+    return {"encoder_hidden_states": found[0], "added_cond_kwargs": {"text_embeds": found[2], "time_ids": sizes}}
+
+
+def embeddings(pipe: Any, prompt: str, negative: str = "") -> dict[str, Any]:
+    """The arguments of a call that stand for a prompt and a negative prompt."""
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True, "negative_prompt": negative}
+    return dict(zip(names, pipe.encode_prompt(prompt, device="cpu", **options), strict=False))
 
 
 def with_adapter(pipe: Any) -> Any:

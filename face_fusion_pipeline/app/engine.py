@@ -98,9 +98,19 @@ class Engine:
 
     # --- People ----------------------------------------------------------------------------------------------------
 
-    def photos(self, person: PersonForm) -> list[FacePhoto]:
-        """The face that is meant in each photo. Raises [`FieldError`] of the person with the photo's name."""
-        return [self._photo(person, file) for file in person.photos]
+    def photos(self, person: PersonForm) -> Iterator[FacePhoto]:
+        """The face that is meant in each photo, one after another: a photo may take much memory.
+
+        Raises [`FieldError`] of the person, at the end, with a line for each photo that does not do.
+        """
+        bad = []
+        for file in person.photos:
+            try:
+                yield self._photo(person, file)
+            except FieldError as error:
+                bad.append(str(error))
+        if bad:
+            raise FieldError(person.field, "\n".join(bad))
 
     def _photo(self, person: PersonForm, file: Path) -> FacePhoto:
         try:
@@ -121,7 +131,7 @@ class Engine:
         """The face crops of a person (none of a saved identity) and the identity. Raises [`FieldError`]."""
         if person.identity is not None:
             return [], person.identity
-        crops = reference_crops(self.pipe, self.photos(person))
+        crops = [crop for photo in self.photos(person) for crop in reference_crops(self.pipe, [photo])]
         with self._unet_lock:
             return crops, self.pipe.encode_face(crops)
 
@@ -137,7 +147,7 @@ class Engine:
         if identity.needs_adapter and not adapter:
             raise FaceFusionError("this identity needs the adapter it was made with: start the app with --adapter")
         identity.check(unet_fingerprint(self.pipe.unet), adapter)
-        check_identity_fits(identity, self.pipe.unet)
+        check_identity_fits(identity, self.pipe.unet, self.pipe._face_adapter)
         return identity
 
     def find_boxes(self, picture: Image.Image) -> list[Box]:
@@ -247,6 +257,7 @@ class Engine:
             "steps": form.steps,
             "guidance": form.guidance,
             "late_guidance": form.guidance_in_clear_half,
+            "watermark": self.watermark,
             "control": None if form.control is None else "depth of the layout picture",
         }
         return describe(self.pipe, self.model, self.adapter, settings)

@@ -1,6 +1,8 @@
 """What a user asks for, and the checks of it that need no model. No widgets here."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,15 @@ WHICH_FACE = (
 
 
 class FieldError(FaceFusionError):
-    """Bad input that belongs to one field of the form: `person_1` to `person_3`, `prompt`, `seed`, `places`, ..."""
+    """Bad input that belongs to one field of the form: `person_1` to `person_3`, `prompt`, `seed`, `places`, ...
 
-    def __init__(self, field: str, message: object) -> None:
+    Attributes:
+        also: what is wrong with other fields.
+    """
+
+    def __init__(self, field: str, message: object, also: "Sequence[FieldError]" = ()) -> None:
         super().__init__(str(message))
-        self.field = field
+        self.field, self.also = field, tuple(also)
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class Form:
         for field, value, most in (("count", self.count, MAX_PICTURES), ("steps", self.steps, MAX_STEPS)):
             if not 1 <= value <= most:
                 raise FieldError(field, f"this must be from 1 to {most}, got {value}")
-        if not 0 <= self.guidance <= 100:
+        if not isinstance(self.guidance, Real) or not 0 <= self.guidance <= 100:
             raise FieldError("guidance", f"this must be from 0 to 100, got {self.guidance}")
         if self.boxes:
             self._check_boxes(self.boxes)

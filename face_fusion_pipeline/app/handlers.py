@@ -32,7 +32,8 @@ REFUSED = "a value was refused: choose it again, or reload the page"
 def message(text: str, kind: str = "error") -> Any:
     """The update of a message beside a field; an empty text hides it. Whatever a user wrote stays text."""
     role = "alert" if kind == "error" else "status"
-    return gr.HTML(f'<p class="{kind}" role="{role}">{html.escape(text)}</p>' if text else "", visible=bool(text))
+    lines = "<br>".join(html.escape(line) for line in text.split("\n"))
+    return gr.HTML(f'<p class="{kind}" role="{role}">{lines}</p>' if text else "", visible=bool(text))
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,9 +91,12 @@ class Handlers:
         return form
 
     def show_error(self, error: FaceFusionError) -> Updates:
-        """The message beside the field that the error is about, with that field in sight."""
+        """The message beside each field that the error is about, with the first of them in sight."""
+        updates: Updates = {}
+        for other in reversed(error.also if isinstance(error, FieldError) else ()):
+            updates |= self.show_error(other)
         w, name = self.widgets, error.field if isinstance(error, FieldError) else "result"
-        updates: Updates = {w.messages.get(name, w.messages["result"]): message(str(error))}
+        updates[w.messages.get(name, w.messages["result"])] = message(str(error))
         if name.startswith("person_"):
             updates[w.tabs] = gr.Tabs(selected=int(name.removeprefix("person_")))
         elif name == "places":
@@ -108,10 +112,11 @@ class Handlers:
 
         A form that is wrong changes nothing but the messages: what was made before stays.
         """
-        w, session = self.widgets, self.sessions.of(request.session_hash)
-        kept = {f"person_{number}" for number in session.identities}  # the words that one is loaded
+        w, known = self.widgets, self.sessions.get(request.session_hash)
+        kept = {f"person_{number}" for number in known.identities} if known else ()  # the words that one is loaded
         cleared = {beside: message("") for name, beside in w.messages.items() if name not in kept}
         try:
+            session = self.sessions.of(request.session_hash)
             form = self.read_form(values, session)
         except FieldError as error:
             return {**cleared, w.run_id: "", **self.show_error(error)}
@@ -146,11 +151,17 @@ class Handlers:
         """Picture after picture, each shown as soon as it is there."""
         w, form = self.widgets, self.read_form(values, session)
         progress(0, desc="Looking at the photos")
-        identities = []
+        identities, bad = [], []
         for person in form.people:
-            crops, identity = self.engine.identity(person)
+            try:
+                crops, identity = self.engine.identity(person)
+            except FieldError as error:
+                bad.append(error)
+                continue
             identities.append(identity)
             run.references |= {f"person {person.number}" if len(form.people) > 1 else "reference": crops}
+        if bad:
+            raise FieldError(bad[0].field, bad[0], bad[1:])
         step = lambda part, words: progress(part, desc=words)  # noqa: E731
         for picture in self.engine.run(form, identities, step, run.cancelled.is_set):
             run.add(picture, partial(save_picture, watermark=self.engine.watermark))
@@ -229,9 +240,9 @@ class Handlers:
         w = self.widgets
         try:
             picture = read_picture(file)
+            self.sessions.of(request.session_hash).layout = picture
         except FieldError as error:
             return self.show_error(error)
-        self.sessions.of(request.session_hash).layout = picture
         boxes = boxes_of_people(self.engine.find_boxes(picture), picture.size)
         words = f"{len(boxes)} face{'s' * (len(boxes) != 1)} found; draw over them to change a place."
         return {
@@ -243,6 +254,7 @@ class Handlers:
     def remove_layout(self, request: gr.Request) -> Updates:
         """An empty area again."""
         w, (width, height) = self.widgets, self.engine.size()
-        self.sessions.of(request.session_hash).layout = None
+        if session := self.sessions.get(request.session_hash):
+            session.layout = None
         empty = {w.canvas: canvas_value(ratio=width / height), w.messages["places"]: message("")}
         return {**empty, w.remove_layout: gr.Button(visible=False), w.follow_depth: False}

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from ..face_defaults import FaceDefaults
-from ..generation.arguments import guidance_scales
+from ..generation.arguments import MAX_PROMPT, guidance_scales
 from ..generation.prompt_words import Vocabulary, groups_of_words
 from .avatar_examples import Example
 from .form import AS_WRITTEN, MAX_PEOPLE, MAX_PICTURES, MAX_STEPS, MORE_STYLES, ONLY_FACE, STYLES, WHICH_FACE
@@ -181,6 +181,7 @@ def _prompt(widgets: dict[str, Any], messages: dict[str, gr.HTML], vocabulary: V
         placeholder="a photo of a smiling person in a red shirt in a garden",
         lines=2,
         max_lines=6,
+        max_length=MAX_PROMPT,
         elem_id="prompt",
     )
     messages["prompt"] = _message("prompt")
@@ -231,7 +232,7 @@ def _places(widgets: dict[str, Any], messages: dict[str, gr.HTML], ratio: float,
 
 def _more(widgets: dict[str, Any], messages: dict[str, gr.HTML], steps: int, defaults: FaceDefaults) -> None:
     with gr.Accordion("More", open=False, elem_id="more") as widgets["more_section"]:
-        widgets["negative_prompt"] = gr.Textbox(label="What not to show", lines=1)
+        widgets["negative_prompt"] = gr.Textbox(label="What not to show", lines=1, max_length=MAX_PROMPT)
         messages["negative_prompt"] = _message("negative_prompt")
         with gr.Row():
             widgets["steps"] = gr.Slider(1, MAX_STEPS, steps, step=1, label="Denoising steps", min_width=160)

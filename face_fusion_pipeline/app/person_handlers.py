@@ -31,24 +31,24 @@ class PersonHandlers:
 
     def check_photos(self, values: Updates, request: gr.Request) -> Updates:
         """Say at once what is wrong with a photo; photos take the place of a loaded identity."""
-        session = self.page.sessions.of(request.session_hash)
+        session = self.page.sessions.get(request.session_hash)
         person = self.page.read_person(values, self.number, session)
         if person.identity is not None:
             return gr.skip()
         words, kind = "", "note"
         if person.photos:
-            session.identities.pop(self.number, None)
+            self._forget(request)
             try:
                 person.check()
-                photos = self.page.engine.photos(person)
-                words = f"{count(len(photos), 'photo')}, {'each ' * (len(photos) > 1)}with a face."
+                number = sum(1 for _ in self.page.engine.photos(person))
+                words = f"{count(number, 'photo')}, {'each ' * (number > 1)}with a face."
             except FieldError as error:
                 words, kind = str(error), "error"
         return {self.beside: message(words, kind), self.widgets.forget: gr.Button(visible=False)}
 
     def clear_message(self, values: Updates, request: gr.Request) -> Updates:
         """When the last photo goes, so does what was said about it."""
-        person = self.page.read_person(values, self.number, self.page.sessions.of(request.session_hash))
+        person = self.page.read_person(values, self.number, self.page.sessions.get(request.session_hash))
         return gr.skip() if person.is_given else {self.beside: message("")}
 
     def load_identity(self, file: str, request: gr.Request) -> Updates:
@@ -56,18 +56,22 @@ class PersonHandlers:
         name = Path(file).name
         try:
             identity = self.page.engine.load_identity(Path(file))
+            self.page.sessions.of(request.session_hash).identities[self.number] = identity
         except FaceFusionError as error:  # an identity that was loaded before is not what was asked for now
-            self.page.sessions.of(request.session_hash).identities.pop(self.number, None)
+            self._forget(request)
             return {self.beside: message(f"{name}: {error}"), self.widgets.forget: gr.Button(visible=False)}
-        self.page.sessions.of(request.session_hash).identities[self.number] = identity
         words = f"{name}: the identity of {count(identity.n_refs, 'photo')} is used."
         shown = {self.widgets.photos: None, self.widgets.forget: gr.Button(visible=True)}
         return {self.beside: message(words, "note"), **shown}
 
     def forget_identity(self, request: gr.Request) -> Updates:
         """Back to photos."""
-        self.page.sessions.of(request.session_hash).identities.pop(self.number, None)
+        self._forget(request)
         return {self.beside: message(""), self.widgets.forget: gr.Button(visible=False)}
+
+    def _forget(self, request: gr.Request) -> None:
+        if session := self.page.sessions.get(request.session_hash):
+            session.identities.pop(self.number, None)
 
     def save_identity(self, values: Updates, request: gr.Request) -> Updates:
         """The identity as a file, behind the hidden button that downloads it."""
@@ -100,7 +104,8 @@ class ExampleHandler:
     def fill(self, request: gr.Request) -> Updates:
         """Photos, prompt and style of the example; other people, boxes and identities go."""
         w, example = self.page.widgets, self.example
-        self.page.sessions.of(request.session_hash).identities.clear()
+        if session := self.page.sessions.get(request.session_hash):
+            session.identities.clear()
         updates: Updates = {w.prompt: example.prompt, w.style: example.style, w.tabs: gr.Tabs(selected=1)}
         updates |= self.page.remove_layout(request)
         for number, person in enumerate(w.people):

@@ -18,6 +18,7 @@ from ..face_layout import Box, check_box, scale_boxes
 from .form import MAX_PEOPLE, FieldError
 
 
+KEPT = 1024  # longest side in pixels of a layout picture: more than the pictures that it is followed in
 SHOWN = 640  # longest side in pixels of the picture that is shown behind the boxes
 
 
@@ -55,9 +56,14 @@ def drawn_boxes(value: Any) -> dict[int, Box]:
 
 
 def read_picture(file: str | Path) -> Image.Image:
-    """An uploaded layout picture or depth map. Raises [`FieldError`] with the file's name, never its path."""
+    """An uploaded layout picture or depth map, at most 1024 pixels a side, for it is kept as long as the page is open.
+
+    Raises [`FieldError`] with the file's name, never its path.
+    """
     try:
-        return load_image(Path(file), "the image")
+        picture = load_image(Path(file), "the image")
+        picture.thumbnail((KEPT, KEPT), reducing_gap=2.0)
+        return picture
     except FaceFusionError as error:
         raise FieldError("places", f"{Path(file).name}: {error}") from error
 

@@ -1,16 +1,19 @@
 """The app as a local web server: page and handlers connected, nothing fetched from or sent to anywhere else."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
 from gradio.blocks import Block
+from starlette.middleware import Middleware
 
 from ..face_errors import FaceFusionError
 from .avatar_examples import Example, draw_examples
 from .engine import Engine
+from .guard import Guard
 from .handlers import Handlers
 from .page import STATIC, THEME, build_page
 from .person_handlers import ExampleHandler, PersonHandlers
@@ -18,6 +21,9 @@ from .session import Sessions
 
 
 HOUR = 3600  # seconds
+OFTEN = 60  # seconds between two looks for pages that were left
+WAITING = 100  # events of all pages in the queue
+QUOTA = 10  # of the largest file's size: what the files of all users may take together
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "unet"}
 # a button cannot download what its own click has yet to make: a hidden one is clicked when the file is there
 CLICK_SAVED = "() => { document.querySelector('#saved_%d').click(); }"
@@ -38,6 +44,8 @@ def build_app(engine: Engine, sessions: Sessions, steps: int = 25) -> gr.Blocks:
     with blocks:
         widgets = build_page(examples, width / height, steps, engine.defaults, engine.has_control)
         connect(Handlers(engine, sessions, widgets), examples)
+
+        blocks.queue(max_size=WAITING)
 
         def close_page(request: gr.Request) -> None:
             sessions.drop(request.session_hash)
@@ -133,6 +141,24 @@ def uploads_in(folder: Any) -> Iterator[None]:
 
 
 @contextmanager
+def expiring(sessions: Sessions) -> Iterator[None]:
+    """Sessions of pages that were left end, now and then."""
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(OFTEN):
+            sessions.expire()
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
 def serving(
     engine: Engine, host: str = "127.0.0.1", port: int = 7860, steps: int = 25, max_upload_mb: float = 400
 ) -> Iterator[str]:
@@ -141,13 +167,14 @@ def serving(
     Args:
         port: 0 takes any free one.
         steps: denoising steps that the page begins with.
-        max_upload_mb: largest file that a user may upload.
+        max_upload_mb: largest file that a user may upload; the files of all users may take ten times as much.
 
     Raises:
-        FaceFusionError: the port is taken.
+        FaceFusionError: the port is taken, or the page cannot be reached from here.
     """
     sessions, limit = Sessions(), int(max_upload_mb * 2**20)
-    with uploads_in(sessions.uploads):
+    guard = Middleware(Guard, sessions=sessions, host=host, quota=QUOTA * limit)
+    with uploads_in(sessions.uploads), expiring(sessions):
         try:
             blocks = build_app(engine, sessions, steps)
             try:
@@ -155,6 +182,7 @@ def serving(
                     server_name=host,
                     server_port=port or None,
                     max_file_size=limit,
+                    app_kwargs={"middleware": [guard]},
                     prevent_thread_lock=True,
                     share=False,
                     quiet=True,
@@ -168,6 +196,10 @@ def serving(
                 )
             except OSError as error:
                 raise FaceFusionError(f"cannot listen on {host}:{port}: {error}; take another --port") from error
+            except ValueError as error:  # Gradio has asked its own page, and waited for some seconds
+                blocks.close(verbose=False)
+                words = "this machine does not reach its own page: it is too busy now, or a proxy is in the way"
+                raise FaceFusionError(f"{words} (set NO_PROXY=127.0.0.1,localhost)") from error
             try:
                 yield address
             finally:

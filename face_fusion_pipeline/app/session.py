@@ -4,13 +4,25 @@ import secrets
 import shutil
 import tempfile
 import threading
+import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from .engine import CancelledError, Picture
+from .form import FieldError
+
+
+MAX_SESSIONS = 32  # open pages: each may hold pictures and identities in memory
+IDLE = 600  # seconds after which a session ends whose page is not connected
+HALF_AN_UPLOAD = 3600  # seconds after which a file that nobody finished sending is removed
+PREFIX = "face_fusion_app_"
 
 
 class Folder:
@@ -87,6 +99,7 @@ class Session:
         layout: picture behind the boxes, RGB, or None.
         run: the last one, or None.
         failure_due: Gradio is still to say that a run failed which was cancelled.
+        seen: when it was last asked for, in seconds of `time.monotonic`.
     """
 
     folder: Folder
@@ -94,6 +107,7 @@ class Session:
     layout: Any = None
     run: Run | None = None
     failure_due: bool = False
+    seen: float = field(default_factory=time.monotonic)
 
     def new_run(self) -> Run:
         """Stop the run before, and begin one with an empty folder; files of the one before that stay until then."""
@@ -124,34 +138,104 @@ class Session:
         self.folder.remove()
 
 
+def _lock_of(root: Path) -> FileLock:
+    """The lock beside the folder of an app, which is held while that app lives."""
+    return FileLock(root.with_name(f".{root.name}.lock"), thread_local=False)
+
+
+def _remove(root: Path, lock: FileLock) -> None:
+    shutil.rmtree(root, ignore_errors=True)
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def remove_left_over() -> None:
+    """Remove the folders of apps that were killed, and so could not do it themselves."""
+    for root in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        lock = _lock_of(root)
+        with suppress(Timeout, OSError):  # it is alive, or somebody else's
+            lock.acquire(blocking=False)
+            _remove(root, lock)
+
+
 class Sessions:
-    """All open pages. Everything is under one temporary folder, which `close` removes.
+    """All open pages. Everything is under one temporary folder, which `close` removes, or the next app after a kill.
 
     Sessions have their folders among the uploads: Gradio serves files from there, and would copy all others there.
     """
 
     def __init__(self) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="face_fusion_app_", ignore_cleanup_errors=True)
-        self.root = Path(self._temporary.name)
+        remove_left_over()
+        self.root = Path(tempfile.gettempdir()) / f"{PREFIX}{secrets.token_hex(8)}"
+        lock = _lock_of(self.root)
+        lock.acquire()  # first: a folder without a lock is taken for a left-over
+        self.root.mkdir(mode=0o700)
+        self._end = weakref.finalize(self, _remove, self.root, lock)
         self.uploads, self.examples = self.root / "uploads", self.root / "examples"
         self._sessions: dict[str, Session] = {}
+        self._connected: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     def of(self, name: str | None) -> Session:
-        """The session of a page, a new one if it is not known yet. Names are never part of a path."""
+        """The session of a page, a new one if it is not known yet. Names are never part of a path.
+
+        Raises [`FieldError`]: too many pages are open.
+        """
         name = name or ""
         with self._lock:
-            if name not in self._sessions:
-                self._sessions[name] = Session(Folder(self.uploads, "user_"))
-            return self._sessions[name]
+            session = self._sessions.get(name)
+            given_up = None
+            if session is None:
+                if len(self) >= MAX_SESSIONS:
+                    given_up = self._sessions.pop(self._longest_idle())
+                session = self._sessions[name] = Session(Folder(self.uploads, "user_"))
+            session.seen = time.monotonic()
+        if given_up is not None:
+            given_up.close()
+        return session
+
+    def _longest_idle(self) -> str:
+        idle = [name for name in self._sessions if not self._connected[name]]
+        if not idle:
+            raise FieldError("result", f"{MAX_SESSIONS} pages are open here: close one that is not needed")
+        return min(idle, key=lambda name: self._sessions[name].seen)
 
     def get(self, name: str | None) -> Session | None:
-        """The session of a page, or None: the page was closed. For events that waited for their turn."""
+        """The session of a page, or None: it has none yet, or was closed. For events that need no new one."""
         with self._lock:
-            return self._sessions.get(name or "")
+            session = self._sessions.get(name or "")
+            if session is not None:
+                session.seen = time.monotonic()
+            return session
+
+    def connect(self, name: str) -> None:
+        """A page has opened, or come back: its session stays as long."""
+        with self._lock:
+            self._connected[name] += 1
+
+    def disconnect(self, name: str) -> None:
+        """A page has been left; its session ends when it is not asked for again."""
+        with self._lock:
+            self._connected -= Counter([name])  # drops names that are at 0
+
+    def expire(self) -> None:
+        """End the sessions of pages that were left, and remove uploads that nobody finished."""
+        now = time.monotonic()
+        with self._lock:
+            left = [
+                name
+                for name, session in self._sessions.items()
+                if not self._connected[name] and now - session.seen > IDLE
+            ]
+        for name in left:
+            self.drop(name)
+        for file in self.uploads.glob("*"):
+            with suppress(OSError):  # removed meanwhile
+                if file.is_file() and time.time() - file.stat().st_mtime > HALF_AN_UPLOAD:
+                    file.unlink()
 
     def drop(self, name: str | None) -> None:
         """Stop what a page that was closed has running, and remove its files."""
@@ -164,4 +248,4 @@ class Sessions:
         """Remove everything."""
         for name in list(self._sessions):
             self.drop(name)
-        self._temporary.cleanup()
+        self._end()

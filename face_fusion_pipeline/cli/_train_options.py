@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..face_errors import FaceFusionError
 from ..generation.arguments import add_version_arguments
+from ._arguments import COUNT, DECAY, FRACTION, POSITIVE, POWER, RATE, SEED, STEPS, Gather, real, whole
 from .prepare import add_selection_arguments, add_source_arguments, check_selection, given_words
 
 
@@ -30,21 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", "--output-dir", type=Path, required=True, metavar="DIR")
     add_version_arguments(parser)
     parser.add_argument(
-        "--seed", type=int, default=0, help="equal seeds give equal weights, on any number of processes"
+        "--seed", type=SEED, default=0, help="equal seeds give equal weights, on any number of processes"
     )
 
     length = parser.add_argument_group("length and speed")
-    length.add_argument("--train-batch-size", type=int, default=4, help="for each process and step of accumulation")
-    length.add_argument("--gradient-accumulation-steps", type=int, default=1)
-    length.add_argument("--max-train-steps", type=int, help="default: 10000, if no other length is given")
-    length.add_argument("--num-train-epochs", type=float, help="instead of --max-train-steps")
-    length.add_argument("--max-train-minutes", type=float, help="end by time; the learning rate decays with it")
-    length.add_argument("--learning-rate", type=float, default=1e-4)
+    length.add_argument("--train-batch-size", type=COUNT, default=4, help="for each process and step of accumulation")
+    length.add_argument("--gradient-accumulation-steps", type=COUNT, default=1, help="batches of a step")
+    length.add_argument("--max-train-steps", type=COUNT, help="default: 10000, if no other length is given")
+    length.add_argument("--num-train-epochs", type=POSITIVE, help="instead of --max-train-steps")
+    length.add_argument("--max-train-minutes", type=POSITIVE, help="end by time; the learning rate decays with it")
+    length.add_argument("--learning-rate", type=RATE, default=1e-4, help="the largest")
     length.add_argument("--lr-scheduler", choices=SCHEDULES, default="cosine")
-    length.add_argument("--lr-warmup-steps", type=int, default=200)
-    length.add_argument("--adam-beta2", type=float, default=0.999)
-    length.add_argument("--adam-weight-decay", type=float, default=0.01)
-    length.add_argument("--max-grad-norm", type=float, default=1.0)
+    length.add_argument("--lr-warmup-steps", type=whole(0), default=200, help="steps in which the learning rate grows")
+    length.add_argument("--adam-beta2", type=DECAY, default=0.999, help="of AdamW")
+    length.add_argument("--adam-weight-decay", type=FRACTION, default=0.01, help="of AdamW")
+    length.add_argument("--max-grad-norm", type=POSITIVE, default=1.0, help="larger gradients are scaled down")
     length.add_argument("--use-8bit-adam", action="store_true", help="less memory; needs bitsandbytes")
     length.add_argument(
         "--mixed-precision",
@@ -58,49 +59,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-references", action="store_true", help="hold the reference pass of all faces in memory"
     )
     length.add_argument("--use-ema", action="store_true", help="average the weights")
-    length.add_argument("--ema-decay", type=float, default=0.999)
+    length.add_argument("--ema-decay", type=DECAY, default=0.999, help="of --use-ema")
 
     what = parser.add_argument_group("what is learned")
     what.add_argument("--init", choices=("attn1", "zero_v", "xavier"), default="attn1", help="initial weights")
     what.add_argument("--init-adapter", type=Path, metavar="PATH", help="start from this file or folder")
-    what.add_argument("--reference-timestep", type=int, default=0, help="noise level of the reference pass")
+    what.add_argument("--reference-timestep", type=whole(0, 999), default=0, help="noise level of the reference pass")
     what.add_argument("--token-count-bias", action="store_true", help="log(text tokens / face tokens) on face logits")
-    what.add_argument("--text-dropout", type=float, default=0.05, help="share of examples without their prompt")
-    what.add_argument("--face-dropout", type=float, default=0.05, help="share without their face")
-    what.add_argument("--both-dropout", type=float, default=0.05, help="share without both")
-    what.add_argument("--timestep-power", type=float, default=1.0, help="below 1: noisy steps more often")
-    what.add_argument("--snr-gamma", type=float, help="min-SNR weighting of the loss, for example 5")
+    what.add_argument("--text-dropout", type=FRACTION, default=0.05, help="share of examples without their prompt")
+    what.add_argument("--face-dropout", type=FRACTION, default=0.05, help="share without their face")
+    what.add_argument("--both-dropout", type=FRACTION, default=0.05, help="share without both")
+    what.add_argument("--timestep-power", type=POWER, default=1.0, help="below 1: noisy steps more often")
+    what.add_argument("--snr-gamma", type=POSITIVE, help="min-SNR weighting of the loss, for example 5")
     what.add_argument("--snr-keep-noisy", action="store_true", help="with v-prediction: noisy steps at full weight")
-    what.add_argument("--face-loss-weight", type=float, default=1.0, help="weight of the loss inside the face box")
+    what.add_argument("--face-loss-weight", type=POSITIVE, default=1.0, help="weight of the loss inside the face box")
     what.add_argument(
-        "--identity-loss-weight", type=float, default=0.0, help="weight of the predicted face's likeness"
+        "--identity-loss-weight", type=real(), default=0.0, help="weight of the predicted face's likeness"
     )
     what.add_argument("--identity-recogniser", metavar="NAME", help="'avatars', or MODULE:FUNCTION that returns one")
     what.add_argument(
-        "--identity-loss-from", type=float, default=0.0, help="share of the timesteps that are too clear to have it"
+        "--identity-loss-from", type=FRACTION, default=0.0, help="share of the timesteps that are too clear to have it"
     )
     what.add_argument(
-        "--identity-loss-until", type=float, default=0.25, help="share of the timesteps up to which they have it"
+        "--identity-loss-until", type=FRACTION, default=0.25, help="share of the timesteps up to which they have it"
     )
     what.add_argument(
-        "--identity-loss-jitter", type=float, default=0.0, help="0 to 1: look at faces a little differently each time"
+        "--identity-loss-jitter",
+        type=FRACTION,
+        default=0.0,
+        help="0 to 1: look at faces a little differently each time",
     )
 
     look = parser.add_argument_group("checkpoints, validation, publishing")
-    look.add_argument("--checkpointing-steps", type=int, default=500)
-    look.add_argument("--checkpoints-total-limit", type=int, help="keep only so many")
+    look.add_argument("--checkpointing-steps", type=COUNT, default=500, help="between two checkpoints")
+    look.add_argument("--checkpoints-total-limit", type=COUNT, help="keep only so many")
     look.add_argument(
         "--resume-from-checkpoint",
         default="latest",
         metavar="latest|none|DIR",
         help="latest: go on where an earlier run in OUT ended, if there was one",
     )
-    look.add_argument("--validation-prompt", nargs="+", metavar="TEXT", help="what pictures are drawn of meanwhile")
-    look.add_argument("--validation-image", nargs="+", metavar="FILE", help="of whom; default: people set aside")
-    look.add_argument("--validation-steps", type=int, default=500)
-    look.add_argument("--validation-inference-steps", type=int, default=25, help="denoising steps of a picture")
-    look.add_argument("--validation-people", type=int, metavar="N", help="set aside; default: 1 of 20, at most 32")
-    look.add_argument("--log-every", type=int, default=20, metavar="STEPS")
+    look.add_argument(
+        "--validation-prompt", nargs="+", action=Gather, metavar="TEXT", help="what pictures are drawn of meanwhile"
+    )
+    look.add_argument(
+        "--validation-image", nargs="+", action=Gather, metavar="FILE", help="of whom; default: people set aside"
+    )
+    look.add_argument("--validation-steps", type=COUNT, default=500, help="between two validations")
+    look.add_argument("--validation-inference-steps", type=STEPS, default=25, help="denoising steps of a picture")
+    look.add_argument(
+        "--validation-people", type=whole(0), metavar="N", help="set aside; default: 1 of 20, at most 32"
+    )
+    look.add_argument(
+        "--log-every", type=COUNT, default=20, metavar="STEPS", help="steps between two lines of the log"
+    )
     look.add_argument("--report-to", metavar="TRACKER", help="tensorboard, wandb, ... or all")
     look.add_argument("--push-to-hub", action="store_true")
     look.add_argument("--hub-model-id", metavar="OWNER/NAME", help="default: the name of OUT")
@@ -117,29 +129,8 @@ def command_line(args: argparse.Namespace) -> list[str]:
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
     check_selection(args)
-    speed = ("train_batch_size", "gradient_accumulation_steps", "log_every")
-    whole = (*speed, "checkpointing_steps", "validation_steps", "validation_inference_steps")
-    optional = ("max_train_steps", "num_train_epochs", "max_train_minutes", "checkpoints_total_limit", "snr_gamma")
-    for name in (*whole, *optional):
-        value = getattr(args, name)
-        if value is not None and not (value >= 1 if name in whole or isinstance(value, int) else value > 0):
-            raise FaceFusionError(f"--{name.replace('_', '-')} must be positive, got {value}")
-    for name in ("learning_rate", "face_loss_weight", "timestep_power", "max_grad_norm"):
-        if not getattr(args, name) > 0:
-            raise FaceFusionError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    losses = ("identity_loss_from", "identity_loss_until", "identity_loss_jitter")
-    for name in ("text_dropout", "face_dropout", "both_dropout", *losses):
-        if not 0 <= getattr(args, name) <= 1:
-            raise FaceFusionError(f"--{name.replace('_', '-')} must be from 0 to 1, got {getattr(args, name)}")
-    for name in ("ema_decay", "adam_beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            raise FaceFusionError(f"--{name.replace('_', '-')} must be at least 0, below 1, got {getattr(args, name)}")
-    if not 0 <= args.reference_timestep < 1000:
-        raise FaceFusionError(f"--reference-timestep must be from 0 to 999, got {args.reference_timestep}")
     if args.text_dropout + args.face_dropout + args.both_dropout > 1:
         raise FaceFusionError("--text-dropout, --face-dropout and --both-dropout add up to more than 1")
-    if args.seed < 0:
-        raise FaceFusionError(f"--seed must not be negative, got {args.seed}")
     if (args.identity_loss_weight > 0) != (args.identity_recogniser is not None):
         raise FaceFusionError("--identity-loss-weight and --identity-recogniser go together")
     if args.identity_loss_from >= args.identity_loss_until and args.identity_loss_weight:

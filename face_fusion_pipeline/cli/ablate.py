@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 
 from ..face_errors import FaceFusionError
+from ..files.texts import read_text
+from ..generation.arguments import check_model
+from ._arguments import COUNT, GUIDED, RATE, SEED, STEPS, THREADS, Gather, real, whole
 
 
 HELP = "answer a reviewers' question: train variants of the method alike and compare them on avatars"
@@ -18,16 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "questions in one OUT share their runs."
     )
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help="see --list; several, or 'all'")
-    parser.add_argument("--variants", nargs="+", metavar="VARIANT", help="only these of the questions' variants")
+    parser.add_argument(
+        "--variants", nargs="+", action=Gather, metavar="VARIANT", help="only these of the questions' variants"
+    )
     parser.add_argument("--list", action="store_true", help="list the questions and their variants")
     parser.add_argument("--data", type=Path, metavar="DIR", help="avatars prepared with `face-fusion prepare`")
     parser.add_argument("--model", metavar="DIR", help="the base model (default: the embedded avatar model)")
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="a page with markers to write the answers to")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch decides)")
+    parser.add_argument("--threads", type=THREADS, help="CPU threads of torch (default: torch decides)")
 
     budget = parser.add_argument_group("training, the same for every variant")
-    budget.add_argument("--steps", type=int, metavar="N", help="steps of training; 0 with --init-adapter: none")
+    budget.add_argument("--steps", type=whole(0), metavar="N", help="steps of training; 0 with --init-adapter: none")
     budget.add_argument(
         "--init-adapter",
         type=Path,
@@ -40,15 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="Face Fusion weights whose predictions all variants learn, not the noise: far fewer steps",
     )
-    budget.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="one run for each")
-    budget.add_argument("--batch-size", type=int, default=32)
-    budget.add_argument("--learning-rate", type=float, default=1.5e-3)
+    budget.add_argument(
+        "--seeds", type=SEED, nargs="+", action=Gather, default=[0, 1, 2], metavar="SEED", help="one run for each"
+    )
+    budget.add_argument("--batch-size", type=COUNT, default=32, help="pictures of a step")
+    budget.add_argument("--learning-rate", type=RATE, default=1.5e-3, help="of all variants without a --rate")
     budget.add_argument(
         "--rate", action="append", default=[], metavar="VARIANT=RATE", help="another learning rate for one variant"
     )
     budget.add_argument(
         "--identity-loss-weight",
-        type=float,
+        type=real(),
         default=0.0,
         help="of the likeness that the recogniser of trainings sees, which is not one that measures (default: 0)",
     )
@@ -64,12 +71,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     measure = parser.add_argument_group("measurement")
-    measure.add_argument("--identities", type=int, default=50, help="test people")
-    measure.add_argument("--prompts", type=int, default=4, help="prompts for each of them")
-    measure.add_argument("--inference-steps", type=int, default=20, help="denoising steps of a picture")
-    measure.add_argument("--guidance-scale", type=float, default=4.0, help="classifier-free guidance")
-    measure.add_argument("--batch", type=int, default=4, help="pictures denoised together")
-    measure.add_argument("--scales", type=float, nargs="+", metavar="SCALE", help="points of the scale curve")
+    measure.add_argument("--identities", type=COUNT, default=50, help="test people")
+    measure.add_argument("--prompts", type=COUNT, default=4, help="prompts for each of them")
+    measure.add_argument("--inference-steps", type=STEPS, default=20, help="denoising steps of a picture")
+    measure.add_argument("--guidance-scale", type=GUIDED, default=4.0, help="classifier-free guidance")
+    measure.add_argument("--batch", type=COUNT, default=4, help="pictures denoised together")
+    measure.add_argument(
+        "--scales",
+        type=real(0, 100, above=True),
+        nargs="+",
+        action=Gather,
+        metavar="SCALE",
+        help="points of the scale curve",
+    )
     measure.add_argument(
         "--judge-recogniser",
         metavar="NAME",
@@ -148,10 +162,10 @@ def rates(texts: list[str]) -> dict[str, float]:
     for text in texts:
         name, _, number = text.partition("=")
         try:
-            found[name] = float(number)
-        except ValueError:
-            found[name] = 0.0
-        if name not in VARIANTS or not found[name] > 0:
+            found[name] = RATE(number)
+        except argparse.ArgumentTypeError as error:
+            raise FaceFusionError(f"--rate {text!r}: the rate {error}") from error
+        if name not in VARIANTS:
             raise FaceFusionError(
                 f"--rate {text!r}: write VARIANT=RATE, for example ip-adapter=5e-4; --list names them"
             )
@@ -180,19 +194,10 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise FaceFusionError(f"no variant {name!r}: --list names them")
     if args.variants and METHOD not in args.variants:
         raise FaceFusionError(f"--variants needs {METHOD}, with which all are compared")
-    counts = ("batch_size", "identities", "prompts", "inference_steps", "batch", "threads")
-    for name in counts:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise FaceFusionError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if not args.learning_rate > 0:
-        raise FaceFusionError(f"--learning-rate must be positive, got {args.learning_rate}")
-    if not args.identity_loss_weight >= 0:
-        raise FaceFusionError(f"--identity-loss-weight must be 0 or more, got {args.identity_loss_weight}")
     rates(args.rate)
-    if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0:
-        raise FaceFusionError(f"--seeds must be different numbers from 0 on, got {args.seeds}")
-    if not args.guidance_scale > 1:
-        raise FaceFusionError(f"--guidance-scale must be above 1, got {args.guidance_scale}")
-    if args.scales and not all(0 < scale <= 100 for scale in args.scales):
-        raise FaceFusionError(f"--scales must be above 0 and at most 100, got {args.scales}")
+    if args.model is not None:
+        check_model(args.model)
+    if args.docs is not None:
+        read_text(args.docs, "--docs")  # now, and not after the trainings
+    if len(set(args.seeds)) != len(args.seeds):
+        raise FaceFusionError(f"--seeds must be different numbers, got {args.seeds}")

@@ -10,6 +10,7 @@ from ..face_errors import FaceFusionError
 from ..generation.arguments import add_version_arguments, check_model, check_version
 from ..generation.loading import adapter_beside, controlnet_beside, load_pipeline
 from ..generation.watermark import blind_watermark
+from ._arguments import real, whole
 
 
 HELP = "a web page on this machine: photos and a prompt in, pictures out"
@@ -31,9 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="depth ControlNet, to follow a layout picture; default: the one in the model's folder, if there is one",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0 takes a free one")
-    parser.add_argument("--steps", type=int, default=25, help="denoising steps that the page begins with")
-    parser.add_argument("--max-upload", type=float, default=400, metavar="MB", help="largest file to upload")
+    parser.add_argument("--port", type=whole(0, 65535), default=7860, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--steps", type=whole(1, 200), default=25, help="denoising steps that the page begins with")
+    parser.add_argument(
+        "--max-upload",
+        type=real(0, 10_000, above=True),
+        default=400,
+        metavar="MB",
+        help="largest file to upload; the files of all pages may take ten times as much",
+    )
     parser.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
     parser.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
     parser.add_argument("--watermark", action="store_true", help="hide in the pixels, too, that they are generated")
@@ -73,12 +80,6 @@ def load_engine(args: argparse.Namespace) -> Any:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before anything is loaded. Raises [`FaceFusionError`]."""
-    if not 0 <= args.port <= 65535:
-        raise FaceFusionError(f"--port must be from 0 (any free one) to 65535, got {args.port}")
-    if not 1 <= args.steps <= 200:
-        raise FaceFusionError(f"--steps must be from 1 to 200, got {args.steps}")
-    if not 0 < args.max_upload <= 10_000:
-        raise FaceFusionError(f"--max-upload must be above 0 and up to 10000 MB, got {args.max_upload}")
     check_version(args.model, args.revision, args.variant, args.model_config)
     if args.model is not None:
         check_model(args.model)

@@ -7,20 +7,29 @@ import json
 from pathlib import Path
 
 from ..files.atomic import replacing
+from ._arguments import AVATAR_SIDE, whole
 
 
+MOST_PIXELS = 200_000_000  # of one image
 HELP = "draw a labelled grid of avatars, or one reference portrait"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for avatars.png, or for reference.png")
-    parser.add_argument("--people", type=int, default=6, help="rows of the grid (default: %(default)s)")
-    parser.add_argument("--per-person", type=int, default=6, help="columns of the grid (default: %(default)s)")
-    parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="whose identities")
-    parser.add_argument("--seed", type=int, default=0, help="the first person of the split (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=128, help="pixels a side of a picture, a multiple of 8")
+    parser.add_argument("--people", type=whole(1, 100), default=6, help="rows of the grid (default: %(default)s)")
     parser.add_argument(
-        "--portrait", type=int, metavar="SEED", help="draw only the reference portrait of this identity"
+        "--per-person", type=whole(1, 100), default=6, help="columns of the grid (default: %(default)s)"
+    )
+    parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="whose identities")
+    parser.add_argument(
+        "--seed", type=whole(0, 99_999), default=0, help="the first person of the split (default: %(default)s)"
+    )
+    parser.add_argument("--size", type=AVATAR_SIDE, default=128, help="pixels a side of a picture")
+    parser.add_argument(
+        "--portrait",
+        type=whole(0, 1_199_999),
+        metavar="SEED",
+        help="draw only the reference portrait of this identity",
     )
     parser.add_argument("--json", action="store_true", help="print the path as JSON")
 
@@ -29,8 +38,11 @@ def run(args: argparse.Namespace) -> int:
     from ..avatars.world import sheet
     from ..face_errors import FaceFusionError
 
-    if not (1 <= args.people <= 100 and 1 <= args.per_person <= 100):
-        raise FaceFusionError(f"--people {args.people} --per-person {args.per_person}: each must be 1 to 100")
+    if args.people * args.per_person * args.size**2 > MOST_PIXELS:
+        raise FaceFusionError(
+            f"{args.people} x {args.per_person} pictures of {args.size} pixels a side are too many for one image: "
+            "give a smaller --size, --people or --per-person"
+        )
     try:
         if args.portrait is None:
             name, image = (

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from ._arguments import AVATAR_SIDE, COUNT, whole
+
 
 HELP = "write a data set of avatars: images, captions, identities, boxes, landmarks, depth"
 
@@ -14,11 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for images/ and metadata.jsonl (ImageFolder form)"
     )
-    parser.add_argument("--count", type=int, default=1000, help="number of pictures (default: %(default)s)")
+    parser.add_argument("--count", type=COUNT, default=1000, help="number of pictures (default: %(default)s)")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="train", help="whose identities")
-    parser.add_argument("--size", type=int, default=128, help="pixels a side, a multiple of 8 (default: %(default)s)")
-    parser.add_argument("--per-identity", type=int, default=5, help="single portraits a person (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument("--size", type=AVATAR_SIDE, default=128, help="pixels a side (default: %(default)s)")
+    parser.add_argument(
+        "--per-identity", type=COUNT, default=5, help="single portraits a person (default: %(default)s)"
+    )
+    parser.add_argument("--workers", type=whole(1, 256), default=2, help="processes (default: %(default)s)")
     parser.add_argument("--depth", action="store_true", help="also write depth maps and instance masks")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
@@ -27,11 +31,6 @@ def run(args: argparse.Namespace) -> int:
     from ..avatars.world import dataset
     from ..face_errors import FaceFusionError
 
-    if args.count < 1 or args.per_identity < 1 or args.workers < 1:
-        raise FaceFusionError(
-            f"--count {args.count}, --per-identity {args.per_identity}, --workers {args.workers}: "
-            "each must be at least 1"
-        )
     try:
         written = dataset.write(
             args.out, args.split, args.count, args.size, args.per_identity, args.workers, args.depth, not args.json

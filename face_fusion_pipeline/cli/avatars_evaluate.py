@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..avatar_model import AVATAR_DEFAULTS, embedded_model
 from ..face_errors import ModelNotFoundError
 from ..generation.arguments import METHODS, guidance_scales
+from ..generation.loading import usable_device
+from ._arguments import AVATAR_SIDE, COUNT, GUIDANCE, GUIDED, SEED, STEPS, STRENGTH, THREADS, Gather, whole
 
 
 if TYPE_CHECKING:
@@ -31,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     table = actions.add_parser("table", help="likeness and obedience: no face, training-free, trained Face Fusion")
     _add_generation(table)
     _add_adapter(table)
-    table.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD",
+    table.add_argument("--methods", nargs="+", action=Gather, choices=METHODS, metavar="METHOD",
                        help="none, training-free, adapter (default: those that the model allows), both, and the last "
                        "three with -mirrored (the mirrored reference is a second one)")  # fmt: skip
-    table.add_argument("--identities", type=_positive, default=50, help="test people (default: 50)")
-    table.add_argument("--prompts", type=_positive, default=4, help="prompts for each of them (default: 4)")
-    table.add_argument("--training-free-scale", type=float, default=1.0, help="scale without adapter (default: 1)")
-    table.add_argument("--self-scale", type=float, default=4.0, help="scale at the self-attention (default: 4)")
+    table.add_argument("--identities", type=COUNT, default=50, help="test people (default: 50)")
+    table.add_argument("--prompts", type=COUNT, default=4, help="prompts for each of them (default: 4)")
+    table.add_argument("--training-free-scale", type=STRENGTH, default=1.0, help="scale without adapter (default: 1)")
+    table.add_argument("--self-scale", type=STRENGTH, default=4.0, help="scale at the self-attention (default: 4)")
 
     table.add_argument(
         "--cut-out",
@@ -48,58 +50,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = actions.add_parser("model", help="VAE reconstruction and prompt obedience of the avatar model")
     _add_generation(model)
-    model.add_argument("--prompts", type=_positive, default=200, help="unseen prompts (default: 200)")
+    model.add_argument("--prompts", type=COUNT, default=200, help="unseen prompts (default: 200)")
 
     people = actions.add_parser("people", help="two or three people in a picture: likeness, leakage, who is missing")
     _add_generation(people)
     _add_adapter(people)
-    people.add_argument("--people", type=int, choices=(1, 2, 3), default=2, help="people in a picture (default: 2)")
-    people.add_argument("--identities", type=_positive, default=25, help="groups of test people (default: 25)")
-    people.add_argument("--prompts", type=_positive, default=2, help="prompts for each group (default: 2)")
+    people.add_argument("--people", type=whole(1, 3), default=2, help="people in a picture (default: 2)")
+    people.add_argument("--identities", type=COUNT, default=25, help="groups of test people (default: 25)")
+    people.add_argument("--prompts", type=COUNT, default=2, help="prompts for each group (default: 2)")
 
     depth = actions.add_parser("depth", help="faces under a depth ControlNet: pose followed, likeness kept")
     _add_generation(depth)
     _add_adapter(depth)
     depth.add_argument("--controlnet", help="folder or Hub id of a ControlNet (default: `controlnet` of the model)")
-    depth.add_argument("--identities", type=_positive, default=50, help="test people (default: 50)")
-    depth.add_argument("--prompts", type=_positive, default=2, help="prompts for each of them (default: 2)")
+    depth.add_argument("--identities", type=COUNT, default=50, help="test people (default: 50)")
+    depth.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
 
     morph = actions.add_parser("morph", help="from one person to another by weights: how likeness moves")
     _add_generation(morph)
     _add_adapter(morph)
-    morph.add_argument("--identities", type=_positive, default=50, help="pairs of test people (default: 50)")
+    morph.add_argument("--identities", type=COUNT, default=50, help="pairs of test people (default: 50)")
 
     savings = actions.add_parser("savings", help="smaller references, fewer steps or layers: the likeness lost")
     _add_generation(savings)
     _add_adapter(savings)
-    savings.add_argument("--identities", type=_positive, default=50, help="test people (default: 50)")
-    savings.add_argument("--prompts", type=_positive, default=2, help="prompts for each of them (default: 2)")
+    savings.add_argument("--identities", type=COUNT, default=50, help="test people (default: 50)")
+    savings.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
 
     recognition = actions.add_parser("recognition", help="do tools made for photographs accept avatars?")
     _add_judges(recognition)
-    recognition.add_argument("--identities", type=_positive, default=100, help="test people (default: 100)")
-    recognition.add_argument("--portraits", type=_positive, default=4, help="portraits of each (default: 4)")
-    recognition.add_argument("--seed", type=int, default=0)
-    recognition.add_argument("--size", type=int, default=128, help="pixels of a portrait's side (default: 128)")
-    recognition.add_argument("--world", type=int, choices=(1, 2), help="world of the avatars (default: the model's)")
+    recognition.add_argument("--identities", type=COUNT, default=100, help="test people (default: 100)")
+    recognition.add_argument("--portraits", type=COUNT, default=4, help="portraits of each (default: 4)")
+    recognition.add_argument("--seed", type=SEED, default=0, help="of people, prompts and noise")
+    recognition.add_argument(
+        "--size", type=AVATAR_SIDE, default=128, help="pixels of a portrait's side (default: 128)"
+    )
+    recognition.add_argument("--world", type=whole(1, 2), help="world of the avatars (default: the model's)")
 
     train = actions.add_parser("train-judges", help="train the classifiers and the recogniser that measure avatars")
     train.add_argument("--data", type=Path, required=True, help="dataset folder with train and validation")
     train.add_argument("--out", type=Path, required=True, help="folder for the judges")
-    train.add_argument("--steps", type=_positive, default=1200, help="batches (default: 1200)")
+    train.add_argument("--steps", type=COUNT, default=1200, help="batches (default: 1200)")
     train.add_argument(
         "--only",
         nargs="+",
+        action=Gather,
         metavar="JUDGE",
         choices=("locator", "scene", "expression", "recogniser", "depth"),
         help="train only these and keep the others that are in --out (locator, scene, expression, recogniser, depth)",
     )
     train.add_argument("--start", type=Path, metavar="DIR", help="judges to go on from (default: begin anew)")
-    train.add_argument("--limit", type=_positive, default=20000, help="images to use at most (default: 20000)")
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--limit", type=COUNT, default=20000, help="images to use at most (default: 20000)")
+    train.add_argument("--seed", type=SEED, default=0, help="of people, prompts and noise")
 
-    for action in (table, model, people, depth, morph, savings, recognition, train):
-        action.add_argument("--threads", type=_positive, help="CPU threads of torch (default: torch decides)")
+    choose = actions.add_parser(
+        "choose", help="which of several weights ship, by their tables: drawing, then likeness"
+    )
+    choose.add_argument(
+        "tables", nargs="+", type=Path, metavar="TABLE", help="folders of `table`, or their table.json"
+    )
+    choose.add_argument(
+        "--method", choices=METHODS, default="both-mirrored", help="of the tables (default: both-mirrored)"
+    )
+
+    eyes = actions.add_parser("eyes", help="does the judge of eyes agree with verdicts given by eye?")
+    eyes.add_argument(
+        "verdicts", type=Path, metavar="FILE", help="FILE.json and FILE.webp, as tests/data/eye_verdicts"
+    )
+    eyes.add_argument(
+        "--model", help="diffusers folder that drew them, to draw them anew (default: bands in the file)"
+    )
+    eyes.add_argument("--out", type=Path, help="folder for the pictures that --model draws")
+    eyes.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    eyes.add_argument("--renders", type=COUNT, default=1000, help="true renders that have to pass (default: 1000)")
+
+    for action in (table, model, people, depth, morph, savings, recognition, train, choose, eyes):
+        action.add_argument("--threads", type=THREADS, help="CPU threads of torch (default: torch decides)")
         action.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -108,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    if "device" in args:
+        usable_device(args.device)  # known before judges and models are loaded
     actions = {
         "table": _table,
         "model": _model,
@@ -117,33 +145,28 @@ def run(args: argparse.Namespace) -> int:
         "savings": _savings,
         "recognition": _recognition,
         "train-judges": _train,
+        "choose": _choose,
+        "eyes": _eyes,
     }
     result, text = actions[args.action](args)
     print(json.dumps(result, indent=1) if args.json else text)
     return 0
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
-
-
 def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="diffusers folder (default: the embedded avatar model)")
     parser.add_argument("--out", type=Path, required=True, help="folder for images and tables; a stopped run goes on")
-    parser.add_argument("--steps", type=_positive, default=25, help="denoising steps (default: 25)")
+    parser.add_argument("--steps", type=STEPS, default=25, help="denoising steps (default: 25)")
     parser.add_argument(
         "--guidance-scale",
-        type=float,
+        type=GUIDANCE,
         help=f"default: {AVATAR_DEFAULTS.guidance_scale:g}, and {AVATAR_DEFAULTS.late_guidance:g} in the clear half",
     )
     parser.add_argument(
-        "--late-guidance", type=float, help="guidance in the clear half of the timesteps (default: as before)"
+        "--late-guidance", type=GUIDED, help="guidance in the clear half of the timesteps (default: as before)"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=_positive, default=4, help="prompts denoised together (default: 4)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of people, prompts and noise")
+    parser.add_argument("--batch", type=COUNT, default=4, help="prompts denoised together (default: 4)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
         "--training-data",
@@ -156,7 +179,7 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", help="adapter file or folder (default: the one beside the model, if any)")
-    parser.add_argument("--scale", type=float, default=1.0, help="face scale of the adapter (default: 1)")
+    parser.add_argument("--scale", type=STRENGTH, default=1.0, help="face scale of the adapter (default: 1)")
 
 
 def _add_judges(parser: argparse.ArgumentParser) -> None:
@@ -237,6 +260,7 @@ def _adapter(args: argparse.Namespace) -> str | None:
 def _table(args: argparse.Namespace) -> tuple[dict, str]:
     from ..avatars.evaluation.avatar_table import as_markdown, compare
     from ..avatars.evaluation.trials import TRUE_BOX, plan_trials
+    from ..avatars.measures.panel import load_measures
     from ..evaluation.generation import METHODS, needs_adapter, pipeline_of
     from ..face_detectors import load_detector
     from ..face_errors import FaceFusionError
@@ -253,6 +277,7 @@ def _table(args: argparse.Namespace) -> tuple[dict, str]:
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
     panel = _panel(args)
+    panel.measures = load_measures(panel.judges)
     result = compare(pipeline_of(settings, args.device), trials, methods, panel, settings, args.out)
     return result, as_markdown(result, panel.names)
 
@@ -363,3 +388,31 @@ def _train(args: argparse.Namespace) -> tuple[dict, str]:
     rows = [[f"{trait} right", value] for trait, value in result["accuracy"].items()]
     rows += [["landmark error, pixels", result["landmark_error_pixels"]], ["recogniser AUC", result["recogniser_auc"]]]
     return result, markdown_table(["judges on held-out people", "value"], rows)
+
+
+def _choose(args: argparse.Namespace) -> tuple[dict, str]:
+    from dataclasses import asdict
+
+    from ..avatars.measures.choice import candidate, choose, read_table
+    from ..evaluation.reports import markdown_table
+
+    found = [candidate(read_table(place), args.method, str(place)) for place in args.tables]
+    best = choose(found)
+    rows = [
+        [c.name, *(f"{100 * v:.0f} %" for v in (c.eyes, c.eyes_without_face, c.traits, c.published)), c.drawn_well]
+        for c in found
+    ]
+    header = ["table", "eyes well drawn", "without a face", "traits", "published recognisers", "drawn well enough"]
+    said = f"\nShips: {best.name}\n" if best else "\nNone ships: all draw worse and show too little of the person.\n"
+    return {"candidates": [asdict(c) for c in found], "ships": best and best.name}, markdown_table(header, rows) + said
+
+
+def _eyes(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..avatars.measures.agreement import measure_agreement
+    from ..evaluation.reports import markdown_table
+
+    result = measure_agreement(args.verdicts, args.model, args.out, device=args.device, renders=args.renders)
+    rows = [[name.replace("_", " "), f"{100 * value:.1f} %"] for name, value in result["shares"].items()]
+    return result, markdown_table(
+        ["share", "value"], rows
+    ) + f"\n{result['good']} good and {result['broken']} broken.\n"

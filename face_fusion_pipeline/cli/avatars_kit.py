@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..face_errors import FaceFusionError
+from ._arguments import COUNT, real, whole
 
 
 HELP = "train base, Face Fusion and depth ControlNet of the avatars in minutes on one GPU"
@@ -21,20 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder with vae/ and tokenizer/, and what there is")
     parser.add_argument("--out", type=Path, required=True, help="model folder; logs go to its logs/")
     parser.add_argument("--preset", choices=("gpu", "cpu", "tiny"), default="gpu", help="sizes (default: gpu)")
-    parser.add_argument("--scenes", type=int, default=100_000, help="draw at most so many (default: 100000)")
-    parser.add_argument("--draw-seconds", type=float, default=70, help="stop drawing then (default: 70)")
-    parser.add_argument("--base-seconds", type=float, default=0, help="of training UNet and text encoder")
-    parser.add_argument("--faces-seconds", type=float, default=0, help="of training Face Fusion weights")
-    parser.add_argument("--depth-seconds", type=float, default=0, help="of training the depth ControlNet")
-    parser.add_argument("--workers", type=int, default=1, help="processes that plan scenes (default: 1)")
+    parser.add_argument("--scenes", type=COUNT, default=100_000, help="draw at most so many (default: 100000)")
+    parser.add_argument("--draw-seconds", type=real(0, 1e6), default=70, help="stop drawing then (default: 70)")
+    parser.add_argument("--base-seconds", type=real(0, 1e6), default=0, help="of training UNet and text encoder")
+    parser.add_argument("--faces-seconds", type=real(0, 1e6), default=0, help="of training Face Fusion weights")
+    parser.add_argument("--depth-seconds", type=real(0, 1e6), default=0, help="of training the depth ControlNet")
+    parser.add_argument("--workers", type=whole(1, 256), default=1, help="processes that plan scenes (default: 1)")
     parser.add_argument("--warm", action="store_true", help="compile in a second process while the first one draws")
 
 
 def run(args: argparse.Namespace) -> int:
     numbers = {name: getattr(args, f"{name}_seconds") for name in ("draw", "base", "faces", "depth")}
-    for name, value in {**numbers, "scenes": args.scenes, "workers": args.workers}.items():
-        if not 0 <= value < 1e6:
-            raise FaceFusionError(f"{name} is {value}: give a number from 0 to a million")
     if not any(numbers[name] for name in ("base", "faces", "depth")):
         raise FaceFusionError("nothing to train: give --base-seconds, --faces-seconds or --depth-seconds")
 

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from ..files.texts import read_text
+
 
 HELP = "copy a trained avatar model without its logs, and write its card"
 
@@ -22,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    for path in args.table:
+        read_text(path, "--table")  # before anything is written
+
     from ..avatars.training.publish import publish
 
     size = publish(args.model, args.out, args.table, args.note, args.adapter)

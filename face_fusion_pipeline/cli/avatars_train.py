@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..face_errors import FaceFusionError
+from ._arguments import AVATAR_SIDE, COUNT, DECAY, FRACTION, POSITIVE, POWER, RATE, SEED, THREADS, real, whole
 
 
 if TYPE_CHECKING:
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from ..avatars.training.presets import Preset
     from ..training.loop import LoopOptions, Task
 
-HELP = "train a part of the avatar model: vae, clip, unet, controlnet or recogniser"
-STAGES = ("vae", "clip", "unet", "controlnet", "recogniser")
+HELP = "train a part of the avatar model (vae, clip, unet, controlnet), a recogniser, or a measure (traits, drawing)"
+MEASURES = ("traits", "drawing")
+STAGES = ("vae", "clip", "unet", "controlnet", "recogniser", *MEASURES)
+PORTRAITS = {"train": 24000, "validation": 2000}  # that measures learn from, and are tried on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,21 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Train one part and write it into a diffusers folder. Order: vae, clip, unet, controlnet. A run that was "
         "killed goes on from its last checkpoint when the same command is given again. Face Fusion weights for the "
         "result are trained as for any other checkpoint: `face-fusion prepare` and `face-fusion train`. A recogniser "
-        "is no part of the model: it can be asked for in the training of Face Fusion weights (identity loss)."
+        "is no part of the model: it can be asked for in the training of Face Fusion weights (identity loss). Traits "
+        "and drawing are measures of `face-fusion avatars-evaluate table`: they learn from portraits of their own, "
+        "which --data keeps."
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--data", type=Path, required=True, help="dataset with train/ and validation/")
     parser.add_argument("--out", type=Path, required=True, help="model folder; logs go to its logs/")
     parser.add_argument("--preset", choices=("cpu", "gpu"), default="cpu", help="sizes and options (default: cpu)")
-    parser.add_argument("--images", type=int, help="use only the first so many training images")
+    parser.add_argument("--images", type=COUNT, help="use only the first so many training images")
     parser.add_argument(
-        "--render", type=int, metavar="N", help="render N training images on the device instead; --data takes caches"
+        "--render", type=COUNT, metavar="N", help="render N training images on the device instead; --data takes caches"
     )
-    parser.add_argument("--size", type=int, help="pixels of a rendered image's side (default: 128)")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch decides)")
+    parser.add_argument("--size", type=AVATAR_SIDE, help="pixels of a rendered image's side (default: 128)")
+    parser.add_argument("--world", type=int, choices=(1, 2), help="traits, drawing: of the people (default: 1)")
+    parser.add_argument("--threads", type=THREADS, help="CPU threads of torch (default: torch decides)")
     parser.add_argument(
         "--processes",
-        type=int,
+        type=whole(1, 256),
         default=1,
         help="share each batch among so many processes, one thread each on a CPU: on 2 cores 1.6 times as quick",
     )
@@ -50,32 +56,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--export-only", action="store_true", help="write the last checkpoint into --out, no training")
 
     length = parser.add_argument_group("training; what is not given comes from the preset")
-    length.add_argument("--steps", type=int)
-    length.add_argument("--minutes", type=float, help="limit by time; the learning rate decays with the elapsed part")
-    length.add_argument("--batch-size", type=int)
-    length.add_argument("--lr", type=float)
-    length.add_argument("--warmup", type=int, help="steps")
+    length.add_argument("--steps", type=COUNT, help="length of the training")
+    length.add_argument(
+        "--minutes", type=POSITIVE, help="limit by time; the learning rate decays with the elapsed part"
+    )
+    length.add_argument("--batch-size", type=COUNT, help="images of a step")
+    length.add_argument("--lr", type=RATE, help="learning rate")
+    length.add_argument("--warmup", type=whole(0), help="steps")
     length.add_argument("--schedule", choices=("cosine", "linear"))
-    length.add_argument("--weight-decay", type=float)
-    length.add_argument("--ema-decay", type=float)
-    length.add_argument("--seed", type=int)
+    length.add_argument("--weight-decay", type=FRACTION, help="of AdamW")
+    length.add_argument("--ema-decay", type=DECAY, help="of the averaged weights")
+    length.add_argument("--seed", type=SEED, help="of weights, data and noise")
     length.add_argument("--precision", choices=("auto", "no", "bf16", "fp16"), help="auto: bf16 where it is quick")
     length.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory format of convolutions")
     length.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the training step")
-    length.add_argument("--checkpoint-minutes", type=float)
-    length.add_argument("--sample-minutes", type=float)
+    length.add_argument("--checkpoint-minutes", type=POSITIVE, help="between two checkpoints")
+    length.add_argument("--sample-minutes", type=POSITIVE, help="between two looks at the validation images")
 
-    length.add_argument("--face-loss-weight", type=float, help="unet: loss weight in face boxes (default: 3)")
+    length.add_argument("--face-loss-weight", type=POSITIVE, help="unet: loss weight in face boxes (default: 3)")
 
     vae = parser.add_argument_group("vae")
     vae.add_argument("--decoder-only", action="store_true", help="train the decoder on, latents stay as they are")
-    vae.add_argument("--latent-noise", type=float, help="largest noise on latents, over their deviation")
+    vae.add_argument("--latent-noise", type=real(), help="largest noise on latents, over their deviation")
 
-    vae.add_argument("--equivariance", type=float, help="weight of the loss on shrunken latents; 0 for none")
+    vae.add_argument("--equivariance", type=real(), help="weight of the loss on shrunken latents; 0 for none")
+
+    drawing = parser.add_argument_group("drawing")
+    drawing.add_argument(
+        "--verdicts",
+        type=Path,
+        metavar="FILE",
+        help="judged eyes, FILE.json and FILE.webp (default: the package's, for 128 pixels of the first world)",
+    )
 
     unet = parser.add_argument_group("unet")
     unet.add_argument(
-        "--timestep-power", type=float, help="timesteps are T u^P: above 1 more often the less noisy ones (default: 1)"
+        "--timestep-power", type=POWER, help="timesteps are T u^P: above 1 more often the less noisy ones (default: 1)"
     )
 
 
@@ -85,6 +101,7 @@ ONLY_FOR = {
     "decoder_only": "vae",
     "latent_noise": "vae",
     "equivariance": "vae",
+    "verdicts": "drawing",
 }
 
 
@@ -95,7 +112,13 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise FaceFusionError(f"--{name.replace('_', '-')} is for the stage {stage}, not {args.stage}")
     if args.render and args.images:
         raise FaceFusionError("--render says how many images there are: leave --images out")
-    if args.size and not args.render:
+    if args.world and args.stage not in MEASURES:
+        raise FaceFusionError(f"--world is for the stages {' and '.join(MEASURES)}, not {args.stage}")
+    if args.images and args.stage in MEASURES:
+        raise FaceFusionError(f"the stage {args.stage} draws its own images: say how many with --render")
+    if args.size and args.size % 32 and args.stage in MEASURES:
+        raise FaceFusionError(f"--size is {args.size}: for the stage {args.stage} choose a multiple of 32")
+    if args.size and not args.render and args.stage not in MEASURES:
         raise FaceFusionError("--size is for --render: images from disk have a size of their own")
 
 
@@ -115,7 +138,9 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed or 0)  # the initial weights
     preset = PRESETS[args.stage][args.preset]
     options = loop_options(preset.loop, args)
-    if args.render:
+    if args.stage in MEASURES:
+        data, validation = (own_portraits(args, split) for split in PORTRAITS)
+    elif args.render:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         depth = args.stage == "controlnet"
         size = args.size or 128
@@ -130,6 +155,15 @@ def run(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(f"{args.stage}: {record['steps']} steps in {record['seconds'] / 60:.1f} minutes, written to {args.out}")
     return 0
+
+
+def own_portraits(args: argparse.Namespace, split: str) -> AvatarImages:
+    """What measures learn from: drawn at first, by as many processes as there are threads to be used."""
+    from ..avatars.measures.portraits import draw_portraits
+
+    count = min(args.render or PORTRAITS["train"], PORTRAITS[split])
+    processes = args.threads or os.cpu_count() or 1
+    return draw_portraits(args.data, split, count, size=args.size or 128, world=args.world, processes=processes)
 
 
 def in_processes(count: int) -> int:
@@ -166,8 +200,9 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
         given = {name: value for name, value in given.items() if value is not None}
         return VaeTask(vae, data, validation, decoder_only=args.decoder_only, **given)
     if args.stage == "clip":
-        from ..avatars.training.clip import ClipTask, create_clip, load_clip
+        from ..avatars.training.clip import ClipTask, create_clip
         from ..avatars.training.tokenizer import load_tokenizer, train_tokenizer
+        from ..evaluation.clip_score import load_clip
 
         known = source or args.out  # a model folder that has a tokenizer keeps it
         has_one = (known / "tokenizer").is_dir()
@@ -186,9 +221,23 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
         given = {name: value for name, value in given.items() if value is not None}
         return UnetTask(unet, frozen, data, validation, **given)
     if args.stage == "recogniser":
-        from ..avatars.training.recogniser import RecogniserTask, TrainingRecogniser, load_recogniser
+        from ..avatars.training.recogniser import RecogniserTask, TrainingRecogniser, load_training_recogniser
 
-        return RecogniserTask(load_recogniser(source) if source else TrainingRecogniser(), data, validation)
+        return RecogniserTask(load_training_recogniser(source) if source else TrainingRecogniser(), data, validation)
+    if args.stage == "traits":
+        from ..avatars.measures.traits import TraitNetwork, load_traits
+        from ..avatars.measures.traits_training import TraitsTask
+
+        return TraitsTask(load_traits(source).network if source else TraitNetwork(), data, validation, args.world)
+    if args.stage == "drawing":
+        from ..avatars.measures.drawing import EyeNetwork, load_eye_judge
+        from ..avatars.measures.drawing_training import DrawingTask
+        from ..avatars.measures.verdicts import SHIPPED, read_verdicts
+
+        usual = args.verdicts is None and (args.size or 128) == 128 and (args.world or 1) == 1
+        verdicts = read_verdicts(args.verdicts or SHIPPED) if args.verdicts or usual else None
+        network = load_eye_judge(source).network if source else EyeNetwork()
+        return DrawingTask(network, data, validation, verdicts, args.world)
     from ..avatars.training.controlnet import ControlNetTask, create_controlnet, load_controlnet_for
     from ..avatars.training.unet import load_frozen, load_unet
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ._arguments import FRACTION
+
 
 HELP = "weights between those of two trainings, of which the second went on from the first"
 
@@ -16,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("first", type=Path, help="adapter file, or folder that `face-fusion train` wrote")
     parser.add_argument("second", type=Path, help="of a training that went on from the first (--init-adapter)")
-    parser.add_argument("--share", type=float, default=0.5, help="of the second, from 0 to 1")
+    parser.add_argument("--share", type=FRACTION, default=0.5, help="of the second")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
 
 

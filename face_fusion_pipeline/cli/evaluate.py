@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..avatar_model import embedded_model
 from ..face_errors import FaceFusionError
 from ..generation.arguments import METHODS, check_model, guidance_scales
-from ..generation.loading import ADAPTER_FILE, defaults_beside
+from ..generation.loading import ADAPTER_FILE, defaults_beside, usable_device
+from ._arguments import COUNT, GUIDANCE, GUIDED, SEED, STEPS, STRENGTH, Gather, whole
 
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for pictures, rows and tables")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line: generate pictures of them")
     parser.add_argument("--images", type=Path, metavar="DIR", help="pictures that exist, with a metadata.jsonl")
-    parser.add_argument("--max-identities", type=int, metavar="N", help="only the first N people")
+    parser.add_argument("--max-identities", type=COUNT, metavar="N", help="only the first N people")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     _add_generation(parser.add_argument_group("generation"))
     _add_judges(parser.add_argument_group("what looks at the pictures"))
@@ -56,25 +57,32 @@ def _add_generation(group: Any) -> None:
     group.add_argument(
         "--methods",
         nargs="+",
+        action=Gather,
         choices=METHODS,
         metavar="METHOD",
         help="of none, training-free, adapter (default: all that can be), both, and the last three with -mirrored, "
         "where the mirrored reference is a second one",
     )
-    group.add_argument("--people", type=int, default=1, metavar="N", help="people in each picture")
-    group.add_argument("--images-per-prompt", type=int, default=1, metavar="N")
-    group.add_argument("--steps", type=int, default=25, help="denoising steps")
+    group.add_argument("--people", type=whole(1, 8), default=1, metavar="N", help="people in each picture")
+    group.add_argument(
+        "--images-per-prompt",
+        type=whole(1, 1000),
+        default=1,
+        metavar="N",
+        help="pictures of each person by each prompt and method",
+    )
+    group.add_argument("--steps", type=STEPS, default=25, help="denoising steps")
     group.add_argument(
         "--guidance",
-        type=float,
+        type=GUIDANCE,
         help="classifier-free guidance; 1 is off; default: as the model recommends (the avatars: 4, then 2), else 5",
     )
-    group.add_argument("--late-guidance", type=float, help="in the clear half of the timesteps; default: as before")
-    group.add_argument("--scale", type=float, default=1.0, help="strength of the face with the adapter")
-    group.add_argument("--training-free-scale", type=float, default=1.0, help="strength of the face without it")
-    group.add_argument("--self-scale", type=float, default=4.0, help="strength at the self-attention, times these")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--batch-size", type=int, default=4, help="pictures denoised together (memory)")
+    group.add_argument("--late-guidance", type=GUIDED, help="in the clear half of the timesteps; default: as before")
+    group.add_argument("--scale", type=STRENGTH, default=1.0, help="strength of the face with the adapter")
+    group.add_argument("--training-free-scale", type=STRENGTH, default=1.0, help="strength of the face without it")
+    group.add_argument("--self-scale", type=STRENGTH, default=4.0, help="strength at the self-attention, times these")
+    group.add_argument("--seed", type=SEED, default=0, help="of the noise")
+    group.add_argument("--batch-size", type=whole(1, 1000), default=4, help="pictures denoised together (memory)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     group.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
 
@@ -124,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     if result is not None:
-        print(json.dumps(result, indent=1, ensure_ascii=False) if args.json else as_markdown(result))
+        print(json.dumps(result, indent=1) if args.json else as_markdown(result))
     return 0
 
 
@@ -134,13 +142,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise FaceFusionError(f"evaluate needs {missing[0]}: pip install 'face-fusion-pipeline[evaluate]'")
     if args.prompts is None and args.images is None:
         raise FaceFusionError("nothing to evaluate: give --prompts FILE to generate, or --images DIR, or both")
-    limits = {"people": 8, "images_per_prompt": 1000, "steps": 1000, "batch_size": 1000, "max_identities": 10**9}
-    for name, most in limits.items():
-        value = getattr(args, name)
-        if value is not None and not 1 <= value <= most:
-            raise FaceFusionError(f"--{name.replace('_', '-')} must be from 1 to {most}, got {value}")
-    if args.seed < 0:
-        raise FaceFusionError(f"--seed must be 0 or more, got {args.seed}")
     if args.model is not None and args.prompts is not None:
         check_model(args.model)
     defaults = None if args.prompts is None else defaults_beside(args.model)
@@ -149,7 +150,6 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def _settings(args: argparse.Namespace, model: str) -> Settings:
     from ..evaluation.generation import Settings, keep_settings, needs_adapter
-    from ..face_loader_mixin import check_scale
     from ..training.loop import process_group
 
     adapter = args.adapter or (model if (Path(model) / ADAPTER_FILE).is_file() else None)
@@ -160,9 +160,9 @@ def _settings(args: argparse.Namespace, model: str) -> Settings:
         steps=args.steps,
         guidance_scale=args.guidance,
         late_guidance=args.late_guidance,
-        face_scale=check_scale(args.scale, "--scale"),
-        training_free_scale=check_scale(args.training_free_scale, "--training-free-scale"),
-        self_scale=check_scale(args.self_scale, "--self-scale"),
+        face_scale=args.scale,
+        training_free_scale=args.training_free_scale,
+        self_scale=args.self_scale,
         seed=args.seed,
         batch=args.batch_size,
     )
@@ -203,7 +203,7 @@ def _panel(
     args: argparse.Namespace, people: list[Person], model: str | None, device: Any
 ) -> tuple[PicturePanel, dict[str, str]]:
     """All that looks at the pictures; a model of avatars brings its CLIP and the judges of avatars along."""
-    from ..avatars.evaluation.judges import SHIPPED
+    from ..avatars.evaluation.judges import SHIPPED, load_judges
     from ..evaluation.clip_score import is_pipeline_folder
     from ..evaluation.picture_panel import load_panel
     from ..face_detectors import load_detector
@@ -217,7 +217,7 @@ def _panel(
         folder=args.recognisers,
         expression=args.expression,
         clip=args.clip or (model if avatars else None),
-        judges=judges,
+        judges=load_judges(judges) if judges is not None else None,
         device=device,
     )
 
@@ -228,9 +228,4 @@ def _device(name: str) -> Any:
 
     from ..training.loop import process_group
 
-    if name == "auto":
-        return process_group().device
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise FaceFusionError(f"--device {name} cannot be used here: {error}") from error
+    return process_group().device if name == "auto" else torch.device(usable_device(name))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..face_defaults import FACE_MODES
 from ..face_errors import FaceFusionError
+from ..files.folders import is_litter
 from ..generation.arguments import (
     MAX_IMAGES,
     MAX_SEED,
@@ -24,6 +25,8 @@ from ..generation.loading import ADAPTER_FILE, adapter_beside, defaults_beside, 
 from ..generation.prompt_words import groups_of_words, unknown_words_line
 from ..generation.provenance import describe
 from ..generation.references import reference_crops
+from ..training.photos import begins_as_picture
+from ._arguments import GUIDANCE, GUIDED, STEPS, STRENGTH, whole
 
 
 if TYPE_CHECKING:
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 
     from ..face_images import FacePhoto
 
+SIDE = whole(64, 4096, step=8)  # pixels
+BATCH_SIZE = 4
+MOST_PHOTOS = 32  # of a folder: each is one more reference
 HELP = "new pictures of the person in a photo, as a prompt describes them"
 
 
@@ -40,11 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--face",
         action="append",
         required=True,
-        metavar="FILE",
-        help="photo of the person, or an identity saved by FaceIdentity.save (.safetensors); "
-        "repeat for several photos of the same person",
+        metavar="FILE_OR_DIR",
+        help="photo of the person, a folder of such photos, or an identity saved by FaceIdentity.save "
+        "(.safetensors); repeat for several photos of the same person",
     )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the pictures show")
+    parser.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT", help="what the pictures show; repeat for several"
+    )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what they should not show")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for images and contact sheet")
     parser.add_argument(
@@ -62,27 +70,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the face joins: trained weights at the cross-attention (the paper), the model's own at the "
         "self-attention, or both; default: as the model recommends (the avatars: both), else the adapter, if any",
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="strength of the face: 0 off, 1 as in the paper")
+    parser.add_argument("--scale", type=STRENGTH, default=1.0, help="strength of the face: 0 off, 1 as in the paper")
     parser.add_argument(
-        "--self-scale", type=float, help="strength at the self-attention, times --scale; default: of the identity (4)"
+        "--self-scale",
+        type=STRENGTH,
+        help="strength at the self-attention, times --scale; default: of the identity (4)",
     )
     parser.add_argument(
-        "--steps", type=int, help="denoising steps; default: as the model recommends, else 25 (the avatars: 25)"
+        "--steps", type=STEPS, help="denoising steps; default: as the model recommends, else 25 (the avatars: 25)"
     )
     parser.add_argument(
         "--guidance",
-        type=float,
+        type=GUIDANCE,
         help="classifier-free guidance, 1 is off; default: as the model recommends (the avatars: 4, then 2), else 5",
     )
     parser.add_argument(
-        "--late-guidance", type=float, help="guidance in the clear half of the timesteps; default: as before"
+        "--late-guidance", type=GUIDED, help="guidance in the clear half of the timesteps; default: as before"
     )
-    parser.add_argument("--num-images", type=int, default=4, help="number of pictures")
-    parser.add_argument("--batch-size", type=int, default=4, help="pictures denoised together (memory)")
-    parser.add_argument("--seed", type=int, default=0, help="picture i is made with seed + i")
-    parser.add_argument("--height", type=int, help="pixels; default: the model's own")
-    parser.add_argument("--width", type=int, help="pixels; default: the model's own")
-    parser.add_argument("--face-index", type=int, help="which face of the photo, from the left, counted from 0")
+    parser.add_argument(
+        "--num-images", type=whole(1, MAX_IMAGES), default=4, help="number of pictures for each prompt"
+    )
+    parser.add_argument(
+        "--batch-size", type=whole(1, MAX_IMAGES), default=BATCH_SIZE, help="pictures denoised together (memory)"
+    )
+    parser.add_argument(
+        "--seed", type=whole(0, MAX_SEED - MAX_IMAGES), default=0, help="picture i is made with seed + i"
+    )
+    parser.add_argument("--height", type=SIDE, help="pixels; default: --width, else the model's own")
+    parser.add_argument("--width", type=SIDE, help="pixels; default: --height, else the model's own")
+    parser.add_argument(
+        "--face-index", type=whole(0, 999), help="which face of the photo, from the left, counted from 0"
+    )
     parser.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
     parser.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
     parser.add_argument("--no-detect", action="store_true", help="the photo already is a face crop")
@@ -120,9 +138,7 @@ def run(args: argparse.Namespace) -> int:
     check_arguments(args)
     faces = read_faces(args)
     pipe = load_model(args)
-    vocabulary = pipe.face_defaults.vocabulary if pipe.face_defaults is not None else None
-    if words := unknown_words_line(args.prompt, vocabulary):
-        print(f"face-fusion: {words}; the words that the avatars know: --help", file=sys.stderr)
+    warn(pipe, args)
     if args.watermark:
         from ..generation.watermark import add_watermark, check_size
 
@@ -135,24 +151,23 @@ def run(args: argparse.Namespace) -> int:
     written: list[Path] = []
     fused: list[Image.Image] = []
     numbers = free_numbers(args.out)
-    for picture in generate(pipe, args, identity):  # each is saved at once: a run that is stopped keeps what it has
-        text = {**settings, "seed": args.seed + len(fused)}
+    for prompt, seed, picture in generate(pipe, args, identity):  # each is saved at once: a stop keeps what there is
+        text = {**settings, "prompt": prompt, "seed": seed}
         marked = add_watermark(picture) if args.watermark else picture
         names = (f"image_{number:03d}.png" for number in numbers)
         written.append(save_new_png(marked, args.out, names, text))
         fused.append(picture)
     if not args.no_sheet:
-        plain = list(generate(pipe, args, None))
+        plain = [picture for *_, picture in generate(pipe, args, None)]
         columns = {"reference": references, "without Face Fusion": plain, "with Face Fusion": fused}
-        sheet = contact_sheet({label: pictures for label, pictures in columns.items() if pictures})
+        rows = [prompt[:60] for prompt in args.prompt for _ in range(args.num_images)] if len(args.prompt) > 1 else []
+        sheet = contact_sheet({label: pictures for label, pictures in columns.items() if pictures}, rows)
         sheet = add_watermark(sheet) if args.watermark else sheet
         number = number_of(written[0])  # no other run has that of our first picture
         name = f"contact_sheet_{number:03d}.png" if number else "contact_sheet.png"
         written.append(save_png(sheet, args.out / name, {**settings, "seed": args.seed}))
     if args.json:
-        print(
-            json.dumps({"files": [str(path) for path in written], "seed": args.seed, **settings}, ensure_ascii=False)
-        )
+        print(json.dumps({"files": [str(path) for path in written], "seed": args.seed, **settings}))
     else:
         print("\n".join(str(path) for path in written))
     return 0
@@ -160,27 +175,22 @@ def run(args: argparse.Namespace) -> int:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
-    for name, text in (("--prompt", args.prompt), ("--negative-prompt", args.negative_prompt or "-")):
-        check_prompt(text, name)
-    whole = (("--steps", args.steps, 1000), ("--num-images", args.num_images, MAX_IMAGES))
-    for name, value, most in (*whole, ("--batch-size", args.batch_size, MAX_IMAGES)):
-        if not 1 <= value <= most:
-            raise FaceFusionError(f"{name} must be from 1 to {most}, got {value}")
+    for prompt in args.prompt:
+        check_prompt(prompt, "--prompt")
+    if args.negative_prompt:
+        check_prompt(args.negative_prompt, "--negative-prompt")
     if args.refine_faces and args.steps < 3:
         raise FaceFusionError("--refine-faces does a part of the steps again: give --steps 3 or more")
-    if not 0 <= args.seed <= MAX_SEED - MAX_IMAGES:
-        raise FaceFusionError(f"--seed must be from 0 to {MAX_SEED - MAX_IMAGES}, got {args.seed}")
-    for name, value in (("--height", args.height), ("--width", args.width)):
-        if value is not None and not (64 <= value <= 4096 and value % 8 == 0):
-            raise FaceFusionError(f"{name} must be a multiple of 8 from 64 to 4096, got {value}")
     if any(face.endswith(".safetensors") for face in args.face) and len(args.face) > 1:
         raise FaceFusionError("a saved identity holds all references of a person: give it alone as --face")
     if args.mirror and args.face[0].endswith(".safetensors"):
         raise FaceFusionError("--mirror is for photos: a saved identity is encoded already")
     if args.watermark:
-        from ..generation.watermark import blind_watermark
+        from ..generation.watermark import blind_watermark, check_size
 
         blind_watermark()
+        if args.width is not None:
+            check_size(args.width, args.height)
 
 
 def check_model_arguments(args: argparse.Namespace) -> None:
@@ -191,7 +201,12 @@ def check_model_arguments(args: argparse.Namespace) -> None:
 
 
 def set_defaults(args: argparse.Namespace) -> None:
-    """What the model recommends, where nothing was said; the mode is left to the pipeline, which knows its weights."""
+    """What the model recommends, where nothing was said; the mode is left to the pipeline, which knows its weights.
+
+    A folder of photos becomes its photos, and one side of a picture both.
+    """
+    args.face = [photo for face in args.face for photo in photos_in(face)]
+    args.height, args.width = args.height or args.width, args.width or args.height
     defaults = defaults_beside(args.model, args.revision, args.model_config, args.steps)
     args.guidance, args.late_guidance = guidance_scales(args.guidance, args.late_guidance, defaults)
     if args.steps is None:
@@ -199,6 +214,37 @@ def set_defaults(args: argparse.Namespace) -> None:
     if args.mirror is None:
         single = len(args.face) == 1 and not args.face[0].endswith(".safetensors")
         args.mirror = single and defaults is not None and bool(defaults.face_mirrored)
+
+
+def photos_in(face: str) -> list[str]:
+    """The photos of a folder by their names; of anything else itself. Raises [`FaceFusionError`] for none or many."""
+    folder = Path(face)
+    if not folder.is_dir():
+        return [face]
+    files = (path for path in folder.iterdir() if path.is_file() and not is_litter(path.name))
+    photos = sorted(str(path) for path in files if begins_as_picture(path))
+    if not photos:
+        raise FaceFusionError(f"--face {face} has no photos in it")
+    if len(photos) > MOST_PHOTOS:
+        raise FaceFusionError(f"--face {face} has {len(photos)} photos: keep the best {MOST_PHOTOS} or fewer in it")
+    return photos
+
+
+def warn(pipe: Any, args: argparse.Namespace) -> None:
+    """Say what the model is likely to draw badly: words and sizes that it was not trained with."""
+    vocabulary = pipe.face_defaults.vocabulary if pipe.face_defaults is not None else None
+    for words in dict.fromkeys(unknown_words_line(prompt, vocabulary) for prompt in args.prompt):
+        if words:
+            print(f"face-fusion: {words}; the words that the avatars know: --help", file=sys.stderr)
+    side = pipe._default_resolution()
+    if args.width is not None and (
+        max(args.width, args.height) >= 2 * side or min(args.width, args.height) <= side / 2
+    ):
+        print(
+            f"face-fusion: this model draws pictures of {side} pixels a side; at {args.width} x {args.height} people "
+            "come out deformed or several times",
+            file=sys.stderr,
+        )
 
 
 def denoising(args: argparse.Namespace) -> dict[str, Any]:
@@ -219,16 +265,21 @@ def read_faces(args: argparse.Namespace) -> "list[FacePhoto] | Any":
     from ..face_images import locate_face
 
     detector = None if args.no_detect else load_detector(args.detector, args.detector_model)
-    return [locate_face(face, detector, args.face_index) for face in args.face]
+    photos, bad = [], []
+    for face in args.face:
+        try:
+            photos.append(locate_face(face, detector, args.face_index))
+        except FaceFusionError as error:
+            bad.append(error)
+    if len(bad) > 1:
+        raise FaceFusionError(f"{len(bad)} of {len(args.face)} photos cannot be used: {'; '.join(map(str, bad))}")
+    if bad:
+        raise bad[0]
+    return photos
 
 
 def load_model(args: argparse.Namespace) -> Any:
     """The pipeline; `args.adapter` then says which adapter it has."""
-    from ..face_loader_mixin import check_scale
-
-    check_scale(args.scale, "--scale")
-    if args.self_scale is not None:
-        check_scale(args.self_scale, "--self-scale")
     args.adapter = args.adapter or adapter_beside(args.model)
     version = {"revision": args.revision, "variant": args.variant, "config": args.model_config}
     pipe = load_pipeline(args.model, args.adapter, args.device, args.dtype, **version)
@@ -269,15 +320,19 @@ def free_numbers(folder: Path) -> Iterator[int]:
     return itertools.count(max(taken, default=-1) + 1)
 
 
-def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[Image.Image]":
-    """All pictures, with a face or (None) without; picture i depends on seed + i only, not on the batch."""
+def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[tuple[str, int, Image.Image]]":
+    """All pictures with their prompts and seeds, with a face or (None) without.
+
+    Picture i of each prompt depends on seed + i only, not on the batch.
+    """
     import torch
 
-    for first in range(0, args.num_images, args.batch_size):
+    batches = itertools.product(args.prompt, range(0, args.num_images, args.batch_size))
+    for prompt, first in batches:
         count = min(args.batch_size, args.num_images - first)
         seeds = range(args.seed + first, args.seed + first + count)
         output = pipe(
-            args.prompt,
+            prompt,
             negative_prompt=args.negative_prompt,
             face_image=identity,
             face_scale=args.scale,
@@ -291,10 +346,14 @@ def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[Im
         if any(output.nsfw_content_detected or []):
             print("face-fusion: the safety checker blacked out a picture: try another prompt or seed", file=sys.stderr)
         for seed, picture in zip(seeds, output.images, strict=True):
-            yield refined(pipe, args, identity, picture, seed) if identity and args.refine_faces else picture
+            if identity and args.refine_faces:
+                picture = refined(pipe, args, identity, prompt, picture, seed)
+            yield prompt, seed, picture
 
 
-def refined(pipe: Any, args: argparse.Namespace, identity: Any, picture: "Image.Image", seed: int) -> "Image.Image":
+def refined(
+    pipe: Any, args: argparse.Namespace, identity: Any, prompt: str, picture: "Image.Image", seed: int
+) -> "Image.Image":
     """The picture after a second pass over its largest face; as it is, if no face is found in it."""
     import torch
 
@@ -303,7 +362,7 @@ def refined(pipe: Any, args: argparse.Namespace, identity: Any, picture: "Image.
     try:
         (again,) = pipe.refine_faces(
             picture,
-            args.prompt,
+            prompt,
             face_image=identity,
             face_scale=args.scale,
             face_self_scale=args.self_scale,
@@ -321,7 +380,7 @@ def settings_of(args: argparse.Namespace, pipe: Any, identity: Any) -> dict[str,
     """What made the pictures, for PNG text chunks and --json."""
     own = identity.self_attention
     settings: dict[str, object] = {
-        "prompt": args.prompt,
+        "prompt": args.prompt[0] if len(args.prompt) == 1 else args.prompt,
         "negative_prompt": args.negative_prompt,
         "face_scale": args.scale,
         "face_self_scale": args.self_scale if args.self_scale is not None or own is None else own.scale,
@@ -331,6 +390,7 @@ def settings_of(args: argparse.Namespace, pipe: Any, identity: Any) -> dict[str,
         "late_guidance": args.late_guidance,
         "refine_faces": args.refine_faces,
         "mirror": args.mirror,
+        "watermark": args.watermark,
         "revision": args.revision,
     }
     return describe(pipe, args.model, args.adapter, settings)

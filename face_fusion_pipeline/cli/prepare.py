@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..face_errors import FaceFusionError
 from ..files.atomic import check_new
 from ..generation.arguments import add_version_arguments, check_version
+from ._arguments import COUNT, real, whole
 
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 HELP = "turn photos into training data: detect, filter, crop, pair, encode"
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 MOST_RENDERING = 4  # processes share the GPU's memory
+SIDE = whole(16, 2048, step=8)  # pixels
 DEFAULT_RESOLUTION = 512  # pixels, where no model says another
 
 
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("source")
-    source.add_argument("--limit", "--max-train-samples", type=int, metavar="N", help="read only so many photos")
+    source.add_argument("--limit", "--max-train-samples", type=COUNT, metavar="N", help="read only so many photos")
     source.add_argument("--image-column", default="image", help="of a Hugging Face dataset")
     source.add_argument("--caption-column", default="text")
     source.add_argument("--identity-column", default="identity")
@@ -65,20 +67,25 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
     chosen = parser.add_argument_group("selection")
     chosen.add_argument(
-        "--resolution", type=int, help=f"pixels a side (default: the model's, or {DEFAULT_RESOLUTION})"
+        "--resolution", type=SIDE, help=f"pixels a side (default: the model's, or {DEFAULT_RESOLUTION})"
     )
-    chosen.add_argument("--reference-resolution", type=int, help="of the face crop (default: --resolution)")
-    chosen.add_argument("--min-side", type=int, help="least side of a photo, pixels (default: half of --resolution)")
-    chosen.add_argument("--min-face", type=float, help="least height of the face (default: --resolution / 8)")
-    chosen.add_argument("--min-sharpness", type=float, default=10.0, help="0 takes blurred faces too")
-    chosen.add_argument("--min-face-share", type=float, default=0.15, help="faces that are smaller are cropped closer")
+    chosen.add_argument("--reference-resolution", type=SIDE, help="of the face crop (default: --resolution)")
+    chosen.add_argument("--min-side", type=COUNT, help="least side of a photo, pixels (default: half of --resolution)")
+    chosen.add_argument("--min-face", type=real(1), help="least height of the face (default: --resolution / 8)")
+    chosen.add_argument("--min-sharpness", type=real(), default=10.0, help="0 takes blurred faces too")
+    chosen.add_argument(
+        "--min-face-share", type=real(0.01, 1), default=0.15, help="faces that are smaller are cropped closer"
+    )
     chosen.add_argument("--caption", default="a photo of a person", help="of photos that have none")
     chosen.add_argument(
-        "--augmentations", type=int, default=4, help="pictures made of the crop of a person with a single photo"
+        "--augmentations",
+        type=whole(0, 64),
+        default=4,
+        help="pictures made of the crop of a person with a single photo",
     )
     chosen.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
     chosen.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
-    chosen.add_argument("--workers", type=int, default=DEFAULT_WORKERS, help="processes")
+    chosen.add_argument("--workers", type=whole(1, 256), default=DEFAULT_WORKERS, help="processes")
 
 
 def given_words(args: argparse.Namespace, add: Callable[[argparse.ArgumentParser], None]) -> list[str]:
@@ -142,19 +149,6 @@ def run_rendered(args: argparse.Namespace) -> int:
 
 def check_selection(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong at once. Raises [`FaceFusionError`]."""
-    for name in ("resolution", "reference_resolution"):
-        value = getattr(args, name)
-        if value is not None and not (16 <= value <= 2048 and value % 8 == 0):
-            raise FaceFusionError(f"--{name.replace('_', '-')} must be a multiple of 8 from 16 to 2048, got {value}")
-    limits = {"augmentations": (0, 64), "workers": (1, 256), "min_sharpness": (0, 1e6), "min_face_share": (0.01, 1)}
-    for name, (least, most) in limits.items():
-        if not least <= getattr(args, name) <= most:
-            flag = name.replace("_", "-")
-            raise FaceFusionError(f"--{flag} must be from {least} to {most:g}, got {getattr(args, name)}")
-    for name in ("limit", "min_side", "min_face"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise FaceFusionError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 def first_look(source: str, args: argparse.Namespace) -> Iterator[Piece]:

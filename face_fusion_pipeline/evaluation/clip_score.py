@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
 
 from ..face_errors import ModelNotFoundError
 
@@ -35,8 +42,6 @@ class ClipScore:
                 self.processor = CLIPImageProcessorPil.from_pretrained(model)
                 self.tokenizer = CLIPTokenizer.from_pretrained(model)
             else:
-                from ..avatars.training.clip import load_clip
-
                 clip = load_clip(folder)
                 side = clip.config.vision_config.image_size
                 half = [0.5, 0.5, 0.5]
@@ -81,3 +86,17 @@ class ClipScore:
 def is_pipeline_folder(folder: Path) -> bool:
     """Whether a model folder brings a CLIP of its own along."""
     return (folder / "clip_score").is_dir() and (folder / "image_encoder").is_dir()
+
+
+def load_clip(folder: Path) -> CLIPModel:
+    """Both towers in a pipeline folder as one CLIP; the temperature starts at CLIP's usual 1/0.07."""
+    text = CLIPTextModelWithProjection.from_pretrained(folder / "clip_score", dtype=torch.float32)
+    vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder", dtype=torch.float32)
+    config = CLIPConfig(
+        text_config=text.config.to_dict(),
+        vision_config=vision.config.to_dict(),
+        projection_dim=text.config.projection_dim,
+    )
+    clip = CLIPModel(config)
+    clip.load_state_dict({**clip.state_dict(), **text.state_dict(), **vision.state_dict()})
+    return clip

@@ -6,16 +6,14 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby, product
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..avatars.evaluation.renders import to_pil
-from ..avatars.evaluation.trials import TRUE_BOX, CutOut, Trial, reference_face
 from ..face_errors import FaceFusionError
 from ..face_images import with_mirrored
 from ..face_self_attention import SelfAttentionReference
@@ -25,11 +23,14 @@ from ..generation.contact_sheet import save_png
 from ..generation.loading import load_pipeline
 from ..generation.provenance import DISCLOSURE, SOURCE_TYPE
 from ..late_guidance import LateGuidance
+from .image_files import to_pil
 from .pictures import Picture
 
 
 BLACKED_OUT = "blacked_out"  # in the text of a PNG file
 MIRRORED = "-mirrored"  # at the end of a method: the mirrored reference is a second one
+CutOut = Literal["true", "yunet", "haar"]  # whose box an avatar is cut out by: the renderer's, a detector's
+TRUE_BOX: CutOut = "true"
 METHODS = ("none", "training-free", "adapter")  # the usual ones
 _LATER = {
     "weights_hash": None,
@@ -55,7 +56,7 @@ class Settings:
     batch: int = 4
     controlnet: str | None = None
     dtype: str = "float32"
-    cut_out: CutOut = TRUE_BOX  # or the detector whose box the reference of an avatar is cut out by
+    cut_out: CutOut = TRUE_BOX  # of references that are avatars
     late_guidance: float | None = None  # guidance in the clear half of the timesteps; None: as before
     self_scale: float = SelfAttentionReference.scale  # of training-free and both, at the self-attention
     weights_hash: str | None = None  # of local files, which may be trained on under the same name
@@ -124,27 +125,6 @@ def keep_settings(out: Path, settings: Settings) -> None:
     write_text(path, json.dumps(now, indent=1) + "\n")
 
 
-def image_path(out: Path, trial: Trial, method: str) -> Path:
-    """Where the image of a trial lies. The prompt is part of the name: another prompt is another image."""
-    mark = hashlib.sha256(trial.text.encode()).hexdigest()[:8]
-    return out / "images" / f"{trial.key}_{method}_{mark}.png"
-
-
-def generate(pipe: Any, trials: list[Trial], methods: list[str], settings: Settings, out: Path) -> None:
-    """Make the missing images of all trials of avatars by all methods, see `make_pictures`."""
-    keep_settings(out, settings)
-    pictures = [
-        Picture(image_path(out, trial, method), method, (str(person),), trial.text, trial.seed)
-        for person, group in groupby(trials, key=lambda trial: trial.person)
-        for method, trial in product(methods, list(group))
-    ]
-
-    def face_of(name: str) -> Image.Image:
-        return reference_face(int(name), seed=settings.seed, cut_out=settings.cut_out)
-
-    make_pictures(pipe, pictures, face_of, settings)
-
-
 def make_pictures(
     pipe: Any,
     pictures: Sequence[Picture],
@@ -209,16 +189,3 @@ def _images(
     )
     hidden = getattr(output, "nsfw_content_detected", None) or [False] * len(pictures)
     return list(zip(output.images.float().cpu(), map(bool, hidden), strict=True))
-
-
-@torch.inference_mode()
-def trial_image(pipe: Any, trial: Trial, settings: Settings, **face: Any) -> torch.Tensor:
-    """The picture (3, H, W) in [0, 1] of one trial on the CPU, with the arguments about faces that `pipe` takes."""
-    output = pipe(
-        trial.text,
-        **settings.call,
-        generator=torch.Generator().manual_seed(trial.seed),
-        output_type="pt",
-        **face,
-    )
-    return output.images[0].float().cpu()

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..avatars.evaluation.judges import Judges
-from ..avatars.evaluation.renders import from_pil
 from ..face_detectors import Face
 from .alignment import align_faces
 from .copying import head_rotation
 from .faces import FaceFinder
+from .image_files import from_pil
 from .recognisers import CROP_SIZE, Recogniser
 
 
@@ -28,18 +27,6 @@ class Classifier(Protocol):
     def embed(self, images: torch.Tensor, landmarks: torch.Tensor) -> np.ndarray:
         """Images (B, 3, H, W) in [0, 1] and landmarks (B, 5, 2) in pixels to logits (B, C)."""
         ...
-
-
-@dataclass
-class AvatarExpression:
-    """The expression judge as a classifier."""
-
-    judges: Judges
-    name: str = "avatar expression judge"
-
-    @torch.inference_mode()
-    def embed(self, images: torch.Tensor, landmarks: torch.Tensor) -> np.ndarray:
-        return self.judges.expression(self.judges.expression.faces(images, landmarks)).numpy()
 
 
 @dataclass

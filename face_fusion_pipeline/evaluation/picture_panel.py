@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from huggingface_hub import try_to_load_from_cache
 
-from ..avatars.evaluation.judges import WEIGHTS_NAME, Judges, load_judges
 from ..face_detectors import YUNET_WAYS, FaceDetector
 from ..face_errors import ModelNotFoundError
 from .clip_score import CLIP_ID, ClipScore
-from .faces import FaceFinder
-from .observation import AvatarExpression, Classifier, Observer
+from .faces import FaceFinder, Locator
+from .observation import Classifier, Observer
 from .people import Person
 from .picture_rows import PicturePanel
 from .recognisers import DeepFaceRecogniser, OnnxRecogniser, Recogniser, insightface_recogniser, load_recognisers
@@ -33,6 +32,17 @@ LANDMARKS = f"the detector gives no landmarks, as YuNet does: {YUNET_WAYS}"
 COMPARED = "face recognition, pose, expression, PSNR and SSIM"
 
 
+class Judges(Locator, Recogniser, Protocol):
+    """Networks for one kind of picture, such as rendered avatars, that recognise, give landmarks and expressions."""
+
+    path: Path | None  # of their weights
+
+    @property
+    def expressions(self) -> Classifier:
+        """Who names expressions."""
+        ...
+
+
 def load_panel(
     people: dict[str, Person],
     detector: FaceDetector,
@@ -41,7 +51,7 @@ def load_panel(
     folder: Path | None = None,
     expression: Path | None = None,
     clip: str | None = None,
-    judges: Path | None = None,
+    judges: Judges | None = None,
     device: Any = "cpu",
 ) -> tuple[PicturePanel, dict[str, str]]:
     """The panel, and what is left out with the reason.
@@ -51,34 +61,32 @@ def load_panel(
         folder: of further recognisers as ONNX files.
         expression: an ONNX classifier of aligned 112 x 112 crops.
         clip: folder or Hub id; None takes CLIP_ID if it is in the cache.
-        judges: folder of avatar judges; they recognise, name expressions and give landmarks, of avatars only.
+        judges: for pictures of their kind; `avatars.evaluation.judges.load_judges` gives those of avatars.
 
     Raises FaceFusionError for a bad specification, ModelNotFoundError for a file that is not there.
     """
-    own = load_judges(judges) if judges is not None else None
-    known, missing = _recognisers(list(recognisers), folder, own)
+    known, missing = _recognisers(list(recognisers), folder)
+    known += [judges] if judges is not None else []
     present = {recogniser.name for recogniser in known}
     left_out = {name: way for name, way in PAPER.items() if name not in present} | missing
-    classifier: Classifier | None = AvatarExpression(own) if own is not None else None
+    classifier = judges.expressions if judges is not None else None
     if expression is not None:
         classifier = OnnxRecogniser(expression, preprocessing="arcface")
     if classifier is None:
         left_out["expression"] = EXPRESSION
-    if detector.name == "haar" and own is None:
+    if detector.name == "haar" and judges is None:
         left_out[COMPARED] = LANDMARKS
     if not any(person.others for person in people.values()):
         left_out["Sim(GT), copy-paste"] = "nobody in --identities has a second photo"
     score = _clip(clip, left_out, device)
     files = [r.path for r in known if isinstance(r, OnnxRecogniser)]
     files += [expression] if expression is not None else []
-    files += [judges / WEIGHTS_NAME] if judges is not None else []
+    files += [judges.path] if judges is not None and judges.path is not None else []
     mark = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-    return PicturePanel(people, Observer(FaceFinder(detector, own), known, classifier), score, mark), left_out
+    return PicturePanel(people, Observer(FaceFinder(detector, judges), known, classifier), score, mark), left_out
 
 
-def _recognisers(
-    specs: list[str], folder: Path | None, judges: Judges | None
-) -> tuple[list[Recogniser], dict[str, str]]:
+def _recognisers(specs: list[str], folder: Path | None) -> tuple[list[Recogniser], dict[str, str]]:
     """A package that is not installed is left out; a file that is not there is a mistake of the caller."""
     found: list[Recogniser] = []
     missing: dict[str, str] = {}
@@ -94,7 +102,7 @@ def _recognisers(
         except ModelNotFoundError as error:
             missing["ArcFace" if package == "insightface" else rest] = str(error)
     found += load_recognisers(files, folder)
-    return [*found, *([judges] if judges is not None else [])], missing
+    return found, missing
 
 
 def _clip(model: str | None, left_out: dict[str, str], device: Any) -> ClipScore | None:

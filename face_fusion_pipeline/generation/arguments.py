@@ -1,6 +1,7 @@
 """Arguments of the commands and the app, checked before torch is imported: bad input is answered at once."""
 
 import argparse
+import json
 import re
 from pathlib import Path
 
@@ -9,11 +10,14 @@ from ..face_errors import FaceFusionError, InvalidPromptError, ModelNotFoundErro
 
 
 MAX_IMAGES, MAX_SEED = 1000, 2**63 - 1
+MAX_PROMPT = 2000  # characters; a text encoder reads some 350 of them
 METHODS = ("none", *FACE_MODES, *(f"{mode}-mirrored" for mode in FACE_MODES))  # of the evaluations
 
 
 def check_prompt(text: str, name: str) -> None:
-    """Raise [`InvalidPromptError`] unless `text`, which the user knows as `name`, is readable and not empty."""
+    """Raise [`InvalidPromptError`] unless `text`, known to the user as `name`, is readable, neither empty nor long."""
+    if len(text) > MAX_PROMPT:
+        raise InvalidPromptError(f"{name} has {len(text):,} characters: give at most {MAX_PROMPT:,}")
     if not text.strip() or "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
         raise InvalidPromptError(f"{name} must be readable text that is not empty, got {text!r}")
 
@@ -62,8 +66,8 @@ def check_model(model: str) -> None:
 def check_folder_or_id(model: str) -> None:
     """Raise [`ModelNotFoundError`] unless `model` is a diffusers folder or can be a Hub id."""
     path = Path(model)
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise ModelNotFoundError(f"{model} is no diffusers model: it has no model_index.json")
+    if path.is_dir():
+        _check_index(path / "model_index.json")
     if path.is_file():
         raise ModelNotFoundError(f"{model} is a file: a diffusers folder or a Hub id (owner/name) is meant")
     if path.exists():
@@ -74,22 +78,29 @@ def check_folder_or_id(model: str) -> None:
         raise ModelNotFoundError(f"there is no folder {model}, and it is no Hub id (owner/name) either")
 
 
+def _check_index(file: Path) -> None:
+    if not file.is_file():
+        raise ModelNotFoundError(f"{file.parent} is no diffusers model: it has no {file.name}")
+    try:
+        index = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelNotFoundError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ModelNotFoundError(f"{file} is not that of a diffusers model: it names no pipeline (_class_name)")
+
+
 def guidance_scales(
     guidance: float | None, late: float | None, defaults: FaceDefaults | None = None, *, name: str = "--guidance"
 ) -> tuple[float, float | None]:
     """Guidance, and that of the clear half of the timesteps, or None: as before.
 
     Where nothing was asked for, it is what the model recommends, else 5; guidance that was asked for is that of all
-    steps. Raises [`FaceFusionError`] for numbers out of range.
+    steps. Raises [`FaceFusionError`] for late guidance where there is none before.
     """
     if guidance is None:
         defaults = defaults or FaceDefaults()
         guidance = 5.0 if defaults.guidance_scale is None else defaults.guidance_scale
         late = defaults.late_guidance if late is None else late
-    if not 0 <= guidance <= 100:
-        raise FaceFusionError(f"{name} must be from 0 to 100, got {guidance}")
-    if late is not None and not 1 < late <= 100:
-        raise FaceFusionError(f"--late-guidance must be above 1, at most 100, got {late}")
     if late is not None and not guidance > 1:
         raise FaceFusionError(f"--late-guidance goes with {name} above 1, got {guidance}")
     return guidance, late

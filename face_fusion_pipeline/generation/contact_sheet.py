@@ -67,5 +67,6 @@ def _write(image: Image.Image, path: Path, text: Mapping[str, object] | None) ->
     chunks = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         if value is not None:
-            chunks.add_text(key, str(value))  # Pillow writes what is not Latin-1 as an international chunk
+            readable = str(value).encode(errors="backslashreplace").decode()  # a file's name may be no text
+            chunks.add_text(key, readable)  # Pillow writes what is not Latin-1 as an international chunk
     image.save(path, format="PNG", pnginfo=chunks)

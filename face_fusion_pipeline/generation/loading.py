@@ -3,7 +3,8 @@
 torch and diffusers are imported inside the function: `--help` and the checks of arguments do without them.
 """
 
-import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,63 @@ def controlnet_beside(model: str | None) -> str | None:
     return str(path) if (path / "config.json").is_file() else None
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """diffusers and transformers say errors only, without bars: what they do takes seconds. Downloads keep theirs."""
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging as of_transformers
+
+    libraries = (of_diffusers, of_transformers)
+    before = [library.get_verbosity() for library in libraries]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    downloads = not hub.are_progress_bars_disabled()
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    if downloads:  # transformers has taken their bars away with its own
+        hub.enable_progress_bars()
+    try:
+        yield
+    finally:
+        for library, verbosity, bar in zip(libraries, before, bars, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
+
+
+def usable_device(name: str) -> str:
+    """The device of torch that "auto" or another name means. Raises [`FaceFusionError`] where nothing can be computed
+    on it: it is not there, or it is none for numbers, as "meta"."""
+    import torch
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+        why = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise FaceFusionError(f"--device {name[:40]} cannot be used here: {why}") from error
+    return device
+
+
 def unloadable(what: str, error: Exception) -> ModelNotFoundError:
     """The error of a model that cannot be loaded, in one line; of one that has pickles alone, with the way out."""
     reason = short(error) or type(error).__name__
+    if _is_offline(error):
+        reason = "it is not in the cache, and the Hub cannot be reached: go online once, or name a folder"
     if "safetensors" in reason or ".bin" in reason:
         reason += "; only .safetensors weights are read: convert pickled ones, `save_pretrained` writes them"
     return ModelNotFoundError(f"cannot load the {what}: {reason}")
+
+
+def _is_offline(error: BaseException | None) -> bool:
+    """Whether an error came of a Hub that cannot be reached, or must not be."""
+    from httpx import TransportError
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while error is not None and not isinstance(error, (ConnectionError, TransportError, LocalEntryNotFoundError)):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def model_class(model: str, **hub: Any) -> str:
@@ -95,15 +147,12 @@ def load_checkpoint(
 
 
 def text_to_image_class(model: str, **hub: Any) -> Any:
-    """Our pipeline that draws with `model` from a text. Raises [`FaceFusionError`] where there is none."""
+    """Our pipeline that draws with `model`, a folder, Hub id or checkpoint file, from a text."""
     from ..pipeline import StableDiffusionFaceFusionPipeline
+    from ..pipeline_xl import StableDiffusionXLFaceFusionPipeline
 
-    if "XL" not in model_class(model, **hub):
-        return StableDiffusionFaceFusionPipeline
-    try:
-        return importlib.import_module("..pipeline_xl", __package__).StableDiffusionXLFaceFusionPipeline
-    except ModuleNotFoundError as error:
-        raise FaceFusionError(f"{model} is Stable Diffusion XL: take a 1.x or 2.x model here") from error
+    is_xl = "XL" in model_class(model, **hub)
+    return StableDiffusionXLFaceFusionPipeline if is_xl else StableDiffusionFaceFusionPipeline
 
 
 def check_draws_text(pipe: Any, model: str) -> None:
@@ -142,16 +191,28 @@ def load_pipeline(
             AdapterMismatchError for the rest.
     """
     model = model or str(embedded_model())
+    device = usable_device(device)
+    with quietly():
+        pipe = _from_pretrained(model, device, dtype, controlnet, revision, variant, config)
+    pipe.set_progress_bar_config(desc="denoising", leave=False)
+    if adapter is not None:
+        pipe.load_face_fusion_adapter(adapter)
+    return pipe.to(device)
 
+
+def _from_pretrained(
+    model: str,
+    device: str,
+    dtype: str,
+    controlnet: str | None,
+    revision: str | None,
+    variant: str | None,
+    config: str | None,
+) -> Any:
     import torch
     from diffusers import ControlNetModel
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     name = ("float16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise FaceFusionError(f"--device {device} cannot be used here: {error}") from error
     settings: dict[str, Any] = {"dtype": getattr(torch, name)}
     what = f"model {model}"
     try:
@@ -162,11 +223,8 @@ def load_pipeline(
         pipeline_class = text_to_image_class(model, revision=revision)
         pipe = load_checkpoint(pipeline_class, model, config, variant, revision=revision, **settings)
         check_draws_text(pipe, model)
+        return pipe
     except FaceFusionError:
         raise
     except Exception as error:  # not there, offline, gated, a broken or other kind of model, pickles: any type
         raise unloadable(what, error) from error
-    pipe.set_progress_bar_config(desc="denoising", leave=False)
-    if adapter is not None:
-        pipe.load_face_fusion_adapter(adapter)
-    return pipe.to(device)

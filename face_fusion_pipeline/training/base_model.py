@@ -17,7 +17,7 @@ from torch import Tensor
 from ..face_errors import FaceFusionError
 from ..generation.loading import check_draws_text, load_checkpoint, model_class, unloadable
 from ..pipeline import StableDiffusionFaceFusionPipeline
-from ..unet_family import TEXT, encode_latents, text_conditions, unet_arguments
+from ..unet_family import TEXT, encode_latents, latent_scaling, text_conditions, unet_arguments
 from .loop import TrainingError
 from .objective import NoiseSchedule
 
@@ -88,8 +88,8 @@ class BaseModel:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), about [0, 1], of scaled latents; gradients pass through."""
-        config = self.vae.config
-        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        shift, scale = latent_scaling(self.vae, latents)
+        latents = latents / scale + shift
         return self.vae.decode(latents.to(self.vae.dtype)).sample.float() / 2 + 0.5
 
     def unet_arguments(self, conditions: Mapping[str, Tensor], side: int) -> dict[str, Any]:

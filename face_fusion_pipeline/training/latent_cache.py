@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -24,16 +25,17 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..avatars.training.unet import fingerprint
 from ..face_errors import UnreadableImageError
 from ..face_files import save_tensors
 from ..face_pictures import load_image
 from ..files.atomic import write_text
 from .augmentation import augmented
 from .base_model import BaseModel
+from .loop import digest, process_group
 from .preparation import Row, data_key, has_partner, read_rows
 from .sources import DataError
 
@@ -58,8 +60,14 @@ class Cache:
 def cache_folders(folder: Path, base: BaseModel, augmentations: int = AUGMENTATIONS) -> Cache:
     """Where the shards of a prepared folder lie for this base: another part of it or other data is another place."""
     data = data_key(folder)
-    vae = [fingerprint(base.vae), base.vae.config.scaling_factor, data, augmentations]
-    text = [[fingerprint(encoder) for encoder in base.text_encoders], base.is_xl, data]  # XL takes an earlier layer
+    vae = [digest(base.vae.state_dict()), base.vae.config.scaling_factor, data, augmentations]
+    if mean := getattr(base.vae.config, "latents_mean", None):
+        vae += [list(mean), list(base.vae.config.latents_std)]
+    text = [
+        [digest(encoder.state_dict()) for encoder in base.text_encoders],
+        base.is_xl,
+        data,
+    ]  # XL takes an earlier layer
     return Cache(folder / "latents" / _digest(vae), folder / "conditions" / _digest(text))
 
 
@@ -105,7 +113,7 @@ def write_shards(
     count = described["examples"]
     for start in tqdm(range(0, count, SHARD), desc=f"encoding {what}", unit="shard", disable=not progress):
         path = shard_path(target, start // SHARD)
-        if not (path.is_file() and is_whole(path)):
+        if not is_stored(path, first=str(start)):
             tensors = shard(range(start, min(start + SHARD, count)))
             save_tensors(path, tensors, {"first": str(start), "base": described["base"]})
     write_text(target / COMPLETE, json.dumps(described) + "\n")
@@ -115,13 +123,29 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.safetensors"
 
 
-def is_whole(path: Path) -> bool:
-    """False for a file that is no safetensors file or was cut off, which is then made again."""
+def is_stored(path: Path, **metadata: str) -> bool:
+    """Whether a safetensors file with these metadata is there; one that was cut off is not, and is made again."""
     try:
         with safe_open(path, "pt") as file:
-            return bool(file.metadata())
+            return metadata.items() <= (file.metadata() or {}).items()
     except (SafetensorError, OSError):
         return False
+
+
+def cached(path: Path, key: str, make: Callable[[], Tensor]) -> Tensor:
+    """The tensor in the file `path` if it was stored under the same `key`; else make and store it.
+
+    Of several processes the first one makes it while the others wait.
+    """
+    with process_group().main_process_first():
+        if is_stored(path, key=key):
+            return load_file(path)["tensor"]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count() or threads)  # nobody else works meanwhile
+        tensor = make().cpu().contiguous()
+        torch.set_num_threads(threads)
+        save_tensors(path, {"tensor": tensor}, {"key": key})
+    return tensor
 
 
 def picture_shard(

@@ -47,6 +47,7 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .errors import TrainingError
+from .kernels import training_kernels
 from .optimizers import create_optimizer
 from .run_records import RECORD, add_record, known_records
 
@@ -203,19 +204,6 @@ def learning_rate(options: LoopOptions, step: int, progress: float) -> float:
     if options.schedule == "constant":
         decay = 1.0
     return options.lr * min(1.0, (step + 1) / max(options.warmup, 1)) * decay
-
-
-@contextmanager
-def training_kernels() -> Iterator[None]:
-    """cuDNN as training wants it, and afterwards as it was."""
-    searched, attends = torch.backends.cudnn.benchmark, torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cudnn.benchmark = True  # shapes do not change: the quickest convolutions are worth a search
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients of masked attention can be NaN (pytorch #196678)
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = searched
-        torch.backends.cuda.enable_cudnn_sdp(attends)
 
 
 @training_kernels()

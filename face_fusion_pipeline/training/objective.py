@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..face_layout import BOX_ENLARGE
 from .loop import TrainingError
 
 
+RECOGNISERS = {"avatars": "face_fusion_pipeline.avatars.training.recogniser:load_training_recogniser"}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # Images (B, 3, H, W) in [0, 1] and landmarks5 (B, 5, 2) in their pixels -> embeddings (B, D), differentiable.
 Recogniser = Callable[[Tensor, Tensor], Tensor]
@@ -38,6 +39,10 @@ class NoiseSchedule:
 
     def __len__(self) -> int:
         return len(self.alphas)
+
+    def to(self, device: torch.device) -> NoiseSchedule:
+        """The same on `device`, where looking up a level waits for nothing."""
+        return replace(self, alphas=self.alphas.to(device))
 
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ and √(1−ᾱ), each (B, 1, 1, 1)."""
@@ -82,12 +87,12 @@ class NoiseSchedule:
 
 
 def spread_timesteps(count: int, length: int, generator: torch.Generator, power: float = 1.0) -> Tensor:
-    """Timesteps (count,), length * u^power with u from each of `count` equal ranges in random order.
+    """Timesteps (count,) on the generator's device, length * u^power, u from each of `count` equal ranges at random.
 
     So they vary less than independent ones. With a power below 1 noisy steps come more often.
     """
-    ranges = torch.randperm(count, generator=generator)
-    within = torch.rand(count, generator=generator)
+    ranges = torch.randperm(count, generator=generator, device=generator.device)
+    within = torch.rand(count, generator=generator, device=generator.device)
     return (((ranges + within) / count) ** power * length).long().clamp(max=length - 1)
 
 
@@ -151,16 +156,12 @@ def jittered(landmarks5: Tensor, draws: Tensor, strength: float) -> Tensor:
     return middle + (landmarks5 - middle) @ rotation.mT + (0.1 * extent[:, None] * torch.stack(aside, -1))[:, None]
 
 
-def load_recogniser(name: str) -> Any:
-    """The recogniser of an identity loss: `avatars`, or `MODULE:FUNCTION`, a function that returns a [`Recogniser`].
+def load_identity_recogniser(name: str) -> Any:
+    """That of an identity loss: `avatars`, or `MODULE:FUNCTION`, a function that returns a [`Recogniser`].
 
     An nn.Module is frozen and moves with the training. Raises [`TrainingError`] if there is none.
     """
-    if name == "avatars":
-        from ..avatars.training.recogniser import load_recogniser as load_avatar_recogniser
-
-        return load_avatar_recogniser()
-    module, colon, function = name.partition(":")
+    module, colon, function = RECOGNISERS.get(name, name).partition(":")
     try:
         if not colon:
             raise ValueError("it has no colon")

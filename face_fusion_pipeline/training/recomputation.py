@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..avatars.training.unet import plain_attention
 from ..face_attention import attention_layers, installed_processors
+from .kernels import plain_attention
 
 
 def enable_recomputation(unet: Any) -> None:

@@ -93,7 +93,7 @@ def select(photo: Photo, options: SelectionOptions, detector: Callable[[], FaceD
     image = load_image(photo.content)
     photo = possible(photo, image.size)
     image, face = find(photo, image, options, detector)
-    left, top, side = square_around(face, image.size, options.min_face_share)
+    left, top, side = training_square(face, image.size, options.min_face_share)
     scale = options.resolution / side
     placed = face.moved(scale, -left * scale, -top * scale)
     if photo.reference is None:
@@ -155,7 +155,7 @@ def reference_crop(path: object, options: SelectionOptions, detector: Callable[[
     return crop_face(image, face.box, CROP_ENLARGE, options.reference_resolution)
 
 
-def square_around(face: Face, size: tuple[int, int], min_face_share: float) -> tuple[int, int, int]:
+def training_square(face: Face, size: tuple[int, int], min_face_share: float) -> tuple[int, int, int]:
     """(left, top, side) of the largest square in an image of `size` (width, height) that has the face in its middle.
 
     As near to the middle as the image allows; closer where the face would be less than `min_face_share` of the side.

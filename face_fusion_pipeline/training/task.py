@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..avatars.training.unet import plain_attention_on_cpu
 from ..face_adapter import (
     ADAPTER_WEIGHTS_NAME,
     FaceFusionAdapter,
@@ -32,6 +31,7 @@ from ..face_adapter import (
 from ..face_layout import layer_sizes
 from ..reference_pass import capture_hidden_states, noise_latents
 from .base_model import BaseModel
+from .kernels import plain_attention_on_cpu
 from .loop import Batch, Part, Task, seeded
 from .objective import Recogniser, face_mask, face_places, jittered, spread_timesteps, unlikeness, weighted_error
 from .pairs import Pairs, Reference

@@ -3,8 +3,8 @@ function refuseLargeFiles(event, files) {
   const field = event.target.closest("[id^=photos_], .row");
   if (!field) return;
   if (field.nextElementSibling?.matches(".over-limit")) field.nextElementSibling.remove();
-  const large = [...files].find((file) => file.size > LIMIT);
-  if (!large) return;
+  const large = [...files].filter((file) => file.size > LIMIT);
+  if (!large.length) return;
   event.stopImmediatePropagation(); // before the page's own listeners: this one is called on the way down
   event.preventDefault();
   if (event.type === "change") event.target.value = "";
@@ -12,7 +12,8 @@ function refuseLargeFiles(event, files) {
   const text = document.createElement("p");
   text.className = "error";
   text.setAttribute("role", "alert");
-  text.textContent = `${large.name}: ${megabytes(large.size)}, above the limit of ${megabytes(LIMIT)} for a file`;
+  const named = large.map((file) => `${file.name}: ${megabytes(file.size)}`).join(", ");
+  text.textContent = `${named}: above the limit of ${megabytes(LIMIT)} for a file`;
   const message = document.createElement("div");
   message.className = "message over-limit";
   message.append(text);

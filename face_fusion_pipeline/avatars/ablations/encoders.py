@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...evaluation.image_files import from_pil
 from ...evaluation.recognisers import Recogniser, load_recognisers
 from ...face_errors import FaceFusionError
 from ..evaluation.judges import SHIPPED, load_judges
-from ..evaluation.renders import from_pil
-from ..training.recogniser import load_recogniser as load_training_recogniser
+from ..training.recogniser import load_training_recogniser
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class RecogniserEncoder:
         return F.normalize(torch.from_numpy(np.concatenate(found)).float(), dim=-1)[:, None]
 
 
-def load_recogniser(spec: str | None) -> Recogniser:
+def load_judging_recogniser(spec: str | None) -> Recogniser:
     """A folder of judges (see `avatars-evaluate train-judges`), `NAME=FILE.onnx[:PREPROCESSING]`, or None: ours.
 
     Raises:
@@ -112,8 +112,8 @@ class TrainingEmbedder:
 
 
 def load_conditioner(spec: str | None) -> Recogniser:
-    """Who says what `ip-adapter-faceid` is given: the recogniser of trainings, or see [`load_recogniser`]."""
-    return TrainingEmbedder() if spec is None else load_recogniser(spec)
+    """Who says what `ip-adapter-faceid` is given: the recogniser of trainings, or see [`load_judging_recogniser`]."""
+    return TrainingEmbedder() if spec is None else load_judging_recogniser(spec)
 
 
 def probe(recogniser: Recogniser) -> np.ndarray:

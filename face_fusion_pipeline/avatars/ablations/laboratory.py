@@ -14,13 +14,13 @@ from ...face_errors import FaceFusionError
 from ...files.atomic import write_text
 from ...files.texts import read_json
 from ...training.initial_weights import continued_adapter
+from ...training.loop import digest
 from ...training.preparation import data_key, read_rows
 from ...unet_family import unet_fingerprint
 from ..evaluation.avatar_table import CEILING, FLOOR
 from ..evaluation.judges import load_judges
 from ..evaluation.trials import Trial
-from ..training.unet import fingerprint
-from .encoders import check_independent, load_conditioner, load_recogniser
+from .encoders import check_independent, load_conditioner, load_judging_recogniser
 from .pictures import Sampling, make_pictures
 from .questions import Condition, Question
 from .scoring import Row, Scorer
@@ -44,7 +44,7 @@ class Laboratory:
     """Answers questions in `trainer.out`: weights, pictures and results lie there, and nothing is made twice.
 
     Args:
-        judge: the recogniser that measures likeness, see `encoders.load_recogniser`.
+        judge: the recogniser that measures likeness, see `encoders.load_judging_recogniser`.
     """
 
     trainer: Trainer
@@ -58,7 +58,7 @@ class Laboratory:
         Raises:
             FaceFusionError: the folder holds runs with other settings, or the recogniser would judge itself.
         """
-        scorer = Scorer(load_judges(), load_recogniser(self.judge), self.sampling.seed)
+        scorer = Scorer(load_judges(), load_judging_recogniser(self.judge), self.sampling.seed)
         if question.needs_second_recogniser:
             check_independent(load_conditioner(self.trainer.recogniser), scorer.recogniser)
         self.keep_settings()
@@ -74,7 +74,7 @@ class Laboratory:
         return {
             "model": Path(base.name).name,
             "unet": unet_fingerprint(base.unet),
-            "encoders": [fingerprint(part) for part in (base.vae, *base.text_encoders)],
+            "encoders": [digest(part.state_dict()) for part in (base.vae, *base.text_encoders)],
             "examples": len(read_rows(self.trainer.data)),
             "data": data_key(self.trainer.data),
             "budget": {key: value for key, value in asdict(self.trainer.budget).items() if key != "rates"},

@@ -12,7 +12,7 @@ from ...evaluation.reports import circumstances, markdown_table
 from ...face_errors import FaceFusionError
 from ...files.atomic import replacing, write_text
 from ..evaluation.avatar_table import CEILING, FLOOR
-from .encoders import load_recogniser
+from .encoders import load_judging_recogniser
 from .laboratory import Laboratory, Run
 from .questions import TOKENS, Condition, Question
 from .summary import (
@@ -41,7 +41,7 @@ WORDS = {
 def write_answer(question: Question, runs: list[Run], laboratory: Laboratory, out: Path) -> str:
     """Write `NAME.json`, `NAME.md` and, for a curve, `NAME.png` to `out`; returns the Markdown."""
     cells = summarise(runs)
-    judge, settings = load_recogniser(laboratory.judge).name, laboratory.settings()
+    judge, settings = load_judging_recogniser(laboratory.judge).name, laboratory.settings()
     text = "\n".join(
         [
             table(question, cells),

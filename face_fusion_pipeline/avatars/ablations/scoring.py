@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...evaluation.image_files import from_pil, read_image
 from ...evaluation.metrics import cosine_similarity
 from ...evaluation.recognisers import Recogniser
 from ..evaluation.avatar_table import ASKED, CEILING, FLOOR
 from ..evaluation.judges import IMAGE_SIZE, Judges
 from ..evaluation.people_table import members, portrait_crops, true_boxes
-from ..evaluation.renders import from_pil, read_image
 from ..evaluation.trials import Trial, portraits, true_renders
 from .pictures import reference_photos
 

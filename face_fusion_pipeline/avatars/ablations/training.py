@@ -20,7 +20,7 @@ from ...training.base_model import BaseModel
 from ...training.initial_weights import continued_adapter
 from ...training.latent_cache import Cache, encode
 from ...training.loop import Batch, LoopOptions, train
-from ...training.objective import Recogniser, load_recogniser
+from ...training.objective import Recogniser, load_identity_recogniser
 from ...training.pairs import Pairs, Reference, split_people
 from ...training.preparation import has_partner, read_report, read_rows
 from ...training.run_records import read_records
@@ -232,7 +232,7 @@ class Trainer:
         held_out = Pairs(self.data, self.cache, aside) if aside else None
         weight = self.budget.identity_loss_weight
         options = replace(LOSS, keep_references=self.keep_references, identity_loss_weight=weight)
-        recogniser = load_recogniser("avatars") if weight else None
+        recogniser = load_identity_recogniser("avatars") if weight else None
         task = VariantTask(
             self.base, conditioning, pairs, held_out, options, recogniser, teacher=self.teaching, kept=self.kept
         )

@@ -18,8 +18,10 @@ from ...evaluation.metrics import verification_auc
 from ...evaluation.reports import circumstances
 from ...face_errors import FaceFusionError
 from ...files.atomic import write_text
+from ..training.controlnet import load_depth
+from ..training.data import AvatarImages, landmarks5, load_avatars, portraits
 from .judges import IMAGE_SIZE, JUDGE_NAMES, SCENE_TRAITS, TRAITS, Judges, decidable, heatmap_cells, load_judges
-from .renders import Renders, coarse, load_renders
+from .renders import coarse, depth_cells
 
 
 IMAGES, FACES = 32, 64  # a batch of whole images, of face crops
@@ -48,9 +50,8 @@ def train_judges(
     on. Depth needs depth maps: `TrainingError` before anything is trained where there are none.
     """
     torch.manual_seed(seed)
-    renders, held_out = load_renders(data, "train", limit), load_renders(data, "validation", limit)
-    if "depth" in only:
-        _ = renders.depth, held_out.depth
+    renders, held_out = (load_avatars(Path(data), split, limit) for split in ("train", "validation"))
+    depths = [true_nearness(images) for images in (renders, held_out)] if "depth" in only else []
     singles = renders.where(people=1)
     labels = {trait: sorted({str(record[trait]) for record in renders.records}) for trait in TRAITS}
     judges = load_judges(start) if start else Judges.new(labels)
@@ -69,7 +70,7 @@ def train_judges(
     if "recogniser" in only:
         _fit(judges.recogniser, _recogniser_loss(judges, singles, found), _people(singles, rng), steps // 2)
     if "depth" in only:
-        _fit(judges.depth, _depth_loss(judges, renders), _random(renders, rng, IMAGES), steps)
+        _fit(judges.depth, _depth_loss(judges, renders, depths[0]), _random(renders, rng, IMAGES), steps)
     judges.save(out)
     figures = report(load_judges(out), held_out)
     path = Path(out) / "report.json"
@@ -86,7 +87,12 @@ def train_judges(
     return figures
 
 
-def report(judges: Judges, renders: Renders) -> dict[str, Any]:
+def true_nearness(renders: AvatarImages) -> torch.Tensor:
+    """(N, 32, 32) in [0, 1]; `TrainingError` where the dataset was written without `--depth`."""
+    return torch.cat([depth_cells(part.float() / 255) for part in load_depth(renders).split(256)])
+
+
+def report(judges: Judges, renders: AvatarImages) -> dict[str, Any]:
     """Accuracy by trait, mean landmark error in pixels, recogniser AUC, and mean depth error where depth is known.
 
     Landmarks are those that the judges find themselves.
@@ -95,19 +101,21 @@ def report(judges: Judges, renders: Renders) -> dict[str, Any]:
     """
     hits: dict[str, list[bool]] = {trait: [] for trait in TRAITS}
     errors, depth_errors, embeddings, identities = [], [], [], []
+    landmarks = landmarks5(renders)
+    known = all("depth_file_name" in record for record in renders.records)
+    nearness = true_nearness(renders) if known else None
     for rows in torch.arange(len(renders)).split(256):
         images = renders.floats(rows)
         found = judges.locate(images)
         said = judges.describe(images, found)
-        truth = renders.landmarks[rows]
         single = [i for i, row in enumerate(rows.tolist()) if renders.records[row]["people"] == 1]
         for i, row in enumerate(rows.tolist()):
             for trait in TRAITS:
                 if _decidable(trait, renders.records[row]):
                     hits[trait].append(said[trait][i] == str(renders.records[row][trait]))
-        errors.append((found - truth)[single].norm(dim=-1).mean(1))
-        if renders.has_depth:
-            depth_errors.append((judges.nearness(images) - renders.depth[rows]).abs().mean(dim=(1, 2)))
+        errors.append((found - landmarks[rows])[single].norm(dim=-1).mean(1))
+        if nearness is not None:
+            depth_errors.append((judges.nearness(images) - nearness[rows]).abs().mean(dim=(1, 2)))
         embeddings.append(judges.embed(images[single], found[single]))
         identities += [renders.records[int(rows[i])]["identities"][0] for i in single]
     return {
@@ -136,17 +144,14 @@ def _fit(network: nn.Module, loss_of: Loss, batches: Iterator, steps: int) -> No
     network.eval()
 
 
-def _random(renders: Renders, rng: np.random.Generator, size: int) -> Iterator[torch.Tensor]:
+def _random(renders: AvatarImages, rng: np.random.Generator, size: int) -> Iterator[torch.Tensor]:
     while True:
         yield torch.from_numpy(rng.integers(len(renders), size=size))
 
 
-def _people(renders: Renders, rng: np.random.Generator) -> Iterator[torch.Tensor]:
+def _people(renders: AvatarImages, rng: np.random.Generator) -> Iterator[torch.Tensor]:
     """Batches of two different images of each of FACES people, first images first."""
-    members: dict[int, list[int]] = {}
-    for row, identity in enumerate(renders.identities.tolist()):
-        members.setdefault(identity, []).append(row)
-    several = [rows for rows in members.values() if len(rows) > 1]
+    several = [rows for rows in portraits(renders).values() if len(rows) > 1]
     if len(several) < 2:
         raise FaceFusionError(f"the recogniser needs two people with two portraits each or more, found {len(several)}")
     while True:
@@ -170,12 +175,12 @@ def _jitter(landmarks: torch.Tensor) -> torch.Tensor:
     return landmarks + LANDMARK_JITTER * (0.7 * shift + 0.7 * points)
 
 
-def _locator_loss(judges: Judges, renders: Renders) -> Loss:
+def _locator_loss(judges: Judges, renders: AvatarImages) -> Loss:
     """Cross-entropy of every heatmap against a Gaussian around the true landmark."""
-    sigma = HEATMAP_SIGMA * IMAGE_SIZE / judges.locator.grid
+    sigma, landmarks = HEATMAP_SIGMA * IMAGE_SIZE / judges.locator.grid, landmarks5(renders)
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
-        distance = heatmap_cells() - renders.landmarks[rows][:, :, None, None, :]  # (B, 5, 32, 32, 2)
+        distance = heatmap_cells() - landmarks[rows][:, :, None, None, :]  # (B, 5, 32, 32, 2)
         target = (-distance.square().sum(-1) / (2 * sigma**2)).flatten(2).softmax(-1)
         logits = judges.locator.planes(_augment(renders.floats(rows))).flatten(2)
         return -(target * logits.log_softmax(-1)).sum(-1).mean()
@@ -187,14 +192,14 @@ def _decidable(trait: str, record: dict[str, Any]) -> bool:
     return decidable(trait, str(record[trait]), style=record["style"], people=record["people"])
 
 
-def _targets(judges: Judges, renders: Renders, trait: str) -> torch.Tensor:
+def _targets(judges: Judges, renders: AvatarImages, trait: str) -> torch.Tensor:
     """Label index (N,) of each image, -100 (which cross-entropy ignores) where the picture cannot show it."""
     words = judges.labels[trait]
     indices = [words.index(str(r[trait])) if _decidable(trait, r) else -100 for r in renders.records]
     return torch.tensor(indices)
 
 
-def _scene_loss(judges: Judges, renders: Renders) -> Loss:
+def _scene_loss(judges: Judges, renders: AvatarImages) -> Loss:
     targets = {trait: _targets(judges, renders, trait) for trait in SCENE_TRAITS}
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
@@ -205,7 +210,7 @@ def _scene_loss(judges: Judges, renders: Renders) -> Loss:
     return loss
 
 
-def _expression_loss(judges: Judges, renders: Renders, found: torch.Tensor) -> Loss:
+def _expression_loss(judges: Judges, renders: AvatarImages, found: torch.Tensor) -> Loss:
     """An expression stays the same in the mirror, so half of the faces are mirrored."""
     targets = _targets(judges, renders, "expression")
 
@@ -218,7 +223,7 @@ def _expression_loss(judges: Judges, renders: Renders, found: torch.Tensor) -> L
     return loss
 
 
-def _recogniser_loss(judges: Judges, renders: Renders, found: torch.Tensor) -> Loss:
+def _recogniser_loss(judges: Judges, renders: AvatarImages, found: torch.Tensor) -> Loss:
     """Each image must find the other image of its person among those of all people of the batch (both ways)."""
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
@@ -231,10 +236,10 @@ def _recogniser_loss(judges: Judges, renders: Renders, found: torch.Tensor) -> L
     return loss
 
 
-def _depth_loss(judges: Judges, renders: Renders) -> Loss:
+def _depth_loss(judges: Judges, renders: AvatarImages, nearness: torch.Tensor) -> Loss:
     """Mean absolute error of the estimated nearness."""
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
-        return (judges.depth(_augment(renders.floats(rows))) - renders.depth[rows]).abs().mean()
+        return (judges.depth(_augment(renders.floats(rows))) - nearness[rows]).abs().mean()
 
     return loss

@@ -7,23 +7,26 @@ has a recogniser of its own, of another architecture (`training/recogniser.py`).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ...evaluation.alignment import align_faces
+from ...evaluation.image_files import from_pil
 from ...face_errors import ModelNotFoundError
 from ...files.atomic import write_text
 from ...files.texts import read_json
+from .framing import IMAGE_SIZE, in_picture, portrait_crops
 
 
 JUDGE_NAMES = ("locator", "scene", "expression", "recogniser", "depth")
-IMAGE_SIZE = 128
 SCENE_TRAITS = ("clothing", "background", "style", "people")
 TRAITS = ("expression", *SCENE_TRAITS)
 COLOURLESS = ("pencil sketch", "line art")
@@ -143,7 +146,7 @@ class FaceJudge(nn.Module):
 
 @dataclass
 class Judges:
-    """The five networks with the words that their outputs stand for."""
+    """The five networks with the words that their outputs stand for, and the file of weights that they are from."""
 
     labels: dict[str, list[str]]
     locator: FaceLocator
@@ -151,6 +154,7 @@ class Judges:
     expression: FaceJudge
     recogniser: FaceJudge
     depth: DepthJudge
+    path: Path | None = None
 
     name = "avatar recogniser"
 
@@ -170,6 +174,16 @@ class Judges:
     def locate(self, images: torch.Tensor) -> torch.Tensor:
         """Five landmarks (B, 5, 2) of the main person of each image (B, 3, 128, 128)."""
         return self.locator(images)
+
+    def landmarks(self, image: Image.Image, boxes: Sequence[Sequence[float]]) -> list[np.ndarray]:
+        """Five landmarks (5, 2) of the avatar in each face box (XYXY), all in pixels of any RGB picture."""
+        found = self.locate(portrait_crops(from_pil(image), boxes)).numpy()
+        return [in_picture(points, box) for points, box in zip(found, boxes, strict=True)]
+
+    @property
+    def expressions(self) -> AvatarExpression:
+        """The expression judge as a classifier."""
+        return AvatarExpression(self.expression)
 
     @torch.inference_mode()
     def describe(self, images: torch.Tensor, landmarks: torch.Tensor | None = None) -> dict[str, list[str]]:
@@ -197,6 +211,18 @@ class Judges:
         write_text(folder / LABELS_NAME, json.dumps(self.labels, indent=1) + "\n")
 
 
+@dataclass
+class AvatarExpression:
+    """An `evaluation.observation.Classifier`: logits by word."""
+
+    judge: FaceJudge
+    name: str = "avatar expression judge"
+
+    @torch.inference_mode()
+    def embed(self, images: torch.Tensor, landmarks: torch.Tensor) -> np.ndarray:
+        return self.judge(self.judge.faces(images, landmarks)).numpy()
+
+
 def load_judges(folder: str | Path = SHIPPED) -> Judges:
     """Judges from a folder that `Judges.save` wrote, in evaluation mode. ModelNotFoundError if there are none."""
     folder = Path(folder)
@@ -205,7 +231,8 @@ def load_judges(folder: str | Path = SHIPPED) -> Judges:
             f"no judges in {folder}: train them, `face-fusion avatars-evaluate train-judges --data DIR --out {folder}`"
         )
     judges = Judges.new(read_json(folder / LABELS_NAME, "train the judges again"))
-    state = load_file(folder / WEIGHTS_NAME)
+    judges.path = folder / WEIGHTS_NAME
+    state = load_file(judges.path)
     judges.networks.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     judges.networks.eval().requires_grad_(False)
     return judges

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...evaluation.generation import Settings, denoising, generate, image_path
+from ...evaluation.generation import Settings, denoising
+from ...evaluation.image_files import read_image
 from ...evaluation.metrics import psnr
 from ...evaluation.reports import circumstances, markdown_table, write_report
 from ...unet_family import encode_latents
 from .judges import IMAGE_SIZE, TRAITS
-from .renders import read_image
 from .scoring import Panel
+from .trial_pictures import generate, image_path
 from .trials import Trial, plan_trials, true_renders
 
 

@@ -18,15 +18,16 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ...evaluation.faces import portrait_crops
-from ...evaluation.generation import Settings, denoising, image_path, keep_settings, trial_image
+from ...evaluation.generation import Settings, denoising, keep_settings
+from ...evaluation.image_files import from_pil, read_image, to_pil, write_image
 from ...evaluation.metrics import Estimate, bootstrap_mean, cosine_similarity
 from ...evaluation.reports import circumstances, contact_sheet, markdown_table, write_report
 from ...files.atomic import write_text
 from .. import render
 from ..world.caption import caption
+from .framing import portrait_crops
 from .judges import IMAGE_SIZE, Judges
-from .renders import from_pil, read_image, to_pil, write_image
+from .trial_pictures import image_path, trial_image
 from .trials import Trial, portraits, true_renders
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...evaluation.image_files import to_pil
 from ...evaluation.metrics import box_iou, closed_share, verification_auc
 from ...evaluation.recognisers import Recogniser
 from ...face_detectors import FaceDetector
 from ...face_images import detect_faces
 from .. import render, sample_scene
-from .renders import coarse, to_pil
+from .renders import coarse
 from .trials import FIRST_TEST_IDENTITY, NEAR_FRONTAL
 
 

@@ -17,14 +17,15 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ...evaluation.generation import Settings, denoising, image_path, keep_settings, trial_image
+from ...evaluation.generation import Settings, denoising, keep_settings
+from ...evaluation.image_files import read_image, to_pil, write_image
 from ...evaluation.metrics import Estimate, bootstrap_mean, cosine_similarity
 from ...evaluation.reports import circumstances, contact_sheet, markdown_table, write_report
 from ...face_attention import attention_layers
 from ...files.atomic import write_text
 from .judges import IMAGE_SIZE, Judges
 from .people_table import true_boxes
-from .renders import read_image, to_pil, write_image
+from .trial_pictures import image_path, trial_image
 from .trials import Trial, portraits
 
 

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...evaluation.image_files import to_pil
 from ...evaluation.metrics import cosine_similarity
 from ...evaluation.recognisers import Recogniser
 from ...face_detectors import FaceDetector
 from ...face_images import detect_faces
 from .judges import Judges
-from .renders import to_pil
 from .trials import Portraits, Trial
+
+
+if TYPE_CHECKING:
+    from ..measures.panel import Measures
 
 
 @dataclass
 class Panel:
-    """All judges of an evaluation: the shipped ones, recognisers trained on photographs, a detector if any."""
+    """All judges of an evaluation: the shipped ones, recognisers trained on photographs, a detector if any.
+
+    `measures` say which traits a picture shows and whether its eyes are well drawn.
+    """
 
     judges: Judges
     recognisers: Sequence[Recogniser] = ()
     detector: FaceDetector | None = None
+    measures: Measures | None = None
     others: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property

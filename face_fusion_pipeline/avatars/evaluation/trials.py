@@ -10,17 +10,18 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 
+from ...evaluation.generation import TRUE_BOX, CutOut
+from ...evaluation.image_files import to_pil
 from ...face_detectors import DetectorName
 from ...face_errors import FaceTooSmallError, NoFaceError
 from ...face_images import crop_face, prepare_face
 from .. import SPLITS, Scene, caption, render, sample_identity, sample_scene
-from .judges import decidable
-from .renders import to_pil
+from .judges import IMAGE_SIZE, decidable
 
 
 FIRST_TEST_IDENTITY = SPLITS["test"].start
@@ -105,10 +106,6 @@ def portraits(person: int, *, seed: int = 0) -> Portraits:
     )
 
 
-CutOut = Literal["true", "yunet", "haar"]
-TRUE_BOX: CutOut = "true"
-
-
 @lru_cache(maxsize=512)
 def detected_face(person: int, detector: DetectorName, *, seed: int = 0) -> Image.Image | None:
     """The crop of the person's reference by the face that a detector finds, as of a photo; None if it finds none."""
@@ -125,10 +122,12 @@ def reference_face(person: int, *, seed: int = 0, cut_out: CutOut = TRUE_BOX) ->
     return portraits(person, seed=seed).face if found is None else found
 
 
-def true_renders(trials: list[Trial], *, person_shift: int = 0, batch: int = 16) -> torch.Tensor:
-    """The scenes of the trials as the renderer draws them (N, 3, 128, 128); `person_shift` puts other people in."""
+def true_renders(
+    trials: list[Trial], *, person_shift: int = 0, batch: int = 16, size: int = IMAGE_SIZE
+) -> torch.Tensor:
+    """The scenes of the trials as the renderer draws them (N, 3, size, size); `person_shift` puts other people in."""
     scenes = [with_others(trial.scene, person_shift) for trial in trials]
-    parts = [render(scenes[start : start + batch]).images.cpu() for start in range(0, len(scenes), batch)]
+    parts = [render(scenes[start : start + batch], size).images.cpu() for start in range(0, len(scenes), batch)]
     return torch.cat(parts)
 
 

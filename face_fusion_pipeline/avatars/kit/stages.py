@@ -27,6 +27,7 @@ from ...pipeline import StableDiffusionFaceFusionPipeline
 from ...training.base_model import base_of
 from ...training.initial_weights import continued_adapter
 from ...training.loop import LoopOptions, Task, TrainingError, train
+from ..training.controlnet import create_controlnet
 from ..training.unet import Frozen, create_unet, load_unet
 from ..world.scene import MAX_PEOPLE
 from .plans import plan_windows
@@ -157,21 +158,6 @@ def new_unet(frozen: Frozen, preset: KitPreset) -> UNet2DConditionModel:
     return create_unet(frozen, preset.size, preset.widths, (True,) * len(preset.widths), preset.head_size)
 
 
-def new_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
-    """A ControlNet without attention to text: depth says where, the UNet reads what."""
-    config = {
-        **ControlNetModel.from_unet(unet, load_weights_from_unet=False).config,
-        "conditioning_embedding_out_channels": (16, 16, 32, 64),
-        "down_block_types": ("DownBlock2D",) * len(unet.config.block_out_channels),
-        "mid_block_type": "UNetMidBlock2D",
-    }
-    controlnet = ControlNetModel.from_config(config)
-    shapes = {name: weight.shape for name, weight in controlnet.state_dict().items()}
-    known = {name: weight for name, weight in unet.state_dict().items() if shapes.get(name) == weight.shape}
-    controlnet.load_state_dict(known, strict=False)
-    return controlnet
-
-
 def drawn(
     frozen: Frozen,
     model: Path,
@@ -208,7 +194,9 @@ def create_task(
         return BaseTask(unet, frozen, scenes, held_out, key)
     if stage == "depth":
         kept = model / "controlnet"
-        controlnet = ControlNetModel.from_pretrained(kept) if kept.is_dir() else new_controlnet(unet)
+        controlnet = (
+            ControlNetModel.from_pretrained(kept) if kept.is_dir() else create_controlnet(unet, reads_text=False)
+        )
         return DepthTask(controlnet, unet, frozen, scenes, held_out, key)
     pipeline = StableDiffusionFaceFusionPipeline(**frozen.pipeline(unet).components, requires_safety_checker=False)
     base = base_of(pipeline)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ...face_adapter import FaceFusionAdapter, face_fused_unet
 from ...training.base_model import TEXT, BaseModel
 from ...training.loop import Batch, Task, seeded
+from ...training.pairs import Pairs, Reference
 from ...training.task import FaceFusionOptions, FaceFusionTask
 from ..training.controlnet import ControlNetTask
 from ..training.data import save_grid
-from ..training.unet import DiffusionLoss, Frozen, UnetTask, plain_attention_on_cpu
+from ..training.unet import DiffusionLoss, Frozen, UnetTask
 from .scene_tensors import SceneTensors
 
 
@@ -70,11 +71,7 @@ class BaseTask(UnetTask):
         return {"latents": data.latents[indices].float(), "faces": data.emphasis[indices]}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        noisy, target = self.loss.noised(batch)
-        text = self.text_encoder(batch["tokens"])[0]
-        with plain_attention_on_cpu(noisy):
-            predicted = self.unet(noisy, batch["timesteps"], text).sample
-        return self.loss.per_image(predicted, target, batch).mean(), {}
+        return super().forward(batch | {"text": self.text_encoder(batch["tokens"])[0]})
 
     @torch.compiler.set_stance("force_eager")  # other sizes: not worth compiling for
     def sample(self, path: Path) -> dict[str, float]:
@@ -93,14 +90,19 @@ class BaseTask(UnetTask):
 
 
 @torch.no_grad()
+def prompt_states(frozen: Frozen, tokens: Tensor) -> dict[str, Tensor]:
+    """What a pipeline is told of captions and of the empty one, by tokens (B, T)."""
+    text = frozen.text_encoder(tokens)[0]
+    empty = frozen.text_encoder(empty_tokens(frozen)[None].to(tokens.device))[0].expand_as(text)
+    return {"prompt_embeds": text, "negative_prompt_embeds": empty}
+
+
+@torch.no_grad()
 def draw(frozen: Frozen, unet: UNet2DConditionModel, tokens: Tensor, seed: int = 0, **options: Any) -> Tensor:
     """Pictures (B, 3, S, S) in [-1, 1] of tokens (B, T), as the embedded model draws them."""
     pipe = frozen.pipeline(unet)
-    text = frozen.text_encoder(tokens)[0]
-    empty = frozen.text_encoder(empty_tokens(frozen)[None].to(tokens.device))[0].expand_as(text)
     found = pipe(
-        prompt_embeds=text,
-        negative_prompt_embeds=empty,
+        **prompt_states(frozen, tokens),
         num_inference_steps=20,
         guidance_scale=4.0,
         generator=seeded(seed, 0, "sample"),
@@ -154,49 +156,25 @@ class DepthTask(ControlNetTask):
         return batch | self.loss.draw(batch["latents"].shape, generator)
 
     @torch.no_grad()
-    def scenes(self, data: Any, indices: Tensor, depths: Tensor, tokens: Tensor) -> Batch:
+    def scenes(self, data: SceneTensors, indices: Tensor, depths: Tensor, tokens: Tensor) -> Batch:
         """The scenes `indices` with the depth maps of the scenes `depths`."""
         near = data.depth[depths].float().div(255).expand(-1, 3, -1, -1)
         text = self.text_encoder(tokens)[0]
         return {**BaseTask.rows(data, indices), "depth": near, "text": text}
 
-    @torch.compiler.set_stance("force_eager")
-    def sample(self, path: Path) -> dict[str, float]:
-        """Rows: depth, drawn with it, true picture; and the held-out loss with the right and with another depth."""
-        from diffusers import StableDiffusionControlNetPipeline
+    def examples(self, data: SceneTensors, indices: Tensor, depths: Tensor) -> Batch:
+        return self.scenes(data, indices, depths, data.tokens[indices, PLAIN])
 
-        data = self.held_out
-        rows = torch.arange(min(len(data), 8), device=self.empty.device)
-        parts = self.frozen.pipeline(self.unet).components
-        pipe = StableDiffusionControlNetPipeline(**parts, controlnet=self.controlnet, requires_safety_checker=False)
-        pipe.set_progress_bar_config(disable=True)
-        batch = self.scenes(data, rows, rows, data.tokens[rows, PLAIN])
-        empty = self.text_encoder(self.empty[None])[0].expand_as(batch["text"])
-        images = pipe(
-            prompt_embeds=batch["text"],
-            negative_prompt_embeds=empty,
-            image=batch["depth"],
-            num_inference_steps=20,
-            guidance_scale=4.0,
-            generator=seeded(0, 0, "sample"),
-            output_type="pt",
-        ).images
-        save_grid([batch["depth"] * 2 - 1, images * 2 - 1, decoded(self.frozen, data.latents[rows].float())], path)
-        losses = {}
-        rows = torch.arange(min(len(data), 128), device=rows.device)
-        for name, depths in (("right", rows), ("wrong", rows.roll(1))):
-            batch = self.scenes(data, rows, depths, data.tokens[rows, PLAIN])
-            batch |= self.loss.draw(batch["latents"].shape, seeded(0, 0, "validation", self.device))
-            losses[f"validation_loss_{name}_depth"] = float(self.forward(batch)[0])
-        return losses
+    def prompts(self, rows: Tensor) -> dict[str, Any]:
+        return prompt_states(self.frozen, self.held_out.tokens[rows, PLAIN])
 
-
-Reference = tuple[int, int]
+    def pictures(self, rows: Tensor) -> Tensor:
+        return decoded(self.frozen, self.held_out.latents[rows].float())
 
 
 @dataclass
-class ScenePairs:
-    """`training.pairs.Pairs` of drawn scenes: targets with other pictures of the same person as references.
+class ScenePairs(Pairs):
+    """Targets of drawn scenes, with other pictures of the same person as references.
 
     Only plain captions: who is shown comes from the face.
     """
@@ -208,13 +186,15 @@ class ScenePairs:
     def __post_init__(self) -> None:
         people = self.data.of_target(self.data.identities).tolist()
         alone = (self.data.identities >= 0).sum(1).eq(1) & self.data.photo
-        references: dict[int, list[int]] = {}
+        known: dict[int, list[int]] = {}
         for index, (person, usable) in enumerate(zip(people, alone.tolist(), strict=True)):
             if usable:
-                references.setdefault(person, []).append(index)
-        candidates = [[i for i in references.get(person, []) if i != index] for index, person in enumerate(people)]
-        self.targets = [index for index, found in enumerate(candidates) if found]
-        self.candidates = [candidates[index] for index in self.targets]
+                known.setdefault(person, []).append(index)
+        self.references = {
+            index: [(other, 0) for other in known.get(person, []) if other != index]
+            for index, person in enumerate(people)
+        }
+        self.targets = [index for index, found in self.references.items() if found]
         members: dict[int, list[int]] = {}
         for index in self.targets:
             members.setdefault(people[index], []).append(index)
@@ -224,14 +204,6 @@ class ScenePairs:
     def index(self, rows: Tensor) -> Tensor:
         """Which scenes the targets `rows` (B,) are."""
         return self._targets[rows.to(self._targets.device)]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def choose(self, rows: Tensor, draws: Tensor) -> list[Reference]:
-        """A reference for each of the targets `rows` (B,), by `draws` (B,) in [0, 1)."""
-        found = [self.candidates[row] for row in rows.tolist()]
-        return [(some[int(draw * len(some))], 0) for some, draw in zip(found, draws.tolist(), strict=True)]
 
     def reference_latents(self, references: list[Reference]) -> Tensor:
         """float32 (B, c, r, r)."""

@@ -177,17 +177,3 @@ def equal_caption_ids(captions: list[str]) -> Tensor:
     """One number per distinct caption (N,)."""
     first: dict[str, int] = {}
     return torch.tensor([first.setdefault(caption, len(first)) for caption in captions])
-
-
-def load_clip(folder: Path) -> CLIPModel:
-    """Both towers of an exported model folder as one CLIP; the temperature starts at CLIP's usual 1/0.07."""
-    text = CLIPTextModelWithProjection.from_pretrained(folder / "clip_score", dtype=torch.float32)
-    vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder", dtype=torch.float32)
-    config = CLIPConfig(
-        text_config=text.config.to_dict(),
-        vision_config=vision.config.to_dict(),
-        projection_dim=text.config.projection_dim,
-    )
-    clip = CLIPModel(config)
-    clip.load_state_dict({**clip.state_dict(), **text.state_dict(), **vision.state_dict()})
-    return clip

@@ -17,32 +17,33 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...face_pictures import open_picture
-from ...training.loop import Batch, Task, TrainingError, seeded
-from .data import AvatarImages, cached, save_grid, stretched
+from ...training.kernels import plain_attention_on_cpu
+from ...training.latent_cache import cached
+from ...training.loop import Batch, Task, TrainingError, digest, seeded
+from .data import AvatarImages, save_grid, stretched
 from .unet import (
-    TEXT_DROPOUT,
     DiffusionLoss,
     Frozen,
     LatentData,
-    fingerprint,
     fit_text,
     load_unet_for,
-    plain_attention_on_cpu,
+    with_weights,
 )
 
 
 EMBEDDING_CHANNELS = (16, 16, 32, 64)  # of the four convolutions that bring the depth map to an eighth of its size
 
 
-def create_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
-    """A ControlNet whose encoder equals the UNet's and whose output is zero."""
+def create_controlnet(unet: UNet2DConditionModel, reads_text: bool = True) -> ControlNetModel:
+    """A ControlNet whose encoder equals the UNet's and whose output is zero.
+
+    Without `reads_text` it has no attention to text: depth says where, the UNet reads what.
+    """
     controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=EMBEDDING_CHANNELS)
     config = {**controlnet.config, "mid_block_type": "UNetMidBlock2D"}
-    smaller = ControlNetModel.from_config(config)
-    shapes = {name: weight.shape for name, weight in smaller.state_dict().items()}
-    kept = {name: w for name, w in controlnet.state_dict().items() if shapes.get(name) == w.shape}
-    smaller.load_state_dict(kept, strict=False)
-    return smaller
+    if not reads_text:
+        config["down_block_types"] = ("DownBlock2D",) * len(unet.config.block_out_channels)
+    return with_weights(ControlNetModel.from_config(config), controlnet.state_dict())
 
 
 def load_controlnet_for(
@@ -88,7 +89,7 @@ class ControlNetTask(Task):
     """Trains the ControlNet with the UNet's own loss; captions are dropped as often as in its training."""
 
     name = "controlnet"
-    data: Any  # `LatentData`, or what else has rows: latents, text and faces of indices
+    data: Any  # `LatentData` with its depth maps, or what else has them
     held_out: Any
 
     def __init__(
@@ -105,27 +106,32 @@ class ControlNetTask(Task):
         self.vae, self.text_encoder = frozen.vae, frozen.text_encoder
         self.validation, self.size = validation, len(train)
         self.data, self.held_out = LatentData(frozen, train), LatentData(frozen, validation)
-        self.depth, self.held_out_depth = load_depth(train), load_depth(validation)
+        self.data.depth, self.held_out.depth = load_depth(train), load_depth(validation)
         self.loss = DiffusionLoss(face_weight=1.0)
 
     @property
     def subject(self) -> dict[str, Any]:
-        return {"data": self.data.key, "unet": fingerprint(self.unet), **self.frozen.subject}
+        return {"data": self.data.key, "unet": digest(self.unet.state_dict()), **self.frozen.subject}
 
     @property
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device  # see `UnetTask.device`
 
     def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
-        batch = self.examples(self.data, self.depth, indices)
-        drawn = self.loss.draw(batch["latents"].shape, generator)
-        dropped = torch.rand(len(indices), generator=generator, device=generator.device) < TEXT_DROPOUT
-        batch["text"] = torch.where(dropped[:, None, None], batch["empty_text"], batch["text"])
-        return batch | drawn
+        return self.loss.drawn(self.examples(self.data, indices, indices), generator)
 
-    def examples(self, data: LatentData, depth: Tensor, indices: Tensor) -> Batch:
-        near = depth[indices.to(depth.device)].to(self.device).float().div(255).expand(-1, 3, -1, -1)
+    def examples(self, data: Any, indices: Tensor, depths: Tensor) -> Batch:
+        """The images `indices` with the depth maps of the images `depths`."""
+        near = data.depth[depths.to(data.depth.device)].to(self.device).float().div(255).expand(-1, 3, -1, -1)
         return {**data.rows(indices, self.device), "depth": near}
+
+    def prompts(self, rows: Tensor) -> dict[str, Any]:
+        """What a pipeline is told to draw held-out images."""
+        return {"prompt": [self.validation.captions[int(i)] for i in rows]}
+
+    def pictures(self, rows: Tensor) -> Tensor:
+        """Held-out images (B, 3, S, S) in [-1, 1]."""
+        return self.validation.images(rows)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         noisy, target = self.loss.noised(batch)
@@ -142,30 +148,29 @@ class ControlNetTask(Task):
             ).sample
         return self.loss.per_image(predicted, target, batch).mean(), {}
 
+    @torch.compiler.set_stance("force_eager")  # other sizes: not worth compiling for
     def sample(self, path: Path) -> dict[str, float]:
         """Rows: depth, generated, true image; and the held-out loss with the right and with another depth map."""
         from diffusers import StableDiffusionControlNetPipeline
 
-        count = min(len(self.validation), 8)
-        rows = torch.arange(count)
-        depth = self.held_out_depth[rows].float().div(255).expand(-1, 3, -1, -1)
+        rows = torch.arange(min(len(self.held_out), 8))
+        depth = self.examples(self.held_out, rows, rows)["depth"]
         parts = self.frozen.pipeline(self.unet).components
         pipe = StableDiffusionControlNetPipeline(**parts, controlnet=self.controlnet, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         images = pipe(
-            [self.validation.captions[int(i)] for i in rows],
+            **self.prompts(rows),
             image=depth,
             num_inference_steps=20,
             guidance_scale=4.0,
             generator=seeded(0, 0, "sample"),
             output_type="pt",
         ).images
-        save_grid([depth * 2 - 1, images * 2 - 1, self.validation.images(rows)], path)
+        save_grid([depth * 2 - 1, images * 2 - 1, self.pictures(rows)], path)
         losses = {}
-        rows = torch.arange(min(len(self.validation), 128))
-        for kind, places in (("right", rows), ("wrong", rows.roll(1))):
-            batch = self.examples(self.held_out, self.held_out_depth, rows)
-            batch["depth"] = self.examples(self.held_out, self.held_out_depth, places)["depth"]
+        rows = torch.arange(min(len(self.held_out), 128))
+        for kind, depths in (("right", rows), ("wrong", rows.roll(1))):
+            batch = self.examples(self.held_out, rows, depths)
             batch |= self.loss.draw(batch["latents"].shape, seeded(0, 0, "validation", self.device))
             losses[f"validation_loss_{kind}_depth"] = float(self.forward(batch)[0])
         return losses

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...face_errors import UnreadableImageError
 from ...face_pictures import load_image
-from ...files.atomic import replacing
 from ...files.texts import read_json_lines
-from ...training.loop import TrainingError, process_group
+from ...training.latent_cache import cached
+from ...training.loop import TrainingError
 from ..world.dataset import PER_IDENTITY, draw, plan
 
 
@@ -63,6 +60,16 @@ class AvatarImages:
         """Float images (B, 3, S, S) in [-1, 1] on `device`."""
         return self.pixels[indices.to(self.pixels.device)].to(device).float().div_(127.5).sub_(1)
 
+    def floats(self, indices: Any) -> Tensor:
+        """Those images as floats in [0, 1]."""
+        return self.pixels[indices].float() / 255
+
+    def where(self, **wanted: Any) -> AvatarImages:
+        """The images whose records hold these values, e.g. `where(people=1, style="photo")`, without their depth."""
+        kept = [i for i, r in enumerate(self.records) if all(r[key] == value for key, value in wanted.items())]
+        records, key = [self.records[i] for i in kept], f"{self.key} {wanted}"
+        return replace(self, pixels=self.pixels[kept], records=records, key=key, depth=None)
+
     def face_emphasis(self, size: int, stride: int) -> Tensor:
         """How much of a face lies in cells (N, 1, size, size) of `stride` pixels, uint8.
 
@@ -87,11 +94,26 @@ class AvatarImages:
         return replace(self, pixels=self.pixels.to(device))
 
 
+def portraits(images: AvatarImages) -> dict[int, list[int]]:
+    """The single portraits of each person, by identity."""
+    found: dict[int, list[int]] = {}
+    for row, record in enumerate(images.records):
+        if record["people"] == 1:
+            found.setdefault(record["identities"][0], []).append(row)
+    return found
+
+
+def landmarks5(images: AvatarImages) -> Tensor:
+    """Of the first person of each picture (N, 5, 2), pixels."""
+    return torch.tensor([record["landmarks5"][0] for record in images.records], dtype=torch.float32)
+
+
 def load_avatars(folder: Path, split: str, limit: int | None = None) -> AvatarImages:
     """Read `folder/split`, or the first `limit` images of it.
 
     Decoded pixels are kept beside the images as `pixels.safetensors`, so that the second start is quick; the file is
-    made again when `metadata.jsonl` has changed. Raises `TrainingError` where files are missing or sizes differ.
+    made again when `metadata.jsonl` has changed. Raises `TrainingError` where there is no dataset or sizes differ,
+    UnreadableImageError for a picture that is missing or broken.
     """
     folder = Path(folder) / split
     metadata = folder / "metadata.jsonl"
@@ -106,7 +128,7 @@ def load_avatars(folder: Path, split: str, limit: int | None = None) -> AvatarIm
 
     def decode() -> Tensor:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            arrays = list(pool.map(lambda record: read_image(folder / record["file_name"]), records))
+            arrays = list(pool.map(lambda record: np.asarray(load_image(folder / record["file_name"])), records))
         if len({array.shape for array in arrays}) != 1:
             raise TrainingError(f"images of {folder} differ in size: {sorted({array.shape for array in arrays})}")
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
@@ -149,25 +171,6 @@ def stretched(depth: Tensor) -> Tensor:
     """Depth maps (B, H, W), larger is nearer, each stretched to its own range as uint8: 255 is the nearest."""
     low, high = depth.amin((1, 2), keepdim=True), depth.amax((1, 2), keepdim=True)
     return ((depth - low) / (high - low).clamp_min(1e-4) * 255).round().byte()
-
-
-def cached(path: Path, key: str, make: Callable[[], Tensor]) -> Tensor:
-    """The tensor in the safetensors file `path` if it was stored under the same `key`; else make and store it.
-
-    Of several processes the first one makes it while the others wait.
-    """
-    with process_group().main_process_first():
-        if path.is_file():
-            with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("key") == key:
-                    return file.get_tensor("tensor")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(os.cpu_count() or threads)  # nobody else works meanwhile
-        tensor = make().cpu().contiguous()
-        torch.set_num_threads(threads)
-        with replacing(path) as partial:
-            save_file({"tensor": tensor}, partial, {"key": key})
-    return tensor
 
 
 def read_image(path: Path) -> np.ndarray:

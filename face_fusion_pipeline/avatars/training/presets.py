@@ -79,4 +79,22 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "cpu": Preset({}, LoopOptions(batch_size=96, lr=2e-3, steps=2400, warmup=50, ema_decay=0.99)),
         "gpu": Preset({}, LoopOptions(batch_size=512, lr=4e-3, steps=2000, warmup=50, ema_decay=0.99)),
     },
+    "traits": {
+        "cpu": Preset(
+            {},
+            LoopOptions(
+                batch_size=64, lr=2e-3, steps=3000, warmup=100, ema_decay=0.99, precision="auto", channels_last=True
+            ),
+        ),
+        "gpu": Preset({}, LoopOptions(batch_size=512, lr=4e-3, steps=3000, warmup=100, ema_decay=0.99)),
+    },
+    "drawing": {
+        "cpu": Preset(
+            {},
+            LoopOptions(
+                batch_size=96, lr=2e-3, steps=3000, warmup=100, ema_decay=0.99, precision="auto", channels_last=True
+            ),
+        ),
+        "gpu": Preset({}, LoopOptions(batch_size=384, lr=3e-3, steps=3000, warmup=100, ema_decay=0.99)),
+    },
 }

@@ -90,9 +90,13 @@ def publish(model: Path, out: Path, tables: list[Path], note: str = "", adapter:
 
 
 def forget_origin(config: Path) -> None:
-    """Drop `_name_or_path` from a config: the folder that a part was loaded from means nothing elsewhere."""
+    """Drop from a config what means nothing elsewhere: the folder that a part was loaded from, and of a tiny VAE what
+    diffusers writes, and warns of when it reads it."""
     content = json.loads(config.read_text())
-    if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+    if not isinstance(content, dict):
+        return
+    idle = ["_name_or_path"] + ["block_out_channels"] * (content.get("_class_name") == "AutoencoderTiny")
+    if [name for name in idle if content.pop(name, None) is not None]:
         write_text(config, json.dumps(content, indent=2) + "\n")
 
 

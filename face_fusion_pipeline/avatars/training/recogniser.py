@@ -28,7 +28,7 @@ from ...face_errors import ModelNotFoundError
 from ...face_files import save_tensors
 from ...training.loop import Batch, Task, TrainingError
 from ..evaluation.renders import coarse
-from .data import AvatarImages
+from .data import AvatarImages, landmarks5, portraits
 
 
 SHIPPED = Path(__file__).parent / "recogniser"
@@ -99,7 +99,7 @@ class TrainingRecogniser(nn.Module):
         return torch.cat([self.look(name, images, landmarks5) for name in self.towers], -1)
 
 
-def load_recogniser(folder: Path = SHIPPED) -> TrainingRecogniser:
+def load_training_recogniser(folder: Path = SHIPPED) -> TrainingRecogniser:
     """What `avatars-train recogniser` wrote into `folder`, by default the recogniser of the package, frozen."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
@@ -173,20 +173,6 @@ class RecogniserTask(Task):
     def export(self, folder: Path) -> None:
         state = copy.deepcopy(self.recogniser).half().state_dict()
         save_tensors(folder / WEIGHTS_NAME, state, {"format": "face-fusion-training-recogniser"})
-
-
-def portraits(images: AvatarImages) -> dict[int, list[int]]:
-    """The single portraits of each person, by identity."""
-    found: dict[int, list[int]] = {}
-    for row, record in enumerate(images.records):
-        if record["people"] == 1:
-            found.setdefault(record["identities"][0], []).append(row)
-    return found
-
-
-def landmarks5(images: AvatarImages) -> Tensor:
-    """Of the first person of each picture (N, 5, 2), pixels."""
-    return torch.tensor([record["landmarks5"][0] for record in images.records], dtype=torch.float32)
 
 
 def as_generated(images: Tensor, generator: torch.Generator, blurs: tuple[int, ...] = BLURS["head"]) -> Tensor:

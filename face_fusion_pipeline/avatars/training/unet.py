@@ -11,11 +11,10 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import (
@@ -25,18 +24,22 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from ...training.kernels import plain_attention_on_cpu
+from ...training.latent_cache import cached
 from ...training.loop import Batch, Task, TrainingError, digest, seeded
+from ...training.objective import NoiseSchedule, spread_timesteps, weighted_error
 from .clip import equal_caption_ids, run_in_float32, tokenize
-from .data import AvatarImages, cached, save_grid
+from .data import AvatarImages, save_grid
 from .text_change import change_text, text_map
 from .tokenizer import load_tokenizer
 
 
 logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
 
 TEXT_DROPOUT = 0.1
 SNR_GAMMA = 5.0
@@ -57,8 +60,8 @@ class Frozen:
     def subject(self) -> dict[str, str]:
         """What was learned below, see `Task.subject`."""
         return {
-            "vae": f"{fingerprint(self.vae.encoder)}/{self.vae.config.scaling_factor}",
-            "text_encoder": fingerprint(self.text_encoder),
+            "vae": f"{digest(self.vae.encoder.state_dict())}/{self.vae.config.scaling_factor}",
+            "text_encoder": digest(self.text_encoder.state_dict()),
         }
 
     def pipeline(self, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
@@ -168,12 +171,17 @@ def load_unet_for(frozen: Frozen, folder: Path, captions: list[str]) -> UNet2DCo
     channels = frozen.vae.config.latent_channels
     if unet.config.in_channels != channels:
         fitted = UNet2DConditionModel.from_config({**unet.config, "in_channels": channels, "out_channels": channels})
-        shapes = {name: weight.shape for name, weight in fitted.state_dict().items()}
-        kept = {name: weight for name, weight in unet.state_dict().items() if shapes[name] == weight.shape}
-        fitted.load_state_dict(kept, strict=False)
-        unet = fitted
+        unet = with_weights(fitted, unet.state_dict())
     fit_text(unet, frozen, folder, captions)
     return unet
+
+
+def with_weights(model: Model, weights: Mapping[str, Tensor]) -> Model:
+    """`model` with those of `weights` that it has under the same name, in the same shape."""
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    kept = {name: weight for name, weight in weights.items() if shapes.get(name) == weight.shape}
+    model.load_state_dict(kept, strict=False)
+    return model
 
 
 def fit_text(network: nn.Module, frozen: Frozen, folder: Path, captions: list[str]) -> None:
@@ -183,19 +191,16 @@ def fit_text(network: nn.Module, frozen: Frozen, folder: Path, captions: list[st
     """
     former = load_frozen(folder)
     same_words = former.tokenizer.get_vocab() == frozen.tokenizer.get_vocab()
-    if same_words and fingerprint(former.text_encoder) != fingerprint(frozen.text_encoder):
+    if same_words and digest(former.text_encoder.state_dict()) != digest(frozen.text_encoder.state_dict()):
         solution, explained = text_map(*(part.text_states(captions).flatten(0, 1) for part in (former, frozen)))
         change_text(network, solution)
         logger.info("another text encoder: R² of its states for the former ones is %.2f", explained)
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Hash of all weights, so that cached results of one network are not taken for another's."""
-    return digest(module.state_dict())
-
-
 class LatentData:
     """Latents (N, 8, h, w) and text embeddings of a dataset, computed once and kept beside it."""
+
+    depth: Tensor  # uint8 (N, 1, S, S), for those who set it
 
     def __init__(self, frozen: Frozen, data: AvatarImages) -> None:
         device = frozen.vae.device
@@ -207,14 +212,17 @@ class LatentData:
             parts = tqdm(torch.arange(len(data)).split(AT_ONCE[device.type] // 2), desc="latents", unit="batch")
             return torch.cat([quick.latents(data.images(part, device)).half().cpu() for part in parts])
 
-        key = f"{data.key}/{fingerprint(frozen.vae.encoder)}/{frozen.vae.config.scaling_factor}"
+        key = f"{data.key}/{digest(frozen.vae.encoder.state_dict())}/{frozen.vae.config.scaling_factor}"
         self.latents = cached(data.folder / "latents.safetensors", key, encode_images)
         self.caption_ids = equal_caption_ids(data.captions)
         captions = list(dict.fromkeys(data.captions))
-        key = f"{data.key}/{fingerprint(frozen.text_encoder)}"
+        key = f"{data.key}/{digest(frozen.text_encoder.state_dict())}"
         self.text = cached(data.folder / "text.safetensors", key, lambda: frozen.text_states(captions))
         self.empty_text = frozen.text_states([""])
         self.faces = data.face_emphasis(self.latents.shape[-1], data.pixels.shape[-1] // self.latents.shape[-1])
+
+    def __len__(self) -> int:
+        return len(self.latents)
 
     def rows(self, indices: Tensor, device: torch.device) -> Batch:
         """Latents, text, empty text and face emphasis of the images `indices` on `device`.
@@ -239,64 +247,36 @@ class DiffusionLoss:
 
     Args:
         face_weight: m in face boxes; twice as much is added to 1 at brows, eyes and mouth.
-        timestep_power: timesteps are drawn as T·u^power, u uniform; below 1 the noisy ones come more often.
+        timestep_power: see `spread_timesteps`; below 1 the noisy ones come more often.
     """
 
     def __init__(self, face_weight: float, timestep_power: float = 1.0) -> None:
-        self.alphas = create_scheduler().alphas_cumprod
+        self.schedule = NoiseSchedule(create_scheduler().alphas_cumprod, "v_prediction")
         self.face_weight, self.timestep_power = face_weight, timestep_power
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Batch:
-        """Noise (B, ...) and timesteps (B,), one from each of B equal ranges to lower the variance."""
-        device, count = generator.device, shape[0]
-        self.alphas = self.alphas.to(device)
-        noise = torch.randn(shape, generator=generator, device=device)
-        ranges = torch.randperm(count, generator=generator, device=device)
-        within = torch.rand(count, generator=generator, device=device)
-        uniform = (ranges + within) / count
-        timesteps = (uniform**self.timestep_power * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
+        """Noise (B, ...) and timesteps (B,) on the device of `generator`."""
+        self.schedule = self.schedule.to(generator.device)
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        timesteps = spread_timesteps(shape[0], len(self.schedule), generator, self.timestep_power)
         return {"noise": noise, "timesteps": timesteps}
+
+    def drawn(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """The batch with noise and timesteps; one caption in ten is dropped."""
+        drawn = self.draw(batch["latents"].shape, generator)
+        dropped = torch.rand(len(batch["text"]), generator=generator, device=generator.device) < TEXT_DROPOUT
+        return batch | drawn | {"text": torch.where(dropped[:, None, None], batch["empty_text"], batch["text"])}
 
     def noised(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(z, v) at the batch's timesteps."""
-        alpha = self.alphas[batch["timesteps"]][:, None, None, None]
-        signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
-        return (
-            signal * batch["latents"] + noise * batch["noise"],
-            signal * batch["noise"] - noise * batch["latents"],
-        )
+        given = batch["latents"], batch["noise"], batch["timesteps"]
+        return self.schedule.noised(*given), self.schedule.target(*given)
 
     def per_image(self, predicted: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """Weighted squared error (B,)."""
-        alpha = self.alphas[batch["timesteps"]]
+        alpha = self.schedule.alphas[batch["timesteps"]]
         weight = torch.clamp((SNR_GAMMA + 1) * (1 - alpha), max=1.0)  # since 1/(SNR + 1) = 1 − ᾱ
-        mask = 1 + (self.face_weight - 1) * batch["faces"].float()
-        mask = mask / mask.mean(dim=(1, 2, 3), keepdim=True)
-        return weight * (mask * (predicted.float() - target).square()).mean(dim=(1, 2, 3))
-
-
-def plain_attention_on_cpu(latents: Tensor) -> AbstractContextManager[None]:
-    """On a CPU the fused attention takes up to twice the time of plain products, in training at 256 tokens.
-
-    At 4096 it is the other way round, for the products no longer fit into the cache.
-    """
-    small = latents.shape[-1] * latents.shape[-2] <= 1024
-    return plain_attention(small and not torch.cuda.is_available())
-
-
-@contextmanager
-def plain_attention(chosen: bool = True) -> Iterator[None]:
-    """Attention by plain products if that is `chosen`."""
-    if not chosen:
-        yield
-        return
-    reduced = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # in spite of its name also for CPUs
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(reduced)
+        return weight * weighted_error(predicted, target, batch["faces"], self.face_weight)
 
 
 class UnetTask(Task):
@@ -332,11 +312,7 @@ class UnetTask(Task):
         return self.unet.conv_in.weight.device  # of diffusers' property, which looks at all weights, a step has many
 
     def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
-        batch = self.data.rows(indices, self.device)
-        drawn = self.loss.draw(batch["latents"].shape, generator)
-        dropped = torch.rand(len(indices), generator=generator, device=generator.device) < TEXT_DROPOUT
-        batch["text"] = torch.where(dropped[:, None, None], batch["empty_text"], batch["text"])
-        return batch | drawn
+        return self.loss.drawn(self.data.rows(indices, self.device), generator)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         noisy, target = self.loss.noised(batch)

@@ -43,7 +43,7 @@ def plan(split: str, index: int, per_identity: int, world: int | None = None) ->
     return sample_scene(scene_seed, people, world)
 
 
-def describe(scenes: list[Scene], rendered: Rendered) -> list[dict[str, Any]]:
+def scene_records(scenes: list[Scene], rendered: Rendered) -> list[dict[str, Any]]:
     """The metadata of each picture, ready for JSON: caption, who, how, and where the faces are (pixels, XYXY)."""
     vectors = [torch.stack([p.identity.vector for p in scene.people]) for scene in scenes]
     numbers = (_rounded(found) for found in (vectors, rendered.boxes, rendered.landmarks5, rendered.landmarks68))
@@ -63,7 +63,7 @@ def draw(scenes: Iterable[Scene], size: int, device: torch.device | str = "cpu")
     scenes, at_once = iter(scenes), 512 if torch.device(device).type == "cuda" else 32
     while batch := list(islice(scenes, at_once)):
         rendered = render(batch, size, device)
-        yield Drawn((rendered.images * 255).round().byte(), rendered, describe(batch, rendered))
+        yield Drawn((rendered.images * 255).round().byte(), rendered, scene_records(batch, rendered))
 
 
 def _rounded(found: list[torch.Tensor]) -> list[Any]:

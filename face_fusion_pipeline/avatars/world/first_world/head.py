@@ -193,6 +193,17 @@ def build(genes: dict[str, Tensor], face: Face, clothings: list[str]) -> Parts:
     )
 
 
+def eyes_shown(genes: dict[str, Tensor], face: Face) -> Tensor:
+    """How much of the discs of the eyes lies before the skin (P,), from 0 to 1: of some people next to nothing."""
+    steps = torch.linspace(-0.8, 0.8, 13, device=face.eye_r.device)
+    disc = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).flatten(0, 1)
+    disc = disc[disc.norm(dim=-1) < 0.8]
+    points = torch.stack((face.eye_x, face.eye_y), -1)[:, None] + disc * face.eye_r[:, None, None]
+    centre = 0.86 - 0.95 * face.eye_r - 0.30 * face.eye_x
+    front = centre[:, None] + face.eye_r[:, None] * (1 - disc.square().sum(-1)).sqrt()
+    return (front > surface_z(points, *skin_volumes(genes, face))).float().mean(1)
+
+
 def landmarks(genes: dict[str, Tensor], face: Face) -> tuple[Tensor, Tensor]:
     """Five and 68 facial landmarks (P, 5, 3), (P, 68, 3) in the head frame.
 

@@ -1,0 +1,42 @@
+"""Face Fusion on the inpainting pipeline of Stable Diffusion XL."""
+
+from typing import TYPE_CHECKING
+
+from diffusers import StableDiffusionXLInpaintPipeline
+
+from .pipeline_inpaint import InpaintingFaces
+
+
+if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
+    from .call_arguments import Call
+    from .conditioner import Conditioner
+    from .conditioner_reference import ReferenceConditioner
+    from .face_adapter import FaceFusionAdapter
+    from .face_attention import FaceFusionAttnProcessor
+    from .face_axes import face_axes
+    from .face_checkpoints import load_single_file
+    from .face_defaults import FaceDefaults
+    from .face_detectors import load_detector
+    from .face_errors import FaceFusionError
+    from .face_few_steps import few_step_defaults
+    from .face_file_checks import read_header
+    from .face_files import read_tensors
+    from .face_fusion_mixin import FaceFusionMixin
+    from .face_identity import FaceIdentity
+    from .face_images import detect_faces
+    from .face_layout import layer_regions
+    from .face_loader_mixin import FaceLoaderMixin
+    from .face_metadata import without_metadata
+    from .face_ownership import sole_use
+    from .face_pictures import upright_rgb
+    from .face_places import place_people
+    from .face_self_attention import SelfAttentionReference
+    from .face_steps import follow_steps
+    from .joint_attention import joint_attention
+    from .late_guidance import LateGuidance
+    from .reference_pass import capture_hidden_states
+    from .unet_family import base_family
+
+
+class StableDiffusionXLInpaintFaceFusionPipeline(InpaintingFaces, StableDiffusionXLInpaintPipeline):
+    """`StableDiffusionXLInpaintPipeline` with people's faces, see [`FaceFusionMixin.__call__`]."""
