@@ -10,6 +10,7 @@ from typing import Any
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from .face_errors import InvalidPromptError
+from .face_few_steps import settings_of_pipeline
 from .late_guidance import LateGuidance
 
 
@@ -51,7 +52,7 @@ class Call:
 def bind_call(
     pipe: Any, owner: type, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Call:
-    """The arguments of a call by name, with what the model of `pipe` recommends where nothing is given.
+    """The arguments of a call by name, with what suits the model of `pipe` where nothing is given.
 
     Args:
         owner: the mixin whose `__call__` was called; `plain` is the one after it.
@@ -60,7 +61,9 @@ def bind_call(
         TypeError: an argument that nobody knows. InvalidPromptError: a prompt that is no text.
     """
     signature, known = plain_signature(type(pipe), owner)
-    kwargs = kwargs | recommended(pipe.face_defaults, signature.bind_partial(*args, **kwargs))
+    partial = signature.bind_partial(*args, **kwargs)
+    defaults = settings_of_pipeline(pipe, partial.arguments.get("num_inference_steps"))
+    kwargs = kwargs | recommended(defaults, partial)
     bound = signature.bind(*args, **kwargs)
     check_names(bound, known, inspect.signature(owner.__call__).parameters)
     bound.apply_defaults()

@@ -36,6 +36,11 @@ from .unet_family import (
 )
 
 
+# What a UNet that is told the guidance hears while it looks: diffusers' default, so that an identity serves calls with
+# any; told nothing, it would see what it was never trained with.
+LOOKING_GUIDANCE = 7.5
+
+
 class ReferenceConditioner(Conditioner):
     """Keys and values of the reference's own hidden states, at cross-attention, at self-attention, or at both.
 
@@ -91,6 +96,11 @@ class ReferenceConditioner(Conditioner):
         """Keys and values `(1, N_f, inner)` of one reference's latents, and the cells that they are of."""
         unet, (height, width) = pipe.unet, (side * pipe.vae_scale_factor for side in latents.shape[-2:])
         arguments = unet_arguments(conditions, height, width)
+        if (width := unet.config.time_cond_proj_dim) is not None:
+            guidance = torch.tensor([LOOKING_GUIDANCE - 1])
+            arguments["timestep_cond"] = pipe.get_guidance_scale_embedding(guidance, width).to(
+                latents.device, unet.dtype
+            )
         if lora_scale is not None:
             arguments["cross_attention_kwargs"] = {"scale": lora_scale}
         found: KeysAndValues = {}

@@ -115,32 +115,49 @@ def read_defaults(folder: str | os.PathLike[str]) -> FaceDefaults | None:
 def defaults_of(
     model: str | os.PathLike[str], revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
 ) -> FaceDefaults | None:
-    """As [`read_defaults`], of a folder or of a model on the Hub; None also where the Hub cannot be asked.
+    """As [`read_defaults`], of a folder or of a model on the Hub; None also where the Hub cannot be asked."""
+    path = file_of(model, DEFAULTS_NAME, revision, cache_dir)
+    return None if path is None else read_defaults(path.parent)
 
-    The file is fetched by itself: diffusers passes over files that it does not know.
+
+def file_of(
+    model: str | os.PathLike[str],
+    name: str,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path | None:
+    """A file in the folder `model` or in the repository of this Hub id; None where there is none, or no Hub.
+
+    It is fetched by itself, before the model is.
     """
     if os.path.isdir(model):
-        return read_defaults(model)
+        path = Path(model) / name
+        return path if path.is_file() else None
     if os.path.isfile(model) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         return None
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    place: dict[str, Any] = {
-        "repo_id": str(model),
-        "filename": DEFAULTS_NAME,
-        "revision": revision,
-        "cache_dir": cache_dir,
-    }
+    place: dict[str, Any] = {"repo_id": str(model), "filename": name, "revision": revision, "cache_dir": cache_dir}
     cached = try_to_load_from_cache(**place)
-    if not isinstance(cached, str):
-        if cached is not None:  # asked before: it has no such file
-            return None
-        try:
-            cached = hf_hub_download(**place)
-        except (OSError, ValueError) as error:  # no such file, offline, not allowed
-            logger.debug("no %s of %s: %s", DEFAULTS_NAME, model, error)
-            return None
-    return read_defaults(Path(cached).parent)
+    if isinstance(cached, str):
+        return Path(cached)
+    if cached is not None:  # asked before: it has no such file
+        return None
+    try:
+        return Path(hf_hub_download(**place))
+    except (OSError, ValueError) as error:  # no such file, offline, not allowed
+        logger.debug("no %s of %s: %s", name, model, error)
+        return None
+
+
+def read_part(model: str | os.PathLike[str], name: str, revision: str | None = None) -> dict[str, Any]:
+    """The object in a JSON file of a model, see [`file_of`]; empty where it cannot be read, as loading will say."""
+    path = file_of(model, name, revision)
+    try:
+        values = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def loaded_defaults(name: str, parts: Mapping[str, Any]) -> FaceDefaults | None:

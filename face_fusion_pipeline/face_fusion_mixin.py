@@ -34,7 +34,8 @@ class FaceFusionMixin(FaceLoaderMixin):
     scale 0, a call is exactly the pipeline's own.
 
     A model may recommend settings (`face_fusion_defaults.json` in its folder): `face_defaults` has them, and a call
-    uses them for what it is not told. None: there are none, or they are not wanted.
+    uses them for what it is not told. None: there are none, or they are not wanted. With a scheduler of distilled
+    models, guidance and steps that neither says are theirs, see `face_few_steps`.
 
     One call with faces at a time uses a UNet; a second one is refused, in another thread and in a callback. Calls
     without faces in other threads, also of stock pipelines on the same UNet, go their own way.

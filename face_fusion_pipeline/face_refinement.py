@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 
 from .face_axes import face_axes, per_person, weights_per_person
 from .face_errors import FaceAxesError, FaceFusionError, InvalidPromptError, InvalidScaleError
+from .face_few_steps import settings_of_pipeline
 from .face_images import crop_face
 from .face_layout import Box, Placement, assign_boxes, box_masks, check_box, visible_people
 from .face_pictures import load_images
@@ -74,8 +75,8 @@ def check_refinable(arguments: dict[str, Any]) -> None:
 
 def steps_of(pipe: Any, arguments: dict[str, Any]) -> Any:
     """The number of steps of a call: given, or recommended by the model, or diffusers' own."""
-    recommended = pipe.face_defaults.num_inference_steps if pipe.face_defaults is not None else None
-    return arguments.get("num_inference_steps", recommended or 50)
+    defaults = settings_of_pipeline(pipe)
+    return arguments.get("num_inference_steps", (defaults and defaults.num_inference_steps) or 50)
 
 
 def check_strength(strength: Any, steps: Any) -> None:

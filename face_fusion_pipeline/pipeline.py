@@ -22,6 +22,7 @@ from .face_checkpoints import load_single_file
 from .face_defaults import FaceDefaults
 from .face_depth import control_depth
 from .face_errors import FaceFusionError
+from .face_few_steps import few_step_defaults
 from .face_files import read_tensors
 from .face_fusion_mixin import FaceFusionMixin
 from .face_identity import FaceIdentity
@@ -68,6 +69,7 @@ __all__ = [
     "create_adapter",
     "face_axes",
     "face_fused_unet",
+    "few_step_defaults",
     "follow_steps",
     "joint_attention",
     "layer_regions",

@@ -16,6 +16,7 @@ from .call_arguments import prompt_count
 from .face_axes import face_axes
 from .face_depth import control_depth, load_depth_estimator, photo_of
 from .face_errors import FaceAxesError, FaceFusionError
+from .face_few_steps import few_step_defaults
 from .face_fusion_mixin import FaceFusionMixin
 from .face_layout import Layout
 from .face_loader_mixin import check_scale

@@ -6,6 +6,7 @@ from diffusers import StableDiffusionInpaintPipeline
 
 from .call_arguments import Call
 from .face_errors import InvalidLayoutError
+from .face_few_steps import few_step_defaults
 from .face_fusion_mixin import FaceFusionMixin
 from .face_layout import Layout, Placement
 

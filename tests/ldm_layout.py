@@ -26,6 +26,8 @@ UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "fc1": "c_fc", "fc2": "c_proj"}
@@ -90,22 +92,24 @@ def vae_tensors(vae: Any) -> dict[str, Tensor]:
     return found
 
 
-def clip_tensors(text_encoder: Any) -> dict[str, Tensor]:
-    """`cond_stage_model.transformer.*` of Stable Diffusion 1.x."""
-    prefix = "cond_stage_model.transformer.text_model."
+def clip_tensors(text_encoder: Any, place: str = "cond_stage_model.") -> dict[str, Tensor]:
+    """`cond_stage_model.transformer.*` of Stable Diffusion 1.x, or the same in another place."""
+    prefix = place + "transformer.text_model."
     return {prefix + k.removeprefix("text_model."): tensor for k, tensor in text_encoder.state_dict().items()}
 
 
-def open_clip_tensors(text_encoder: Any) -> dict[str, Tensor]:
+def open_clip_tensors(text_encoder: Any, place: str = "cond_stage_model.") -> dict[str, Tensor]:
     """`cond_stage_model.model.*` of Stable Diffusion 2.x: queries, keys and values lie in one tensor."""
     state = {key.removeprefix("text_model."): tensor for key, tensor in text_encoder.state_dict().items()}
-    prefix = "cond_stage_model.model."
+    prefix = place + "model."
     found = {
         prefix + "positional_embedding": state.pop("embeddings.position_embedding.weight"),
         prefix + "token_embedding.weight": state.pop("embeddings.token_embedding.weight"),
         prefix + "ln_final.weight": state.pop("final_layer_norm.weight"),
         prefix + "ln_final.bias": state.pop("final_layer_norm.bias"),
     }
+    if "text_projection.weight" in state:
+        found[prefix + "text_projection"] = state.pop("text_projection.weight").T
     for key, tensor in state.items():
         layer, rest = re.match(r"encoder\.layers\.(\d+)\.(.*)", key).groups()  # type: ignore[union-attr]
         begin = f"{prefix}transformer.resblocks.{layer}."
@@ -121,7 +125,11 @@ def open_clip_tensors(text_encoder: Any) -> dict[str, Tensor]:
 
 def save_checkpoint(pipe: Any, path: Path, open_clip: bool = False, **further: Tensor) -> Path:
     """Write the weights of a pipeline into one file; `further` are tensors of other names."""
-    text = open_clip_tensors(pipe.text_encoder) if open_clip else clip_tensors(pipe.text_encoder)
+    if hasattr(pipe, "text_encoder_2"):
+        text = clip_tensors(pipe.text_encoder, "conditioner.embedders.0.")
+        text |= open_clip_tensors(pipe.text_encoder_2, "conditioner.embedders.1.")
+    else:
+        text = open_clip_tensors(pipe.text_encoder) if open_clip else clip_tensors(pipe.text_encoder)
     tensors = unet_tensors(pipe.unet) | vae_tensors(pipe.vae) | text | further
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
     return path

@@ -12,6 +12,7 @@ from ..face_defaults import FaceDefaults
 from ..face_depth import control_depth
 from ..face_detectors import FaceDetector, load_detector
 from ..face_errors import FaceFusionError, InvalidLayoutError, NoFaceError, SeveralFacesError
+from ..face_few_steps import settings_of_pipeline
 from ..face_file_checks import check_identity_fits
 from ..face_identity import FaceIdentity
 from ..face_images import FacePhoto, detect_faces, locate_face
@@ -88,7 +89,7 @@ class Engine:
     @property
     def defaults(self) -> FaceDefaults:
         """What the model recommends; nothing, if it says nothing."""
-        return self.pipe.face_defaults or FaceDefaults()
+        return settings_of_pipeline(self.pipe) or FaceDefaults()
 
     @property
     def has_control(self) -> bool:

@@ -207,7 +207,7 @@ def set_defaults(args: argparse.Namespace) -> None:
     """
     args.face = [photo for face in args.face for photo in photos_in(face)]
     args.height, args.width = args.height or args.width, args.width or args.height
-    defaults = defaults_beside(args.model, args.revision, args.model_config)
+    defaults = defaults_beside(args.model, args.revision, args.model_config, args.steps)
     args.guidance, args.late_guidance = guidance_scales(args.guidance, args.late_guidance, defaults)
     if args.steps is None:
         args.steps = (defaults and defaults.num_inference_steps) or 25

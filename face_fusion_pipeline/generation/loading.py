@@ -3,7 +3,6 @@
 torch and diffusers are imported inside the function: `--help` and the checks of arguments do without them.
 """
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from ..avatar_model import embedded_model
 from ..face_defaults import FaceDefaults, defaults_of
 from ..face_errors import FaceFusionError, ModelNotFoundError, short
+from ..face_few_steps import few_steps_beside, with_few_steps
 
 
 ADAPTER_FILE = "face_fusion_adapter.safetensors"
@@ -26,13 +26,22 @@ def adapter_beside(model: str | None) -> str | None:
     return str(path) if path.is_file() else None
 
 
-def defaults_beside(model: str | None, revision: str | None = None, config: str | None = None) -> FaceDefaults | None:
-    """What `model` (folder or Hub id; None: the embedded avatar model) recommends, or None.
+def defaults_beside(
+    model: str | None, revision: str | None = None, config: str | None = None, steps: int | None = None
+) -> FaceDefaults | None:
+    """What `model` (folder or Hub id; None: the embedded avatar model) recommends, or what suits its scheduler.
 
-    Of a model in one file it is `config` that recommends. Raises [`FaceFusionError`] for a file of it that is wrong.
+    Args:
+        config: of a model in one file, which recommends in its place.
+        steps: those that were asked for, see `face_few_steps.few_step_defaults`.
+
+    Raises:
+        FaceFusionError: a file of it that is wrong.
     """
     place = config if model is not None and Path(model).is_file() else model or embedded_model()
-    return None if place is None else defaults_of(place, revision)
+    if place is None:
+        return None
+    return with_few_steps(defaults_of(place, revision), few_steps_beside(str(place), revision, steps))
 
 
 def controlnet_beside(model: str | None) -> str | None:
@@ -138,15 +147,12 @@ def load_checkpoint(
 
 
 def text_to_image_class(model: str, **hub: Any) -> Any:
-    """Our pipeline that draws with `model` from a text. Raises [`FaceFusionError`] where there is none."""
+    """Our pipeline that draws with `model`, a folder, Hub id or checkpoint file, from a text."""
     from ..pipeline import StableDiffusionFaceFusionPipeline
+    from ..pipeline_xl import StableDiffusionXLFaceFusionPipeline
 
-    if "XL" not in model_class(model, **hub):
-        return StableDiffusionFaceFusionPipeline
-    try:
-        return importlib.import_module("..pipeline_xl", __package__).StableDiffusionXLFaceFusionPipeline
-    except ModuleNotFoundError as error:
-        raise FaceFusionError(f"{model} is Stable Diffusion XL: take a 1.x or 2.x model here") from error
+    is_xl = "XL" in model_class(model, **hub)
+    return StableDiffusionXLFaceFusionPipeline if is_xl else StableDiffusionFaceFusionPipeline
 
 
 def check_draws_text(pipe: Any, model: str) -> None:
