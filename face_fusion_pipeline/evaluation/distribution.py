@@ -49,11 +49,12 @@ def kid(
 ) -> Estimate:
     """KID of features of pictures (N, D) to those of true renders (M, D), of people named by `groups` (N,) and (M,).
 
-    Features are first moved and scaled, all alike, so that the true ones have the mean 0 and on average the variance
-    1. Unbiased and with an interval as `cmmd`; pairs of one person are left out everywhere, so that likeness to the
-    person's own render counts for nothing.
+    Features are brought to unit length, so that no single one outweighs all others, then moved and scaled, all alike,
+    so that the true ones have the mean 0 and on average the variance 1. Unbiased and with an interval as `cmmd`; pairs
+    of one person are left out everywhere, so that likeness to the person's own render counts for nothing.
     """
     groups, render_groups = np.asarray(groups), np.asarray(render_groups)
+    pictures, renders = (f / np.maximum(np.linalg.norm(f, axis=1, keepdims=True), 1e-12) for f in (pictures, renders))
     mean, spread = renders.mean(0), max(float(np.sqrt(renders.var(0).mean())), 1e-6)
     x, y = (pictures - mean) / spread, (renders - mean) / spread
     same = groups[:, None] == render_groups[None]

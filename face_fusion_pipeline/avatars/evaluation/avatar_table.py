@@ -34,9 +34,9 @@ ASKED = ("expression", "clothing", "background", "people")
 CEILING, FLOOR = "true render", "somebody else"
 DRAWING = ("eyes well drawn ↑", "head KID ↓", "eye KID ↓", "traits ↑")
 LEGEND = (
-    "Eyes well drawn: both, by a judge that passes 99.5 % of true renders. KID: 1000 × that of heads and of bands of "
-    f"eyes to true renders of the same scenes. Traits: of a person's, the share of the way from “{FLOOR}” to "
-    f"“{CEILING}”. "
+    "Eyes well drawn: both, by a judge that passes 99 % of true renders whose eyes show. KID: 1000 × that of heads "
+    "and of eyes to true renders of the same scenes. Traits: of a person's, the share of the way from "
+    f"“{FLOOR}” to “{CEILING}”. "
 )
 SHEET_ROWS = 8
 
@@ -61,9 +61,9 @@ def compare(
         **circumstances(),
         "methods": summarise(rows, [*methods, CEILING, FLOOR], panel.names, seed=settings.seed),
     }
-    for method, found in seen.items():
-        whose = np.array([trial.person for trial in trials])
-        result["methods"][method]["drawing"] |= distances(found, seen[CEILING], whose, seed=settings.seed)
+    whose = np.array([trial.person for trial in trials])
+    for method in methods if seen else ():
+        result["methods"][method]["drawing"] |= distances(seen[method], seen[CEILING], whose, seed=settings.seed)
     write_report(out, "table", result, as_markdown(result, panel.names))
     write_image(out / "sheet.png", _sheet(trials, methods, settings, out))
     return result
@@ -115,7 +115,7 @@ def as_markdown(result: dict[str, Any], recognisers: list[str]) -> str:
         row: list[Any] = [method]
         if measured:
             drawing = figures["drawing"]
-            row += [_share(drawing["eyes"]), *(_distance(drawing[f"kid_{part}"]) for part in ("head", "eye"))]
+            row += [_share(drawing["eyes"]), *(_distance(drawing.get(f"kid_{part}")) for part in ("head", "eye"))]
             row.append(_share(figures["traits"]["closed"]))
         row += [_share(figures["similarity"][name], "closed") for name in recognisers]
         row.append(_share(figures["obedience"]))
@@ -150,7 +150,9 @@ def _share(estimate: dict[str, Any], key: str = "mean") -> str:
     return f"{mean} % [{', '.join(ends)}]" if estimate[low] == estimate[low] else f"{mean} %"
 
 
-def _distance(estimate: dict[str, Any]) -> str:
+def _distance(estimate: dict[str, Any] | None) -> str | None:
+    if estimate is None:  # of true renders to themselves
+        return None
     mean, low, high = (f"{estimate[key]:.0f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]" if estimate["low"] == estimate["low"] else mean
 

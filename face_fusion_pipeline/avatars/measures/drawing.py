@@ -32,12 +32,8 @@ class EyeNetwork(nn.Module):
         self.head = nn.Sequential(nn.Linear(PLANES * GRID[0] * GRID[1], 96), nn.ReLU(), nn.Linear(96, 1))
 
     def forward(self, bands: Tensor) -> Tensor:
-        return self.head[2](self.features(bands))[:, 0]
-
-    def features(self, bands: Tensor) -> Tensor:
-        """What the verdict is made from (B, 96)."""
         seen = F.adaptive_avg_pool2d(self.trunk(bands - 0.5), GRID)
-        return self.head[:2](seen.flatten(1))
+        return self.head(seen.flatten(1))[:, 0]
 
 
 @dataclass

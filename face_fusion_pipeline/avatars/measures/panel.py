@@ -14,7 +14,7 @@ from torch import Tensor
 from ...face_errors import ModelNotFoundError
 from ..evaluation.judges import Judges
 from ..evaluation.renders import at_size
-from .crops import eye_bands, features, heads, locate
+from .crops import features, heads, locate
 from .drawing import EyeJudge, load_eye_judge
 from .looks import Look
 from .traits import SHIPPED, TraitEstimators, load_traits
@@ -22,10 +22,15 @@ from .traits import SHIPPED, TraitEstimators, load_traits
 
 logger = logging.getLogger(__name__)
 
+EYE_ROWS = slice(1, 4)  # of the planes of the features: from the brows to below the eyes
+
 
 @dataclass(frozen=True)
 class Seen:
-    """Of one picture: which traits of a person it shows, whether both eyes are well drawn, and features for KID."""
+    """Of one picture: which traits of a person it shows, whether both eyes are well drawn, and features for KID.
+
+    Features are what the network of the traits sees in the head, and around the eyes.
+    """
 
     shown: dict[str, bool]  # of the traits that the picture of the scene can show
     eyes: bool
@@ -51,14 +56,12 @@ class Measures:
         images = at_size(images, self.size)
         points = locate(self.judges, images)
         estimates, eyes = self.traits.estimate(images, points), self.drawing.well_drawn(images, points)
-        head_features = self.traits.network.look(heads(images, points), features(images, points)).numpy()
-        eye_features = self.drawing.network.features(eye_bands(images, points)).numpy()
+        head, face = self.traits.network.planes(heads(images, points), features(images, points))
+        both = head.flatten(1).numpy(), face[:, :, EYE_ROWS].flatten(1).numpy()
         people = [people[0]] * len(images) if len(people) == 1 else people
         return [
-            Seen({t: look.shows(t, seen) for t, seen in found.items() if look.visible(t)}, good, *found_features)
-            for look, found, good, *found_features in zip(
-                people, estimates, eyes, head_features, eye_features, strict=True
-            )
+            Seen({t: look.shows(t, seen) for t, seen in found.items() if look.visible(t)}, *rest)
+            for look, found, *rest in zip(people, estimates, eyes, *both, strict=True)
         ]
 
 

@@ -46,8 +46,13 @@ class TraitNetwork(nn.Module):
 
     def look(self, heads: Tensor, features: Tensor) -> Tensor:
         """What all traits are read from (B, 256)."""
-        parts = (self.head_trunk(heads - 0.5), self.face_trunk(features - 0.5), heads - 0.5)
-        return self.hidden(torch.cat([F.adaptive_avg_pool2d(part, GRID).flatten(1) for part in parts], 1))
+        parts = (*self.planes(heads, features), F.adaptive_avg_pool2d(heads - 0.5, GRID))
+        return self.hidden(torch.cat([part.flatten(1) for part in parts], 1))
+
+    def planes(self, heads: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What is seen where, in the crop of the head and in that of the features: (B, PLANES, GRID, GRID) each."""
+        seen = self.head_trunk(heads - 0.5), self.face_trunk(features - 0.5)
+        return F.adaptive_avg_pool2d(seen[0], GRID), F.adaptive_avg_pool2d(seen[1], GRID)
 
 
 @dataclass

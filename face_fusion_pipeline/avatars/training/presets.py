@@ -83,7 +83,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "cpu": Preset(
             {},
             LoopOptions(
-                batch_size=64, lr=2e-3, steps=3000, warmup=100, ema_decay=0.99, precision="auto", channels_last=True
+                batch_size=64, lr=3e-3, steps=3000, warmup=100, ema_decay=0.99, precision="auto", channels_last=True
             ),
         ),
         "gpu": Preset({}, LoopOptions(batch_size=512, lr=4e-3, steps=3000, warmup=100, ema_decay=0.99)),
@@ -92,7 +92,14 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "cpu": Preset(
             {},
             LoopOptions(
-                batch_size=96, lr=2e-3, steps=3000, warmup=100, ema_decay=0.99, precision="auto", channels_last=True
+                batch_size=96,
+                lr=2e-3,
+                steps=1700,
+                warmup=100,
+                weight_decay=0.05,
+                ema_decay=0.99,
+                precision="auto",
+                channels_last=True,
             ),
         ),
         "gpu": Preset({}, LoopOptions(batch_size=384, lr=3e-3, steps=3000, warmup=100, ema_decay=0.99)),
