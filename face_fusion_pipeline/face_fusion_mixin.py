@@ -11,7 +11,7 @@ import torch
 from .call_arguments import Call, bind_call, has_call_below, with_whole_signature
 from .conditioner import IdentityOptions, Person, conditioner_of
 from .conditioner_reference import ReferenceConditioner  # noqa: F401  (registers the modes)
-from .face_attention import check_idle
+from .face_attention import FaceCall, check_idle
 from .face_axes import face_axes, is_identity, per_person, weights_per_person
 from .face_errors import IdentityMismatchError
 from .face_identity import FaceIdentity
@@ -204,11 +204,15 @@ class FaceFusionMixin(FaceLoaderMixin):
             except DraftInterrupted as stopped:
                 return stopped.result
             rows = picture_rows(self, people, layouts, placement, call)
-            state = follow_steps(self, call, face_start, face_end)
+            state = self._follow_steps(call, face_start, face_end)
             conditioner = conditioner_of(modes.pop())
             with conditioner.installed(self, rows, state), self._layouts_applied(layouts, call.images):
                 result = call.run()
         return with_boxes(result, layouts, call.images)
+
+    def _follow_steps(self, call: Call, start: float, end: float) -> FaceCall:
+        """Which rows see faces in which steps, see `face_steps.follow_steps`; for subclasses."""
+        return follow_steps(self, call, start, end)
 
     def _layouts(self, placement: Placement, people: list[int], call: Call) -> list[Layout]:
         """Where people go, see `face_places.place_people`; for subclasses."""

@@ -12,7 +12,7 @@ from face_fusion_pipeline.avatars.evaluation.judges import load_judges
 from face_fusion_pipeline.avatars.measures import damage, portraits
 from face_fusion_pipeline.avatars.measures.agreement import agreement, drawn_anew, renders_passed
 from face_fusion_pipeline.avatars.measures.choice import Candidate, candidate, choose, read_table
-from face_fusion_pipeline.avatars.measures.crops import eye_bands, heads, locate
+from face_fusion_pipeline.avatars.measures.crops import eye_bands, features, heads, locate
 from face_fusion_pipeline.avatars.measures.drawing import EyeJudge, EyeNetwork, load_eye_judge
 from face_fusion_pipeline.avatars.measures.figures import distances, summarise_measures, trait_share
 from face_fusion_pipeline.avatars.measures.looks import MEASURES, TRAITS, WORDS, Look
@@ -80,7 +80,11 @@ def test_eyes_lie_in_the_band_and_heads_are_whole(size: int) -> None:
     columns, rows = band[0, 0].amax(0), band[0, 0].amax(1)
     halves = columns.chunk(2)
     assert all(half.max() > 0.2 for half in halves) and 0.35 < rows.argmax() / len(rows) < 0.65
-    assert heads(drawn.images, points).shape[-1] == 9 * size // 8
+    assert (
+        heads(drawn.images, points).shape
+        == features(drawn.images, points).shape
+        == (1, 3, 3 * size // 4, 3 * size // 4)
+    )
     assert (locate(load_judges(), drawn.images)[0] - points[0]).norm(dim=-1).mean() < 4 * size / 128
 
 

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--render", type=COUNT, metavar="N", help="render N training images on the device instead; --data takes caches"
     )
     parser.add_argument("--size", type=AVATAR_SIDE, help="pixels of a rendered image's side (default: 128)")
-    parser.add_argument("--world", type=int, choices=(1, 2), help="traits, drawing: of the people (default: 1)")
+    parser.add_argument("--world", type=whole(1, 2), help="traits, drawing: of the people (default: 1)")
     parser.add_argument("--threads", type=THREADS, help="CPU threads of torch (default: torch decides)")
     parser.add_argument(
         "--processes",

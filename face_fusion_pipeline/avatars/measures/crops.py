@@ -10,7 +10,8 @@ from ..evaluation.renders import at_size
 
 
 EYE_ZOOM, EYE_CROP = 1.2, 7 / 8  # of the aligned face; pixels of a crop's side to one of the picture's side
-HEAD_ZOOM, HEAD_CROP = 0.62, 9 / 8  # hair, ears and chin are in the crop, at about the picture's own resolution
+HEAD_ZOOM, HEAD_CROP = 0.62, 3 / 4  # hair, ears and chin are in the crop, a little smaller than in the picture
+FACE_ZOOM, FACE_CROP = 1.15, 3 / 4  # from the brows to the mouth, a little larger than in the picture
 BAND = 3 / 7  # height of the band of the eyes, as a share of its width
 
 
@@ -23,6 +24,11 @@ def locate(judges: Judges, images: Tensor) -> Tensor:
 def heads(images: Tensor, landmarks: Tensor) -> Tensor:
     """Whole heads (B, 3, C, C) of images (B, 3, S, S) with landmarks (B, 5, 2) in their pixels."""
     return align_faces(images, landmarks, round(HEAD_CROP * images.shape[-1]), zoom=HEAD_ZOOM)
+
+
+def features(images: Tensor, landmarks: Tensor) -> Tensor:
+    """Brows, eyes, nose and mouth (B, 3, C, C); as `heads`, and of the same size."""
+    return align_faces(images, landmarks, round(FACE_CROP * images.shape[-1]), zoom=FACE_ZOOM)
 
 
 def eye_bands(images: Tensor, landmarks: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...face_errors import ModelNotFoundError
 from ..evaluation.judges import Judges
 from ..evaluation.renders import at_size
-from .crops import eye_bands, heads, locate
+from .crops import eye_bands, features, heads, locate
 from .drawing import EyeJudge, load_eye_judge
 from .looks import Look
 from .traits import SHIPPED, TraitEstimators, load_traits
@@ -51,12 +51,14 @@ class Measures:
         images = at_size(images, self.size)
         points = locate(self.judges, images)
         estimates, eyes = self.traits.estimate(images, points), self.drawing.well_drawn(images, points)
-        head_features = self.traits.network.features(heads(images, points)).numpy()
+        head_features = self.traits.network.look(heads(images, points), features(images, points)).numpy()
         eye_features = self.drawing.network.features(eye_bands(images, points)).numpy()
         people = [people[0]] * len(images) if len(people) == 1 else people
         return [
-            Seen({t: look.shows(t, seen) for t, seen in found.items() if look.visible(t)}, good, *features)
-            for look, found, good, *features in zip(people, estimates, eyes, head_features, eye_features, strict=True)
+            Seen({t: look.shows(t, seen) for t, seen in found.items() if look.visible(t)}, good, *found_features)
+            for look, found, good, *found_features in zip(
+                people, estimates, eyes, head_features, eye_features, strict=True
+            )
         ]
 
 

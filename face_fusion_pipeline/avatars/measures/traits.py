@@ -1,4 +1,4 @@
-"""Estimators of traits: which hair, which nose, how old. One network that looks at aligned heads."""
+"""Estimators of traits: which hair, which nose, how old. One network that looks at heads."""
 
 from __future__ import annotations
 
@@ -14,37 +14,40 @@ from torch.nn import functional as F
 
 from ...face_errors import ModelNotFoundError
 from ...face_files import save_tensors
-from .crops import heads
+from .crops import features, heads
 from .dense import DenseTrunk
 from .looks import MEASURES, TRAITS, WORDS
 
 
 SHIPPED = Path(__file__).parent / "weights"
 WEIGHTS_NAME, REPORT_NAME = "traits.safetensors", "traits.json"
-PLANES, GRID = 24, 9  # what the heads look at: planes, and cells a side
+PLANES, GRID = 24, 6  # what the heads look at, of both crops: planes, and cells a side
 
 
 class TraitNetwork(nn.Module):
-    """Logits of words and estimates of measures from heads (B, 3, S, S) in [0, 1] of any size S."""
+    """Logits of words and estimates of measures, from crops of the head and of the features (`crops`).
+
+    Both (B, 3, S, S) in [0, 1], of any size S. Batch norm makes it learn several times as quick; its statistics are no
+    part of a checkpoint, `TraitsTask.take_statistics` makes them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = DenseTrunk(32, ((2, 32), (4, 32), (4, 48)), PLANES)
-        self.hidden = nn.Sequential(nn.Linear((PLANES + 3) * GRID**2, 256), nn.ReLU())
+        stages = ((2, 32), (4, 32), (4, 40))
+        self.head_trunk, self.face_trunk = (DenseTrunk(24, stages, PLANES, nn.BatchNorm2d) for _ in range(2))
+        self.hidden = nn.Sequential(nn.Linear((2 * PLANES + 3) * GRID**2, 256), nn.BatchNorm1d(256), nn.ReLU())
         self.words = nn.ModuleDict({name: nn.Linear(256, len(words)) for name, words in WORDS.items()})
         self.measures = nn.Linear(256, len(MEASURES))
 
-    def forward(self, faces: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def forward(self, heads: Tensor, features: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Logits (B, words) by trait, and measures (B, len(MEASURES)) near [0, 1]."""
-        features = self.features(faces)
-        return {name: head(features) for name, head in self.words.items()}, 0.5 + self.measures(features)
+        found = self.look(heads, features)
+        return {name: head(found) for name, head in self.words.items()}, 0.5 + self.measures(found)
 
-    def features(self, faces: Tensor) -> Tensor:
-        """What the heads look at (B, 256)."""
-        x = faces - 0.5
-        seen = F.adaptive_avg_pool2d(self.trunk(x), GRID)
-        colours = F.adaptive_avg_pool2d(x, GRID)  # as they are: the norms take the brightness out of the rest
-        return self.hidden(torch.cat([seen, colours], 1).flatten(1))
+    def look(self, heads: Tensor, features: Tensor) -> Tensor:
+        """What all traits are read from (B, 256)."""
+        parts = (self.head_trunk(heads - 0.5), self.face_trunk(features - 0.5), heads - 0.5)
+        return self.hidden(torch.cat([F.adaptive_avg_pool2d(part, GRID).flatten(1) for part in parts], 1))
 
 
 @dataclass
@@ -58,7 +61,7 @@ class TraitEstimators:
     @torch.inference_mode()
     def estimate(self, images: Tensor, landmarks: Tensor) -> list[dict[str, str | float]]:
         """By picture of images (B, 3, S, S) in [0, 1], landmarks (B, 5, 2) in pixels: each kept trait as estimated."""
-        logits, measures = self.network(heads(images, landmarks))
+        logits, measures = self.network(heads(images, landmarks), features(images, landmarks))
         chosen = {name: rows.argmax(1).tolist() for name, rows in logits.items()}
         numbers = dict(zip(MEASURES, measures.T.tolist(), strict=True))
         return [
@@ -68,7 +71,7 @@ class TraitEstimators:
     def save(self, folder: Path) -> None:
         """Write weights in float16 and the report."""
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: weight.half().contiguous() for name, weight in self.network.state_dict().items()}
+        state = {k: v.half() if v.is_floating_point() else v for k, v in self.network.state_dict().items()}
         save_tensors(folder / WEIGHTS_NAME, state, {"format": "face-fusion-trait-estimators"})
         text = {**self.about, "kept": list(self.kept), "dropped": [t for t in TRAITS if t not in self.kept]}
         (folder / REPORT_NAME).write_text(json.dumps(text, indent=1) + "\n")
@@ -80,5 +83,6 @@ def load_traits(folder: Path = SHIPPED) -> TraitEstimators:
         raise ModelNotFoundError(f"no trait estimators in {folder}: train them, `face-fusion avatars-train traits`")
     about = json.loads((folder / REPORT_NAME).read_text())
     network = TraitNetwork()
-    network.load_state_dict({name: weight.float() for name, weight in load_file(folder / WEIGHTS_NAME).items()})
+    state = load_file(folder / WEIGHTS_NAME)
+    network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     return TraitEstimators(network.requires_grad_(False).eval(), tuple(about["kept"]), about)

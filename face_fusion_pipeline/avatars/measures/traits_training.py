@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...evaluation.reports import circumstances
@@ -16,7 +16,7 @@ from ..evaluation.judges import Judges, load_judges
 from ..training.data import AvatarImages, landmarks5
 from ..training.recogniser import LANDMARK_JITTER, as_generated
 from ..world.identity import WORLD
-from .crops import heads, locate
+from .crops import features, heads, locate
 from .looks import MEASURES, TRAITS, WORDS, Look
 from .traits import TraitEstimators, TraitNetwork
 
@@ -24,6 +24,7 @@ from .traits import TraitEstimators, TraitNetwork
 RIGHT, CORRELATION = 0.95, 0.9  # least for a trait to count, on held-out people
 BLURS = (2,)  # pixels, of a picture of 128; generated pictures are softer than renders
 _UNSEEN = -100  # what cross-entropy ignores
+_BATCHES = 40
 
 
 class TraitsTask(Task):
@@ -60,11 +61,12 @@ class TraitsTask(Task):
         points = points + self.jitter * 0.7 * (shifts[0] + shifts[1, :, :1])
         images = as_generated((self.data.images(indices, device) + 1) / 2, generator, BLURS)
         targets = {"measures": self.measures, **self.words}
-        return {"heads": heads(images, points), **{name: rows[indices].to(device) for name, rows in targets.items()}}
+        crops = {"heads": heads(images, points), "features": features(images, points)}
+        return {**crops, **{name: rows[indices].to(device) for name, rows in targets.items()}}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the words, and squared errors of the measures as shares of their variance."""
-        logits, estimates = self.network(batch["heads"])
+        logits, estimates = self.network(batch["heads"], batch["features"])
         words = torch.stack([F.cross_entropy(logits[t].float(), batch[t], ignore_index=_UNSEEN) for t in WORDS])
         seen = ~batch["measures"].isnan()
         errors = 12 * (estimates.float() - batch["measures"].nan_to_num()).square()[seen]
@@ -76,11 +78,28 @@ class TraitsTask(Task):
 
     def estimators(self) -> TraitEstimators:
         """The network as it is, with its figures on the validation portraits."""
+        self.take_statistics()
         found = TraitEstimators(self.network, TRAITS, {})
         figures = held_out_figures(found, self.judges, self.validation)
         kept = tuple(t for t in TRAITS if figures[t] >= (RIGHT if t in WORDS else CORRELATION))
         about = {"size": self.validation.pixels.shape[-1], "world": self.world, "portraits": self.size}
         return TraitEstimators(self.network, kept, {**about, "held_out": figures, **circumstances()})
+
+    @torch.no_grad()
+    def take_statistics(self) -> None:
+        """Means and variances of batch norm, of the weights as they are now, over `_BATCHES` batches of training."""
+        norms = [part for part in self.network.modules() if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all batches
+        self.network.train()
+        device = next(self.network.parameters()).device
+        generator = torch.Generator(device).manual_seed(0)
+        for _ in range(_BATCHES):
+            rows = torch.randint(self.size, (64,), generator=generator, device=device).cpu()
+            batch = self.batch(rows, generator, 1.0)
+            self.network(batch["heads"], batch["features"])
+        self.network.eval()
 
     def export(self, folder: Path) -> None:
         self.estimators().save(folder)
