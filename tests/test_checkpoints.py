@@ -37,9 +37,9 @@ from face_fusion_pipeline import (
 )
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.evaluation.generation import hash_weights
-from face_fusion_pipeline.face_checkpoints import PIPELINES, check_pipeline, checkpoint_kind
 from face_fusion_pipeline.face_defaults import defaults_of
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
+from face_fusion_pipeline.face_single_file import PIPELINES, check_pipeline, checkpoint_kind
 from face_fusion_pipeline.generation.loading import load_pipeline, text_to_image_class
 from face_fusion_pipeline.training.base_model import load_base
 

@@ -120,7 +120,7 @@ def model_class(model: str, **hub: Any) -> str:
     """
     from diffusers import DiffusionPipeline
 
-    from ..face_checkpoints import PIPELINES, checkpoint_kind
+    from ..face_single_file import PIPELINES, checkpoint_kind
 
     if Path(model).is_file():
         return PIPELINES[checkpoint_kind(model)]
@@ -133,13 +133,13 @@ def load_checkpoint(
     """`model` as a pipeline of this class, from a folder, a Hub id or a `.safetensors` file; never from a pickle.
 
     Args:
-        config: folder or Hub id with the configuration of a file, see `face_checkpoints.load_single_file`.
+        config: folder or Hub id with the configuration of a file, see `face_single_file.load_single_file`.
         variant, settings: as `from_pretrained` takes them; a file has no variant.
     """
     if not Path(model).is_file():
         return pipeline_class.from_pretrained(model, variant=variant, use_safetensors=True, **settings)
-    from ..face_checkpoints import load_single_file
     from ..face_loader_mixin import FaceLoaderMixin
+    from ..face_single_file import load_single_file
 
     if issubclass(pipeline_class, FaceLoaderMixin):
         return pipeline_class.from_single_file(model, config=config, **settings)
@@ -184,7 +184,7 @@ def load_pipeline(
         dtype: "auto" (half precision on CUDA), "float32", "float16" or "bfloat16".
         controlnet: folder or Hub id of a ControlNet, or None.
         revision, variant: of `model`, as diffusers' `from_pretrained` takes them.
-        config: folder or Hub id with the configuration of a file, see `face_checkpoints.load_single_file`.
+        config: folder or Hub id with the configuration of a file, see `face_single_file.load_single_file`.
 
     Raises:
         FaceFusionError: the device is not there, or another kind of model; ModelNotFoundError and

@@ -116,7 +116,7 @@ def load_base(
     """The checkpoint in a diffusers folder, a `.safetensors` file, or of a Hub id, frozen, without safety checker.
 
     Args:
-        config: folder or Hub id with the configuration of a file, see `face_checkpoints.load_single_file`.
+        config: folder or Hub id with the configuration of a file, see `face_single_file.load_single_file`.
         hub: `revision`, `variant`, `token`, `cache_dir`.
 
     Raises:
