@@ -40,6 +40,32 @@ def controlnet_beside(model: str | None) -> str | None:
     return str(path) if (path / "config.json").is_file() else None
 
 
+def class_of(model: str | Path, **hub: Any) -> str:
+    """Name of the pipeline class that a model was saved with.
+
+    Args:
+        hub: as diffusers' `load_config` takes them: `revision`, `token`, `cache_dir`.
+
+    Raises:
+        OSError: there is no such model. KeyError: its index names no class.
+    """
+    from diffusers import DiffusionPipeline
+
+    name = DiffusionPipeline.load_config(model, **hub)["_class_name"]
+    return str(name[-1] if isinstance(name, (list, tuple)) else name)  # a list where the pipeline is a file beside it
+
+
+def pipeline_for(name: str) -> Any:
+    """The text-to-image pipeline with faces for models of the class `name`: of XL, or of 1.x and 2.x."""
+    if "XL" in name:
+        from ..pipeline_xl import StableDiffusionXLFaceFusionPipeline
+
+        return StableDiffusionXLFaceFusionPipeline
+    from ..pipeline import StableDiffusionFaceFusionPipeline
+
+    return StableDiffusionFaceFusionPipeline
+
+
 def load_pipeline(
     model: str | None = None,
     adapter: str | None = None,
@@ -67,8 +93,6 @@ def load_pipeline(
     import torch
     from diffusers import ControlNetModel
 
-    from ..pipeline import StableDiffusionFaceFusionPipeline
-
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     name = ("float16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
     try:
@@ -82,8 +106,9 @@ def load_pipeline(
             what = f"ControlNet {controlnet}"
             settings["controlnet"] = ControlNetModel.from_pretrained(controlnet, **settings)
             what = f"model {model}"
-        pipe = StableDiffusionFaceFusionPipeline.from_pretrained(model, revision=revision, variant=variant, **settings)
-    except (OSError, ValueError) as error:  # not there, offline, gated, a broken or other kind of model
+        kind = pipeline_for(class_of(model, revision=revision))
+        pipe = kind.from_pretrained(model, revision=revision, variant=variant, **settings)
+    except (OSError, ValueError, KeyError) as error:  # not there, offline, gated, a broken or other kind of model
         raise ModelNotFoundError(f"cannot load the {what}: {error}") from error
     pipe.set_progress_bar_config(desc="denoising", leave=False)
     if adapter is not None:

@@ -11,11 +11,11 @@ from typing import Any
 import diffusers.utils.logging as diffusers_logging
 import torch
 import transformers.utils.logging as transformers_logging
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from ..face_errors import ModelNotFoundError
-from ..pipeline import StableDiffusionFaceFusionPipeline
+from ..generation.loading import class_of, pipeline_for
 from ..unet_family import TEXT, encode_latents, latent_scaling, text_conditions, unet_arguments
 from .loop import TrainingError
 from .objective import NoiseSchedule
@@ -119,17 +119,13 @@ def load_base(name: str | Path, dtype: torch.dtype = torch.float32, **hub: Any) 
         ModelNotFoundError: it cannot be loaded. TrainingError: another architecture, or without noise levels.
     """
     try:
-        kind = str(
-            DiffusionPipeline.load_config(name, **{k: v for k, v in hub.items() if k != "variant"})["_class_name"]
-        )
+        kind = class_of(name, **{k: v for k, v in hub.items() if k != "variant"})
         if not kind.startswith("StableDiffusion") or kind.startswith("StableDiffusion3"):
             raise TrainingError(f"{name} is a {kind}: Face Fusion can be trained for Stable Diffusion 1.x, 2.x and XL")
-        if "XL" in kind:
-            pipeline = StableDiffusionXLPipeline.from_pretrained(name, dtype=dtype, **hub)
-        else:
-            without = {"safety_checker": None, "requires_safety_checker": False, "controlnet": None}
-            pipeline = StableDiffusionFaceFusionPipeline.from_pretrained(name, dtype=dtype, **without, **hub)
-            pipeline.face_defaults = None  # what a training and its samples see is said with every call
+        without: dict[str, Any] = {"controlnet": None}
+        without |= {} if "XL" in kind else {"safety_checker": None, "requires_safety_checker": False}
+        pipeline = pipeline_for(kind).from_pretrained(name, dtype=dtype, **without, **hub)
+        pipeline.face_defaults = None  # what a training and its samples see is said with every call
     except TrainingError:
         raise
     except (OSError, ValueError, KeyError) as error:  # not there, offline, gated, another or a broken model
