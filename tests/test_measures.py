@@ -229,7 +229,7 @@ def test_shipped_judge_of_eyes_agrees_with_verdicts_by_eye(capsys: pytest.Captur
     assert len(verdicts) == 100 and int((~verdicts.good).sum()) >= 30
     assert {p["method"] for p in verdicts.about["pictures"]} == {"none", "adapter", "both-mirrored"}
     shares = agreement(judge, verdicts)
-    assert shares["broken_caught"] >= 0.85 and shares["broken_caught_sure"] >= 0.9 and shares["good_passed"] >= 0.5
+    assert shares["broken_caught_sure"] >= 0.82 and shares["broken_caught"] >= 0.62 and shares["good_passed"] >= 0.9
     assert renders_passed(judge, 96)[0] >= 0.96
     assert main(["avatars-evaluate", "eyes", str(VERDICTS), "--renders", "8", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -124,7 +124,8 @@ def model_class(model: str, **hub: Any) -> str:
 
     if Path(model).is_file():
         return PIPELINES[checkpoint_kind(model)]
-    return str(DiffusionPipeline.load_config(model, **hub)["_class_name"])
+    name = DiffusionPipeline.load_config(model, **hub)["_class_name"]
+    return str(name[-1] if isinstance(name, (list, tuple)) else name)  # a list where the pipeline is a file beside it
 
 
 def load_checkpoint(
@@ -146,13 +147,15 @@ def load_checkpoint(
     return load_single_file(pipeline_class.from_single_file, pipeline_class, model, config=config, **settings)
 
 
-def text_to_image_class(model: str, **hub: Any) -> Any:
-    """Our pipeline that draws with `model`, a folder, Hub id or checkpoint file, from a text."""
-    from ..pipeline import StableDiffusionFaceFusionPipeline
-    from ..pipeline_xl import StableDiffusionXLFaceFusionPipeline
+def pipeline_for(kind: str) -> Any:
+    """The text-to-image pipeline with faces for models of the class `kind`: of XL, or of 1.x and 2.x."""
+    if "XL" in kind:
+        from ..pipeline_xl import StableDiffusionXLFaceFusionPipeline
 
-    is_xl = "XL" in model_class(model, **hub)
-    return StableDiffusionXLFaceFusionPipeline if is_xl else StableDiffusionFaceFusionPipeline
+        return StableDiffusionXLFaceFusionPipeline
+    from ..pipeline import StableDiffusionFaceFusionPipeline
+
+    return StableDiffusionFaceFusionPipeline
 
 
 def check_draws_text(pipe: Any, model: str) -> None:
@@ -220,7 +223,7 @@ def _from_pretrained(
             what = f"ControlNet {controlnet}"
             settings["controlnet"] = ControlNetModel.from_pretrained(controlnet, use_safetensors=True, **settings)
             what = f"model {model}"
-        pipeline_class = text_to_image_class(model, revision=revision)
+        pipeline_class = pipeline_for(model_class(model, revision=revision))
         pipe = load_checkpoint(pipeline_class, model, config, variant, revision=revision, **settings)
         check_draws_text(pipe, model)
         return pipe
