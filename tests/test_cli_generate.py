@@ -122,7 +122,7 @@ def test_a_model_whose_index_names_no_class_is_refused(generate: Any, tmp_path: 
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "model_index.json").write_text("{}")
     status, _, err = generate("--no-detect", model=tmp_path / "odd")
-    assert status == 2 and "it names no pipeline" in err
+    assert status == 2 and "names no pipeline" in err
 
 
 def test_a_mirrored_photo_is_one_more_reference(

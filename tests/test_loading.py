@@ -117,8 +117,11 @@ def test_loads_and_generates_in_a_fresh_process(way, work, tmp_path):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.glob("pipeline*.py")), ids=lambda path: path.stem)
-def test_a_pipeline_file_names_all_siblings_and_shows_one_pipeline(file):
+PIPELINES = sorted(PACKAGE.glob("pipeline*.py"))
+
+
+@pytest.mark.parametrize("file", [*PIPELINES, PACKAGE / "block.py"], ids=lambda path: path.stem)
+def test_a_file_that_diffusers_loads_names_all_siblings(file):
     """diffusers copies the siblings that the file names, not those that these name in turn."""
     named, todo = set(), [file]
     while todo:
@@ -127,6 +130,10 @@ def test_a_pipeline_file_names_all_siblings_and_shows_one_pipeline(file):
         todo += found
     assert file not in named
     assert {path.stem for path in named} == set(get_relative_imports(file))
+
+
+@pytest.mark.parametrize("file", PIPELINES, ids=lambda path: path.stem)
+def test_a_pipeline_file_shows_one_pipeline(file):
     kind = find_pipeline_class(importlib.import_module(f"face_fusion_pipeline.{file.stem}"))
     assert kind.__module__ == f"face_fusion_pipeline.{file.stem}" and kind.__name__ in face_fusion_pipeline.__all__
 
