@@ -1,7 +1,10 @@
 """What identity costs, measured.
 
     python -m benchmarks floor                             # the least possible cost, counted; needs no time
+    python -m benchmarks floor --shape sdxl                # of Stable Diffusion XL at 1024 pixels
     python -m benchmarks compare --shape avatar --steps 20 # all variants in alternation
+    python -m benchmarks compare --shape sdxl --dtype bfloat16 --rounds 1 --variants "1 reference, 512 px" \
+        "saved identity, 512 px" "2 people, 512 px"        # 24 GiB of memory, and on CPUs an idle machine
     python -m benchmarks compare --device cuda --dtype float16 bfloat16 --compile none inductor --steps 20
     python -m benchmarks added                             # what a face adds, timed where it is added
     python -m benchmarks grow                              # more references, people, pixels, images
@@ -330,7 +333,7 @@ COMMANDS = {
     command.__name__: command
     for command in (floor, compare, added, grow, regions, profile, training, load, soak, alone)
 }
-DEFAULT_STEPS = {"sd15": 3, "avatar": 20, "tiny": 2}
+DEFAULT_STEPS = {"sd15": 3, "sdxl": 2, "avatar": 20, "tiny": 2, "tiny-xl": 2}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -342,7 +345,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, run in COMMANDS.items():
         command = commands.add_parser(name, help=(run.__doc__ or "").splitlines()[0])
         add = command.add_argument
-        add("--shape", choices=DEFAULT_STEPS, default="sd15", help="model (default: sd15, with random weights)")
+        add("--shape", choices=DEFAULT_STEPS, default="sd15", help="model (default: sd15; sdxl: random, too)")
         add("--device", choices=("cpu", "cuda"), default="cpu")
         add("--dtype", nargs="+", default=["float32"], choices=("float32", "float16", "bfloat16"))
         add("--compile", nargs="+", default=["none"], metavar="BACKEND", help="none, or a torch.compile backend")

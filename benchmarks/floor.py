@@ -9,7 +9,8 @@ Extra work of one image, for references of N_f tokens and pictures of N_h tokens
 At the self-attention (modes training-free and both) N_f are the cells of the reference that are seen, in the layers
 that see them; its noise asks for a pass of its own.
 
-The rest is plain Stable Diffusion: two texts, a UNet pass of two rows a step, the VAE's decoder. Bytes are weights and
+The rest is plain Stable Diffusion: two texts (in XL one, in both encoders: the other is zeros), a UNet pass of two
+rows a step, the VAE's decoder. Bytes are weights and
 keys and values, each read once a pass; what fits into caches in between is not counted.
 """
 
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from face_fusion_pipeline.face_attention import attention_layers
 from face_fusion_pipeline.face_self_attention import SelfAttentionReference
+from face_fusion_pipeline.unet_family import POOLED, TEXT, unet_arguments
 
 from .shapes import SHAPES, Model
 
@@ -120,7 +122,10 @@ class Arithmetic:
 
     def __init__(self, shape: str, itemsize: int) -> None:
         self.model, self.itemsize = Model(SHAPES[shape], "meta"), itemsize
-        self.unet, self.vae, self.text = (self.model.components[name] for name in ("unet", "vae", "text_encoder"))
+        parts = self.model.components
+        self.unet, self.vae = parts["unet"], parts["vae"]
+        self.texts = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
+        self.words = self.texts[0].config.max_position_embeddings
         self.factor = SHAPES[shape].size // self.unet.config.sample_size  # pixels a latent
         self._passes: dict[tuple[int, int, bool], tuple[Cost, dict[str, int]]] = {}
 
@@ -132,22 +137,25 @@ class Arithmetic:
         if (known := self._passes.get((side, rows, stop))) is not None:
             return known
         latents = torch.empty(rows, self.unet.config.in_channels, side // self.factor, side // self.factor)
-        text = torch.empty(rows, self.text.config.max_position_embeddings, self.unet.config.cross_attention_dim)
+        text = torch.empty(rows, self.words, self.unet.config.cross_attention_dim, device="meta")
+        told: dict[str, Tensor] = {TEXT: text}
+        if self.model.is_xl:
+            told[POOLED] = torch.empty(rows, self.texts[1].config.projection_dim, device="meta")
         timestep = torch.zeros(1, device="meta")
         with torch.no_grad(), flop_counter() as counter, _inputs_noted(self.unet, stop) as tokens:
-            self.unet(latents.to("meta"), timestep, encoder_hidden_states=text.to("meta"))
+            self.unet(latents.to("meta"), timestep, **unet_arguments(told, side, side))
         found = Cost(float(counter.get_total_flops()), self._weights(self.unet)), tokens
         self._passes[side, rows, stop] = found
         return found
 
     def plain(self, size: int, batch: int) -> tuple[Cost, Cost]:
         """Of plain Stable Diffusion: what is done once, and what in each step."""
-        ids = torch.zeros(1, self.text.config.max_position_embeddings, dtype=torch.int64, device="meta")
+        ids = torch.zeros(1, self.words, dtype=torch.int64, device="meta")
         side = size // self.factor
         latents = torch.empty(batch, self.unet.config.in_channels, side, side, device="meta")
-        text = Cost(count_flops(lambda: self.text(ids)), self._weights(self.text))
+        text = Cost(count_flops(lambda: [encoder(ids) for encoder in self.texts]), self._weights(*self.texts))
         decode = Cost(count_flops(lambda: self.vae.decode(latents)), self._weights(self.vae.decoder))
-        return text * 2 + decode, self.unet_pass(size, 2 * batch)[0]
+        return text * (1 if self.model.is_xl else 2) + decode, self.unet_pass(size, 2 * batch)[0]
 
     def face_keys(self, side: int, mode: str) -> list[tuple[str, int, int]]:
         """Of each layer that sees a face: its block's cross-attention, the keys of one reference, its width."""

@@ -117,7 +117,7 @@ def floor_tables(shape: str, variants: Sequence[Variant], itemsize: int = 2) -> 
     once, step = parts.plain(sizes.size, 1)
     whole = image_floor(shape, Use(references=0), itemsize)
     lines: list[tuple[str, int, Any]] = [
-        ("plain: two texts, VAE decoder", 1, once),
+        (f"plain: {'one text' if parts.model.is_xl else 'two texts'}, VAE decoder", 1, once),
         ("plain: UNet, two rows", STEPS, step),
     ]
     for side in (sizes.reference, sizes.small):

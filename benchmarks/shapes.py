@@ -1,7 +1,7 @@
-"""The models that are measured: Stable Diffusion 1.5 with random weights, the embedded avatar model, a tiny one."""
+"""The models that are measured: Stable Diffusion 1.5 and XL with random weights, the avatar model, tiny ones."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,18 +9,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
 
-from face_fusion_pipeline import FaceFusionAdapter, create_adapter, embedded_model, load_adapter
+from face_fusion_pipeline import (
+    FaceFusionAdapter,
+    StableDiffusionFaceFusionPipeline,
+    StableDiffusionXLFaceFusionPipeline,
+    create_adapter,
+    embedded_model,
+    load_adapter,
+)
 from face_fusion_pipeline.face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
 from face_fusion_pipeline.face_files import read_tensors
 
@@ -33,6 +49,7 @@ class Shape:
         size: side of the picture in pixels.
         reference: side of the reference in pixels as in the paper, `small` the cheaper one.
         unet, vae, text, vision: configurations; empty for a trained model that is loaded.
+        text_2: of XL's second text encoder; empty for others.
     """
 
     name: str
@@ -43,8 +60,72 @@ class Shape:
     vae: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] = field(default_factory=dict)
     vision: Mapping[str, Any] = field(default_factory=dict)
+    text_2: Mapping[str, Any] = field(default_factory=dict)
 
 
+OF_XL: dict[type, type] = {  # pipelines of 1.x -> those of XL
+    StableDiffusionPipeline: StableDiffusionXLPipeline,
+    StableDiffusionControlNetPipeline: StableDiffusionXLControlNetPipeline,
+    StableDiffusionFaceFusionPipeline: StableDiffusionXLFaceFusionPipeline,
+}
+SD15_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "scaling_factor": 0.18215,
+}
+CLIP_L = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+}
+VIT_H = {  # ViT-H/14, the image encoder of every IP-Adapter for Stable Diffusion 1.5, and of "plus" for XL
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "projection_dim": 1024,
+}
+TINY_UNET = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 32,
+    "attention_head_dim": 2,
+}
+TINY_VAE = {
+    "block_out_channels": (8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+}
+TINY_TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 12,
+    "projection_dim": 32,
+}
+TINY_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+    "projection_dim": 32,
+}
 SHAPES = {
     "sd15": Shape(
         "sd15",
@@ -52,70 +133,61 @@ SHAPES = {
         reference=512,
         small=256,
         unet={"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-        vae={
-            "block_out_channels": (128, 256, 512, 512),
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "layers_per_block": 2,
-            "scaling_factor": 0.18215,
+        vae=SD15_VAE,
+        text=CLIP_L,
+        vision=VIT_H,
+    ),
+    "sdxl": Shape(
+        "sdxl",
+        size=1024,
+        reference=1024,
+        small=512,
+        unet={
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "use_linear_projection": True,
+            "cross_attention_dim": 2048,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
         },
-        text={
-            "vocab_size": 49408,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 77,
-        },
-        vision={  # ViT-H/14, the image encoder of every IP-Adapter for Stable Diffusion 1.5
+        vae=SD15_VAE | {"scaling_factor": 0.13025},
+        text=CLIP_L,
+        text_2=CLIP_L  # ViT-bigG/14
+        | {
             "hidden_size": 1280,
             "intermediate_size": 5120,
             "num_hidden_layers": 32,
-            "num_attention_heads": 16,
-            "image_size": 224,
-            "patch_size": 14,
-            "projection_dim": 1024,
+            "num_attention_heads": 20,
+            "hidden_act": "gelu",
+            "projection_dim": 1280,
         },
+        vision=VIT_H,
     ),
     "avatar": Shape("avatar", size=128, reference=128, small=64),
     "tiny": Shape(
-        "tiny",
+        "tiny", size=16, reference=16, small=8, unet=TINY_UNET, vae=TINY_VAE, text=TINY_TEXT, vision=TINY_VISION
+    ),
+    "tiny-xl": Shape(
+        "tiny-xl",
         size=16,
         reference=16,
         small=8,
-        unet={
-            "sample_size": 8,
-            "block_out_channels": (16, 32),
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            "cross_attention_dim": 32,
-            "attention_head_dim": 2,
+        unet=TINY_UNET
+        | {
+            "cross_attention_dim": 64,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 32 + 6 * 8,
         },
-        vae={
-            "block_out_channels": (8, 8),
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-            "norm_num_groups": 4,
-        },
-        text={
-            "vocab_size": 128,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 12,
-        },
-        vision={
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 8,
-            "projection_dim": 32,
-        },
+        vae=TINY_VAE,
+        text=TINY_TEXT,
+        text_2=TINY_TEXT,
+        vision=TINY_VISION,
     ),
 }
 
@@ -149,14 +221,19 @@ class Model:
     def _random(self) -> dict[str, Any]:
         shape = self.shape
         torch.manual_seed(0)
-        with torch.device(self.device):
-            models = {
-                "vae": AutoencoderKL(**shape.vae),
-                "text_encoder": CLIPTextModel(CLIPTextConfig(**shape.text, bos_token_id=0, eos_token_id=1)),
-                "unet": UNet2DConditionModel(**shape.unet),
-            }
-        for model in models.values():
-            model.to(self.dtype).eval().requires_grad_(False)
+        of_words = {"bos_token_id": 0, "eos_token_id": 1}
+        makers: dict[str, Callable[[], Any]] = {
+            "vae": lambda: AutoencoderKL(**shape.vae),
+            "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**shape.text, **of_words)),
+            "unet": lambda: UNet2DConditionModel(**shape.unet),
+        }
+        if self.is_xl:
+            second = CLIPTextConfig(**shape.text_2, **of_words)
+            makers["text_encoder_2"] = lambda: CLIPTextModelWithProjection(second)
+        models = {}
+        for name, make in makers.items():  # one after the other: in single precision all would not fit
+            with torch.device(self.device):
+                models[name] = make().to(self.dtype).eval().requires_grad_(False)
         letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
         words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
         vocabulary = {word: index for index, word in enumerate(words)}
@@ -164,7 +241,8 @@ class Model:
         tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=length)
         betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
         scheduler = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-        return {**models, "tokenizer": tokenizer, "scheduler": scheduler}
+        tokenizers = {"tokenizer": tokenizer, **({"tokenizer_2": tokenizer} if self.is_xl else {})}
+        return {**models, **tokenizers, "scheduler": scheduler}
 
     def _trained(self) -> dict[str, Any]:
         parts = {"safety_checker": None, "image_encoder": None, "feature_extractor": None}
@@ -172,6 +250,11 @@ class Model:
         for model in (pipe.vae, pipe.text_encoder, pipe.unet):
             model.requires_grad_(False)
         return {name: part for name, part in pipe.components.items() if part is not None}
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is of the family of Stable Diffusion XL."""
+        return bool(self.shape.text_2)
 
     @property
     def unet(self) -> Any:
@@ -206,12 +289,17 @@ class Model:
         return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
     def pipeline(self, kind: type = StableDiffusionPipeline, **extra: Any) -> Any:
-        """A pipeline of class `kind` with its own UNet over the shared weights, and the adapter if it takes one."""
+        """A pipeline of class `kind` with its own UNet over the shared weights, and the adapter if it takes one.
+
+        Of XL it is the pipeline of XL that stands for `kind`.
+        """
         scheduler = type(self.components["scheduler"]).from_config(self.components["scheduler"].config)
         parts = {**self.components, "unet": twin(self.unet), "scheduler": scheduler, **extra}
-        pipe = kind(
-            **{"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **parts},
-        )
+        if self.is_xl:
+            pipe = OF_XL[kind](**{"add_watermarker": False, **parts})
+        else:
+            without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            pipe = kind(**without | parts)
         pipe.set_progress_bar_config(disable=True)
         if hasattr(pipe, "set_face_fusion_adapter"):
             pipe.set_face_fusion_adapter(self.adapter)

@@ -30,10 +30,10 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .conditioner import Conditioner
     from .conditioner_reference import ReferenceConditioner
     from .face_axes import face_axes
-    from .face_checkpoints import load_single_file
     from .face_defaults import FaceDefaults
     from .face_depth import control_depth
     from .face_detectors import load_detector
+    from .face_few_steps import few_step_defaults
     from .face_file_checks import read_header
     from .face_files import read_tensors
     from .face_identity import FaceIdentity
@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_places import place_people
     from .face_refinement import refine_faces
     from .face_self_attention import SelfAttentionReference
+    from .face_single_file import load_single_file
     from .face_steps import follow_steps
     from .joint_attention import joint_attention
     from .late_guidance import LateGuidance

@@ -18,7 +18,6 @@ from .conditioner_reference import ReferenceConditioner
 from .face_adapter import FaceFusionAdapter, create_adapter, face_fused_unet
 from .face_attention import FaceFusionAttnProcessor
 from .face_axes import face_axes
-from .face_checkpoints import load_single_file
 from .face_defaults import FaceDefaults
 from .face_depth import control_depth
 from .face_errors import FaceFusionError
@@ -32,6 +31,7 @@ from .face_ownership import sole_use
 from .face_pictures import upright_rgb
 from .face_places import place_people
 from .face_self_attention import SelfAttentionReference
+from .face_single_file import load_single_file
 from .face_steps import follow_steps
 from .face_text_to_image import TextToImageFaces, one_controlnet
 from .joint_attention import joint_attention

@@ -14,7 +14,6 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_adapter import FaceFusionAdapter
     from .face_attention import FaceFusionAttnProcessor
     from .face_axes import face_axes
-    from .face_checkpoints import load_single_file
     from .face_defaults import FaceDefaults
     from .face_detectors import load_detector
     from .face_errors import FaceFusionError
@@ -30,6 +29,7 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_pictures import upright_rgb
     from .face_places import place_people
     from .face_self_attention import SelfAttentionReference
+    from .face_single_file import load_single_file
     from .face_steps import follow_steps
     from .joint_attention import joint_attention
     from .late_guidance import LateGuidance

@@ -31,6 +31,11 @@ def model():
     return Model(TINY)
 
 
+@pytest.fixture(scope="module", params=["tiny", "tiny-xl"])
+def either(request):
+    return Model(SHAPES[request.param])
+
+
 def result(label, *images):
     variant = next(variant for variant in comparison(TINY) if variant.label == label)
     return Result(Setup("tiny"), variant, [Timing(step=0.0, once=image) for image in images])
@@ -57,12 +62,25 @@ def test_floor_of_stable_diffusion_agrees_with_arithmetic_by_hand():
     )  # it may end a little early
 
 
-def test_every_variant_runs_and_none_of_ours_goes_below_its_floor(model):
-    flops = {}
-    for variant in comparison(TINY):
+def test_floor_of_stable_diffusion_xl_agrees_with_arithmetic_by_hand():
+    """Ten layers a block where cells are 1280 wide, two where they are 640: 70 in all, none at the finest size."""
+    parts = arithmetic("sdxl", itemsize=2)
+    tokens_and_widths = [(4096, 640)] * 10 + [(1024, 1280)] * 60
+    by_hand = sum(4 * n * n * width for n, width in tokens_and_widths)
+    assert parts.attention(1024, 1024).flops == by_hand
+    assert parts.attention(1024, 512).flops == by_hand / 4
+    assert sum(weight.numel() for weight in parts.unet.parameters()) == 2_567_463_684  # as published
+    reference = parts.reference(1024)
+    assert reference["face keys and values"].flops == sum(4 * n * width**2 for n, width in tokens_and_widths)
+    assert 0.9 < reference["UNet, one row"].flops / (parts.plain(1024, 1)[1].flops / 2) < 1
+
+
+def test_every_variant_runs_and_none_of_ours_goes_below_its_floor(either):
+    flops, model, shape = {}, either, either.shape
+    for variant in comparison(shape):
         flops[variant.label] = counted(variant.build(model)).flops
         if variant.use is not None:
-            ratio, floor = flops[variant.label] / flops["plain"], floor_ratio("tiny", variant.use)
+            ratio, floor = flops[variant.label] / flops["plain"], floor_ratio(shape.name, variant.use)
             assert floor - 1e-3 < ratio < floor + 0.01, variant.label
     assert flops["plain, again"] == flops["plain"]
     assert flops["reference pipeline"] > 2 * flops["plain"]
@@ -271,7 +289,15 @@ def test_a_long_run_reports_memory_and_recompilation(tmp_path):
 
 def test_page_has_a_place_for_every_result():
     page = PAGE.read_text()
-    names = ["floor sd15", "floor avatar", "compare sd15 cpu", "compare avatar cpu", "compare sd15 cuda"]
+    names = [
+        "floor sd15",
+        "floor avatar",
+        "floor sdxl",
+        "compare sdxl cpu",
+        "compare sd15 cpu",
+        "compare avatar cpu",
+        "compare sd15 cuda",
+    ]
     names += ["added sd15 cpu", "added sd15 grow cpu", "grow avatar cpu", "grow sd15 cuda", "profile sd15 cuda"]
     names += [
         "load sd15",

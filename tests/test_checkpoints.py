@@ -37,10 +37,10 @@ from face_fusion_pipeline import (
 )
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.evaluation.generation import hash_weights
-from face_fusion_pipeline.face_checkpoints import PIPELINES, check_pipeline, checkpoint_kind
 from face_fusion_pipeline.face_defaults import defaults_of
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
-from face_fusion_pipeline.generation.loading import load_pipeline, text_to_image_class
+from face_fusion_pipeline.face_single_file import PIPELINES, check_pipeline, checkpoint_kind
+from face_fusion_pipeline.generation.loading import load_pipeline, model_class, pipeline_for
 from face_fusion_pipeline.training.base_model import load_base
 
 
@@ -344,7 +344,7 @@ def test_what_a_file_is_decides_its_pipeline(shapes: dict[str, Any], kind: str, 
             ours = PIPELINES[kind].replace("Pipeline", "FaceFusionPipeline")
             with pytest.raises(FaceFusionError, match=f"load it with {ours}, not with"):
                 check_pipeline(pipeline_class, file, kind)
-    assert text_to_image_class(str(file)) is (StableDiffusionXLFaceFusionPipeline if xl else PIPELINE)
+    assert pipeline_for(model_class(str(file))) is (StableDiffusionXLFaceFusionPipeline if xl else PIPELINE)
 
 
 # --- Commands ------------------------------------------------------------------------------------------------------

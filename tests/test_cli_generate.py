@@ -27,6 +27,15 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
+def xl_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("xl")
+    pipe = tiny_models.with_adapter(tiny_models.tiny_pipeline(family="xl"))
+    pipe.save_pretrained(folder)
+    pipe.save_face_fusion_adapter(folder)  # beside the model, as with the avatars
+    return folder
+
+
+@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tiny_models.tiny_pipeline().save_pretrained(folder)
@@ -90,6 +99,30 @@ def test_face_changes_the_picture_and_scale_zero_does_not(generate: Any, tmp_pat
     assert np.array_equal(sheets[0][28:, plain], sheets[0][28:, fused])
     assert np.array_equal(sheets[0][28:, plain], sheets[1][28:, plain])  # the same seeds
     assert not np.array_equal(sheets[1][28:, plain], sheets[1][28:, fused])
+
+
+@pytest.mark.parametrize("saved_by", ["ours", "diffusers"])
+def test_a_model_of_xl_draws_with_its_own_pipeline(
+    generate: Any, xl_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_by: str
+) -> None:
+    index = json.loads((xl_model / "model_index.json").read_text())
+    kind = tiny_models.kind_of("xl", ours=saved_by == "ours")
+    (xl_model / "model_index.json").write_text(json.dumps(index | {"_class_name": kind.__name__}))
+    drawn = []
+    original = tiny_models.kind_of("xl").__call__
+    monkeypatch.setattr(
+        tiny_models.kind_of("xl"), "__call__", lambda self, *a, **k: drawn.append(1) or original(self, *a, **k)
+    )
+    status, _, err = generate("--no-detect", "--no-sheet", model=xl_model, num_images=1)
+    assert status == 0 and len(drawn) == 1, err
+    assert Image.open(tmp_path / "out" / "image_000.png").text["face_mode"] == "adapter"  # type: ignore[attr-defined]
+
+
+def test_a_model_whose_index_names_no_class_is_refused(generate: Any, tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "model_index.json").write_text("{}")
+    status, _, err = generate("--no-detect", model=tmp_path / "odd")
+    assert status == 2 and "names no pipeline" in err
 
 
 def test_a_mirrored_photo_is_one_more_reference(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_models import tiny_pipeline
 
 from face_fusion_pipeline.avatars import render, sample_scene
 from face_fusion_pipeline.avatars.world import sheet
@@ -27,6 +28,7 @@ EXAMPLES = {
     "two_people_depth": (["ada.png", "bob.png", "layout.png", TWO, "depth.png"], "two_people_depth.png", None),
     "small_faces": (["ada.png", "bob.png", TWO, "a person in a suit", "a person in a crown"], "small_faces.png", None),
     "identity_file": (["ada.png", ONE], "identity_file.png", (128, 128)),
+    "stable_diffusion_xl": (["ada.png", ONE, "xl.tiny"], "stable_diffusion_xl.png", (16, 16)),
     "custom_pipeline": (["ada.png", ONE, str(ROOT / "face_fusion_pipeline")], "custom_pipeline.png", (128, 128)),
 }
 SCRIPTS = {"compare_adapters", "train_face_fusion"}  # trainings, tested with the code they call
@@ -39,6 +41,7 @@ def photos(tmp_path_factory):
         sheet.portrait(identity).save(folder / f"{name}.png")
     scene = sample_scene(2, [1_100_007], expression="smiling", background="plain blue", style="photo", yaw=-8)
     to_pil(render([scene], 256).images[0]).save(folder / "ada_2.png")
+    tiny_pipeline(family="xl").save_pretrained(folder / "xl.tiny")
     frontal = {"yaw": 0, "pitch": 0, "roll": 0, "expression": "neutral"}  # so that both faces are found
     pair = sample_scene(6, [1_100_010, 1_100_011], style="photo", background="plain blue", **frontal)
     rendered = render([pair], 256)
@@ -55,7 +58,7 @@ def test_example(name, photos, tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.chdir(tmp_path)
-    arguments = [str(photos / a) if a.endswith(".png") else a for a in arguments]
+    arguments = [str(photos / a) if a.endswith((".png", ".tiny")) else a for a in arguments]
     if name == "several_references":
         arguments = [arguments[0], arguments[1:]]
     module.main(*arguments, steps=3)

@@ -179,7 +179,8 @@ def test_stable_diffusion_xl_in_few_steps(name: str) -> None:
     pipe = distilled(name, with_adapter(tiny_pipeline(family="xl")))
     seen = Batches(pipe)
     faced = generate(pipe, face_image=A, face_mode="both", num_inference_steps=4)
-    assert seen.sizes == [1] * 5 and differ(faced, generate(pipe, num_inference_steps=4))
+    assert seen.sizes == [1] * (2 + 4)  # two looks at the reference, one for each attention
+    assert differ(faced, generate(pipe, num_inference_steps=4))
 
 
 # --- Guidance told to the UNet -------------------------------------------------------------------------------------

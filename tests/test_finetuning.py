@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter, embedded_model
+from face_fusion_pipeline import create_adapter, embedded_model
 from face_fusion_pipeline.avatars.training import rendered
 from face_fusion_pipeline.avatars.training.rendered import detected, paired, prepare_rendered
 from face_fusion_pipeline.avatars.world.dataset import plan
@@ -29,6 +29,7 @@ from face_fusion_pipeline.cli import build_parser, main
 from face_fusion_pipeline.face_adapter import face_fused_unet, save_adapter
 from face_fusion_pipeline.face_images import crop_face
 from face_fusion_pipeline.face_layout import box_masks, pool, visible_people
+from face_fusion_pipeline.reference_pass import face_tensors
 from face_fusion_pipeline.training import latent_cache, loop, objective
 from face_fusion_pipeline.training import task as task_module
 from face_fusion_pipeline.training.base_model import base_of, load_base
@@ -628,39 +629,37 @@ def test_v_prediction_comes_from_the_scheduler() -> None:
     assert base_of(pipe).schedule.prediction == "v_prediction"
 
 
-def test_sdxl_goes_through_the_same_task(data: Path, tmp_path: Path) -> None:
-    from diffusers import StableDiffusionXLPipeline
-    from transformers import CLIPTextModelWithProjection
-
-    parts = tiny_models.tiny_components()
-    config = parts["text_encoder"].config
-    config.projection_dim = 20
-    width = 2 * tiny_models.TEXT_WIDTH
-    unet = tiny_models.tiny_unet(
-        cross_attention_dim=width,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=20 + 6 * 8,
-    )
-    pipe = StableDiffusionXLPipeline(
-        vae=parts["vae"],
-        text_encoder=parts["text_encoder"],
-        text_encoder_2=CLIPTextModelWithProjection(config).eval(),
-        tokenizer=parts["tokenizer"],
-        tokenizer_2=parts["tokenizer"],
-        unet=unet,
-        scheduler=parts["scheduler"],
-        add_watermarker=False,
-    )
-    xl = base_of(pipe, "tiny xl")
-    assert xl.is_xl and xl.conditions(["a", "b"])["pooled"].shape == (2, 20)
-    cache = encode(data, xl, progress=False)
-    pairs = Pairs(data, cache, split_people(read_rows(data), 0, seed=0)[0])
-    task = FaceFusionTask(xl, create_adapter(unet, metadata={"resolution": SIDE}), pairs)
-    batch = part_of(task, [0, 1])
+def test_sdxl_goes_through_the_same_task(data: Path) -> None:
+    xl = base_of(tiny_models.tiny_pipeline(family="xl"), "tiny xl")
+    assert xl.is_xl and xl.conditions(["a", "b"])["pooled"].shape == (2, tiny_models.TEXT_WIDTH)
+    encode(data, xl, progress=False)
+    batch = part_of(task := task_of(data, xl), [0, 1])
     assert {"text", "pooled", "reference"} <= batch.keys()
     _, found = gradients(task, batch)
     assert all(gradient.abs().sum() > 0 for gradient in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("timestep", [0, 20])
+def test_training_sees_a_reference_as_the_pipeline_does(
+    data: Path, family: str, dtype: torch.dtype, timestep: int
+) -> None:
+    """Bit for bit: the same latents, the same words (none), in XL the same sizes, and so the same keys and values."""
+    base = base_of(tiny_models.tiny_pipeline(family=family))
+    encode(data, base, progress=False)
+    pairs = pairs_of(data, base)[0]
+    base.cast(dtype)
+    noised = {"reference_mode": "noised" if timestep else "clean", "reference_timestep": timestep}
+    adapter = create_adapter(base.unet, metadata={"resolution": 2 * SIDE, **noised}).to(dtype)
+    task = FaceFusionTask(base, adapter, pairs)
+    (pixels,) = face_tensors(tiny_models.face(), 2 * SIDE)
+    with torch.no_grad():
+        projected = adapter(task.reference_states(base.latents(pixels)))
+    base.pipeline.set_face_fusion_adapter(adapter)
+    identity = base.pipeline.encode_face(tiny_models.face())
+    assert identity.keys.keys() == projected.keys() and len(projected) == (5 if family == "xl" else 4)
+    for name, (key, value) in projected.items():
+        assert torch.equal(identity.keys[name], key) and torch.equal(identity.values[name], value)
 
 
 # --- Processes, kills and full disks -----------------------------------------------------------------------------
@@ -772,15 +771,17 @@ def train(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     return run
 
 
-def test_weights_card_and_pictures(train: Any, tmp_path: Path, model: Path) -> None:
-    options = {"checkpointing_steps": 1, "checkpoints_total_limit": 1, "validation_people": 2}
+def test_weights_card_and_pictures(train: Any, tmp_path: Path, family: str) -> None:
+    pipe = tiny_models.tiny_pipeline(family=family)
+    pipe.save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"checkpointing_steps": 1, "checkpoints_total_limit": 1, "validation_people": 2}
+    options["model"] = tmp_path / "model"
     words = ["--validation-prompt", "a cat", "--validation-inference-steps", "2", "--validation-steps", "1"]
     status, errors = train(*words, "--use-ema", **options)
     out = tmp_path / "out"
     assert status == 0, errors
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     assert (out / "checkpoint-2" / "face_fusion_adapter.safetensors").is_file()
-    pipe = StableDiffusionFaceFusionPipeline.from_pretrained(model)
     pipe.load_face_fusion_adapter(out)
     with Image.open(out / "logs/face-fusion/sample_0000002.png") as sample:
         assert "generated by AI" in sample.info["description"]
@@ -790,6 +791,7 @@ def test_weights_card_and_pictures(train: Any, tmp_path: Path, model: Path) -> N
     assert "--max-train-steps 2" in card and "10 of 10, of 7 people" in card and str(tmp_path) not in card
     assert "right face " in card and "wrong face " in card
     record = json.loads((out / "training.json").read_text())["face-fusion"]
+    assert record["pipeline"] == type(pipe).__name__
     assert record["steps"] == 2 and record["learned"]["text_dropout"] == 0.05 and len(record["data"]["sha256"]) == 64
     status, errors = train("--resume-from-checkpoint", "none", **options)
     assert status == 2 and "checkpoint-2 of an earlier run" in errors

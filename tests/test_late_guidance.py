@@ -57,8 +57,8 @@ def test_a_call_without_guidance_stays_without(draw):
     [
         ("sd", "Img2Img", {"image": face(), "strength": 0.5}, [4.0, 2.0, 2.0, 2.0]),  # after 376, 251, 126 and 1
         ("xl", "Img2Img", {"image": face(), "strength": 0.5}, [4.0, 2.0, 2.0, 2.0]),
-        ("xl", "", {"denoising_end": 0.8}, [4.0] * 5 + [2.0]),  # after 876, 751, 626, 501, 376 and 251
-        ("xl", "Img2Img", {"image": face(), "denoising_start": 0.5, "denoising_end": 0.8}, [4.0, 2.0]),
+        ("xl", "", {"denoising_end": 0.9}, [4.0] * 5 + [2.0, 2.0]),  # after 876, 751, 626, 501, 376, 251 and 126
+        ("xl", "Img2Img", {"image": face(), "denoising_start": 0.5, "denoising_end": 0.9}, [4.0, 2.0, 2.0]),
     ],
 )
 def test_a_part_of_the_steps_has_the_scale_of_its_timesteps(family, task, part, expected):

@@ -40,18 +40,20 @@ REPORT = {
 
 
 @pytest.fixture
-def pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> Any:
     """A function from the base, as it was given to `face-fusion train`, to the card that goes to the Hub."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "report.json").write_text(json.dumps(REPORT))
     (tmp_path / "data" / "metadata.jsonl").write_text("{}\n")
-    adapter = create_adapter(tiny_pipeline().unet, metadata={"resolution": 16})
+    base = tiny_pipeline(family=family)
+    adapter = create_adapter(base.unet, metadata={"resolution": 16})
     (tmp_path / "weights").mkdir()
     save_adapter(adapter, tmp_path / "weights" / ADAPTER_WEIGHTS_NAME)
     monkeypatch.chdir(tmp_path)
 
     def card(model: str) -> ModelCard:
         task: Any = SimpleNamespace(name="face-fusion", options=FaceFusionOptions(), adapter=adapter)
+        task.base = SimpleNamespace(pipeline=base)
         weights, command = tmp_path / "weights", ["face-fusion", "train", "--model", model]
         write_card(weights, model, tmp_path / "data", task, RUN, command)
         assert str(tmp_path) not in (weights / "training.json").read_text()
@@ -59,6 +61,12 @@ def pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return ModelCard(files["README.md"].decode())  # type: ignore[union-attr]
 
     return card
+
+
+@pytest.fixture
+def family() -> str:
+    """Of the base, where a test says no other."""
+    return "sd"
 
 
 def bases(card: ModelCard) -> list[str]:
@@ -71,6 +79,16 @@ def test_a_base_of_the_hub_is_named(pushed: Any) -> None:
     assert card.data.base_model == "someone/sd-1.5"
     assert bases(card) == [("someone/sd-1.5", ""), ("", "someone/sd-1.5")]
     assert "was a folder" not in card.text
+
+
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_the_repository_draws_with_the_family_of_the_base(pushed: Any, tmp_path: Path, family: str) -> None:
+    card = pushed("someone/model")
+    files = repository.repository_files(tmp_path / "weights")
+    kind = "StableDiffusionXL" if family == "xl" else "StableDiffusion"
+    assert f"class {kind}FaceFusionPipeline(" in files["pipeline.py"].read_text()  # type: ignore[union-attr]
+    assert ("pipeline_xl_img2img.py" in files) == ("stable-diffusion-xl" in card.data.tags) == (family == "xl")
+    assert "pipeline_xl.py" not in files and "pipeline_controlnet.py" in files
 
 
 def test_a_copy_in_the_cache_of_the_hub_is_named_by_its_id(pushed: Any, tmp_path: Path) -> None:

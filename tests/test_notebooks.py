@@ -12,6 +12,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from nbclient import NotebookClient
 from PIL import Image
+from tiny_models import tiny_pipeline
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -124,8 +125,9 @@ def test_first_cell_installs_the_package_only_where_it_is_not(
 
 
 def test_first_steps(tmp_path: Path) -> None:
-    notebook = run("first_steps", tmp_path, **QUICK)
-    assert pictures(notebook) == 4
+    tiny_pipeline(family="xl").save_pretrained(tmp_path / "xl")
+    notebook = run("first_steps", tmp_path, XL_MODEL='"xl"', **QUICK)
+    assert pictures(notebook) == 5
     off, on = numbers(r"similarity (-?[\d.]+) at strength 0, (-?[\d.]+) at strength 1", printed(notebook))
     assert -1 <= off < on <= 1, "a face that is fused in does not make the pictures more alike"
 

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_models import face, tiny_pipeline
+from tiny_models import face, kind_of, tiny_pipeline
 
 from face_fusion_pipeline import create_adapter, embedded_model
 from face_fusion_pipeline.avatars.world.sheet import portrait
@@ -33,21 +33,27 @@ import torch
 torch.set_num_threads(1)
 exec(compile(open("snippet.py").read(), "card", "exec"))
 assert "face_fusion_pipeline" not in sys.modules
-assert type(pipe).__name__ == "StableDiffusionFaceFusionPipeline" and pipe._face_adapter is not None
+assert type(pipe).__name__ == sys.argv[1] and pipe._face_adapter is not None
 """
 
 
 @pytest.fixture
-def trained(tmp_path: Path) -> Path:
+def family() -> str:
+    """Of the weights, where a test says no other."""
+    return "sd"
+
+
+@pytest.fixture
+def trained(tmp_path: Path, family: str) -> Path:
     """What `face-fusion train` leaves behind: weights, card, records; and much that is nobody's business."""
     folder = tmp_path / "trained"
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(family=family)
     pipe.save_pretrained(tmp_path / "base")
     pipe.set_face_fusion_adapter(create_adapter(pipe.unet, metadata={"resolution": 16}))
     pipe.save_face_fusion_adapter(folder)
     text = card.render_card(title="Ada", summary="Ada.", base="base", training="Short.", limits="Many.")
     (folder / "README.md").write_text(text)
-    (folder / "training.json").write_text("{}")
+    (folder / "training.json").write_text(json.dumps({"face-fusion": {"pipeline": type(pipe).__name__}}))
     for name in ("prepared/faces/ada.png", "checkpoint-2/state.bin", "logs/face-fusion/sample_0000002.png", "me.jpg"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         face(1, size=32).save(folder / name, format="PNG")
@@ -90,14 +96,14 @@ def run_offline(command: list[str], cwd: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def run_snippet(text: str, cwd: Path) -> None:
+def run_snippet(text: str, cwd: Path, pipeline: str = "StableDiffusionFaceFusionPipeline") -> None:
     """Run the Python of a card, with fewer denoising steps."""
     snippet = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(snippet) == 1
     assert "face_image=face)" in snippet[0]
     short = snippet[0].replace("face_image=face)", "face_image=face, num_inference_steps=2)")
     (cwd / "snippet.py").write_text(short)
-    run_offline(["-c", RUN_SNIPPET], cwd)
+    run_offline(["-c", RUN_SNIPPET, pipeline], cwd)
     assert_picture(cwd / "picture.png")
 
 
@@ -122,10 +128,11 @@ def test_the_snippets_of_the_card_run_on_the_pushed_avatar_model(tmp_path: Path)
     assert_picture(tmp_path / "out" / "image_000.png")
 
 
-def test_the_cards_snippet_runs_on_pushed_weights_for_another_base(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_the_cards_snippet_runs_on_pushed_weights_for_another_base(trained: Path, tmp_path: Path, family: str) -> None:
     text = downloaded(repository.repository_files(trained, "someone/weights"), tmp_path)
     face(1, size=32).save(tmp_path / "face.png")
-    run_snippet(text, tmp_path)
+    run_snippet(text, tmp_path, kind_of(family).__name__)
 
 
 def test_the_cards_command_parses(trained: Path) -> None:

@@ -75,9 +75,9 @@ class PersonHandlers:
 
     def save_identity(self, values: Updates, request: gr.Request) -> Updates:
         """The identity as a file, behind the hidden button that downloads it."""
-        session = self.page.sessions.get(request.session_hash)
-        person = self.page.read_person(values, self.number, session)
         try:
+            session = self.page.sessions.of_open(request.session_hash)
+            person = self.page.read_person(values, self.number, session)
             if not person.is_given:
                 raise FieldError(person.field, "add a photo of the person first")
             if session is None:  # the page was closed while this waited for its turn, or the connection broke

@@ -211,6 +211,10 @@ class Sessions:
                 session.seen = time.monotonic()
             return session
 
+    def of_open(self, name: str | None) -> Session | None:
+        """The session of a page, a new one if the page is open and has none yet; None if it was closed."""
+        return self.of(name) if self._connected[name or ""] else self.get(name)
+
     def connect(self, name: str) -> None:
         """A page has opened, or come back: its session stays as long."""
         with self._lock:

@@ -343,7 +343,7 @@ def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[tu
             width=args.width,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         )
-        if any(output.nsfw_content_detected or []):
+        if any(getattr(output, "nsfw_content_detected", None) or []):  # XL has no safety checker
             print("face-fusion: the safety checker blacked out a picture: try another prompt or seed", file=sys.stderr)
         for seed, picture in zip(seeds, output.images, strict=True):
             if identity and args.refine_faces:

@@ -192,8 +192,6 @@ def create_samples(
     from ..training.samples import Samples
     from ..training.sources import DataError
 
-    if base.is_xl:
-        raise DataError("validation pictures are made for SD 1.x and 2.x only: leave --validation-prompt out")
     metadata = adapter.metadata
     faces: list[Image.Image]
     if args.validation_image:

@@ -120,11 +120,12 @@ def model_class(model: str, **hub: Any) -> str:
     """
     from diffusers import DiffusionPipeline
 
-    from ..face_checkpoints import PIPELINES, checkpoint_kind
+    from ..face_single_file import PIPELINES, checkpoint_kind
 
     if Path(model).is_file():
         return PIPELINES[checkpoint_kind(model)]
-    return str(DiffusionPipeline.load_config(model, **hub)["_class_name"])
+    name = DiffusionPipeline.load_config(model, **hub)["_class_name"]
+    return str(name[-1] if isinstance(name, (list, tuple)) else name)  # a list where the pipeline is a file beside it
 
 
 def load_checkpoint(
@@ -133,26 +134,28 @@ def load_checkpoint(
     """`model` as a pipeline of this class, from a folder, a Hub id or a `.safetensors` file; never from a pickle.
 
     Args:
-        config: folder or Hub id with the configuration of a file, see `face_checkpoints.load_single_file`.
+        config: folder or Hub id with the configuration of a file, see `face_single_file.load_single_file`.
         variant, settings: as `from_pretrained` takes them; a file has no variant.
     """
     if not Path(model).is_file():
         return pipeline_class.from_pretrained(model, variant=variant, use_safetensors=True, **settings)
-    from ..face_checkpoints import load_single_file
     from ..face_loader_mixin import FaceLoaderMixin
+    from ..face_single_file import load_single_file
 
     if issubclass(pipeline_class, FaceLoaderMixin):
         return pipeline_class.from_single_file(model, config=config, **settings)
     return load_single_file(pipeline_class.from_single_file, pipeline_class, model, config=config, **settings)
 
 
-def text_to_image_class(model: str, **hub: Any) -> Any:
-    """Our pipeline that draws with `model`, a folder, Hub id or checkpoint file, from a text."""
-    from ..pipeline import StableDiffusionFaceFusionPipeline
-    from ..pipeline_xl import StableDiffusionXLFaceFusionPipeline
+def pipeline_for(kind: str) -> Any:
+    """The text-to-image pipeline with faces for models of the class `kind`: of XL, or of 1.x and 2.x."""
+    if "XL" in kind:
+        from ..pipeline_xl import StableDiffusionXLFaceFusionPipeline
 
-    is_xl = "XL" in model_class(model, **hub)
-    return StableDiffusionXLFaceFusionPipeline if is_xl else StableDiffusionFaceFusionPipeline
+        return StableDiffusionXLFaceFusionPipeline
+    from ..pipeline import StableDiffusionFaceFusionPipeline
+
+    return StableDiffusionFaceFusionPipeline
 
 
 def check_draws_text(pipe: Any, model: str) -> None:
@@ -184,7 +187,7 @@ def load_pipeline(
         dtype: "auto" (half precision on CUDA), "float32", "float16" or "bfloat16".
         controlnet: folder or Hub id of a ControlNet, or None.
         revision, variant: of `model`, as diffusers' `from_pretrained` takes them.
-        config: folder or Hub id with the configuration of a file, see `face_checkpoints.load_single_file`.
+        config: folder or Hub id with the configuration of a file, see `face_single_file.load_single_file`.
 
     Raises:
         FaceFusionError: the device is not there, or another kind of model; ModelNotFoundError and
@@ -220,7 +223,7 @@ def _from_pretrained(
             what = f"ControlNet {controlnet}"
             settings["controlnet"] = ControlNetModel.from_pretrained(controlnet, use_safetensors=True, **settings)
             what = f"model {model}"
-        pipeline_class = text_to_image_class(model, revision=revision)
+        pipeline_class = pipeline_for(model_class(model, revision=revision))
         pipe = load_checkpoint(pipeline_class, model, config, variant, revision=revision, **settings)
         check_draws_text(pipe, model)
         return pipe

@@ -7,16 +7,17 @@ photos of people.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from diffusers.utils.dynamic_modules_utils import get_relative_import_files
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
 from ..face_defaults import DEFAULTS_NAME, read_defaults
-from ..face_errors import AdapterMismatchError, ModelNotFoundError
+from ..face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError
 from ..face_file_checks import check_tensors
 from ..face_files import read_tensors
 from ..files.atomic import new_folder
@@ -24,8 +25,11 @@ from .card import REPOSITORY, finish_card
 
 
 PACKAGE = Path(__file__).parents[1]
-PIPELINES = ("pipeline.py", "pipeline_img2img.py", "pipeline_inpaint.py")
-MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_encoder", "clip_score", "controlnet")
+TASKS = ("", "_img2img", "_inpaint", "_controlnet")  # ends of the names of pipeline files
+MODEL_PARTS = (
+    *("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    *("scheduler", "image_encoder", "clip_score", "controlnet"),
+)
 RECORDS = ("training.json", "logs/*/metrics.jsonl")
 PICTURES = "images/*.png"
 
@@ -53,15 +57,16 @@ def repository_files(
     adapter = weights / ADAPTER_WEIGHTS_NAME
     if not adapter.is_file():
         raise ModelNotFoundError(f"{weights} has no {ADAPTER_WEIGHTS_NAME} beside its card")
-    tensors, _ = read_tensors(adapter, check=AdapterMetadata.from_strings)  # refuses anything else of that name
+    tensors, strings = read_tensors(adapter, check=AdapterMetadata.from_strings)  # refuses anything else of that name
     check_tensors(tensors, str(adapter), AdapterMismatchError)
+    metadata = AdapterMetadata.from_strings(strings)
 
     pictures = sorted(folder.glob(PICTURES))
     files: dict[str, Path | bytes] = {
         "README.md": finish_card(folder / "README.md", repository, pictures, tables, license).encode(),
         "LICENSE": license_file(),
     }
-    files |= {path.name: path for path in pipeline_modules()}
+    files |= pipeline_modules(metadata.base_family == "sdxl" or says_xl(weights))
     taken = [adapter, *(path for pattern in RECORDS for path in sorted(weights.glob(pattern)))]
     if (weights / "model_index.json").is_file():
         taken.append(weights / "model_index.json")
@@ -73,10 +78,28 @@ def repository_files(
     return files
 
 
-def pipeline_modules() -> list[Path]:
-    """The pipelines and all siblings that they need, found as diffusers finds them when it loads such a folder."""
-    pipelines = [PACKAGE / name for name in PIPELINES]
-    return sorted({*pipelines, *(Path(file) for entry in pipelines for file in get_relative_import_files(entry))})
+def says_xl(weights: Path) -> bool:
+    """Whether the model beside the weights, or the record of their training, names a pipeline of XL."""
+    named = []
+    for path in (weights / "model_index.json", weights / "training.json"):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise FaceFusionError(f"{path} cannot be read as JSON: {error}") from error
+        named += [found.get("_class_name"), *(r.get("pipeline") for r in found.values() if isinstance(r, dict))]
+    return any("XL" in str(name) for name in named)
+
+
+def pipeline_modules(xl: bool = False) -> dict[str, Path]:
+    """Name in a repository -> a pipeline of one family, or a sibling that it needs, as diffusers finds them.
+
+    `pipeline.py`, which diffusers takes where only the repository is named, is that of the weights' family.
+    """
+    family = "pipeline_xl" if xl else "pipeline"
+    entries = [PACKAGE / f"{family}{task}.py" for task in TASKS]
+    found = {*entries, *(PACKAGE / f"{name}.py" for entry in entries for name in get_relative_imports(entry))}
+    modules = {path.name: path for path in sorted(found)}
+    return modules | {"pipeline.py": modules.pop(f"{family}.py")}
 
 
 def license_file() -> Path:

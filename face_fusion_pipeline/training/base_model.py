@@ -15,8 +15,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from ..face_errors import FaceFusionError
-from ..generation.loading import check_draws_text, load_checkpoint, model_class, unloadable
-from ..pipeline import StableDiffusionFaceFusionPipeline
+from ..generation.loading import check_draws_text, load_checkpoint, model_class, pipeline_for, unloadable
 from ..unet_family import TEXT, encode_latents, latent_scaling, text_conditions, unet_arguments
 from .loop import TrainingError
 from .objective import NoiseSchedule
@@ -116,7 +115,7 @@ def load_base(
     """The checkpoint in a diffusers folder, a `.safetensors` file, or of a Hub id, frozen, without safety checker.
 
     Args:
-        config: folder or Hub id with the configuration of a file, see `face_checkpoints.load_single_file`.
+        config: folder or Hub id with the configuration of a file, see `face_single_file.load_single_file`.
         hub: `revision`, `variant`, `token`, `cache_dir`.
 
     Raises:
@@ -126,13 +125,10 @@ def load_base(
         kind = model_class(str(name), **{k: v for k, v in hub.items() if k != "variant"})
         if not kind.startswith("StableDiffusion") or kind.startswith("StableDiffusion3"):
             raise TrainingError(f"{name} is a {kind}: Face Fusion can be trained for Stable Diffusion 1.x, 2.x and XL")
-        if "XL" in kind:
-            pipeline = load_checkpoint(StableDiffusionXLPipeline, str(name), config, dtype=dtype, **hub)
-        else:
-            parts: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "controlnet": None}
-            whole = StableDiffusionFaceFusionPipeline
-            pipeline = load_checkpoint(whole, str(name), config, dtype=dtype, **parts, **hub)
-            pipeline.face_defaults = None  # what a training and its samples see is said with every call
+        without: dict[str, Any] = {"controlnet": None}
+        without |= {} if "XL" in kind else {"safety_checker": None, "requires_safety_checker": False}
+        pipeline = load_checkpoint(pipeline_for(kind), str(name), config, dtype=dtype, **without, **hub)
+        pipeline.face_defaults = None  # what a training and its samples see is said with every call
         check_draws_text(pipeline, str(name))
     except FaceFusionError:
         raise

@@ -37,6 +37,7 @@ def write_card(
     record = {
         **record,
         "base": public_name(model),
+        "pipeline": type(task.base.pipeline).__name__,
         "learned": asdict(task.options),
         "adapter": task.adapter.metadata.to_strings(),
         "data": report,
@@ -85,9 +86,6 @@ def card(record: dict[str, Any], validation: dict[str, float]) -> str:
         for kind in ("right", "wrong", "no")
         if (key := f"validation_loss_{kind}_face") in validation
     )
-    limits = "The licence of the base and the rights in the training photos apply."
-    if adapter["base_family"] == "sdxl":
-        limits += " The pipeline in this repository does not draw with Stable Diffusion XL yet."
     training = [
         "| | |",
         "| --- | --- |",
@@ -107,8 +105,9 @@ def card(record: dict[str, Any], validation: dict[str, float]) -> str:
         f"of Face Fusion for `{base}`, two for each of its cross-attention layers.",
         base=base,
         training="\n".join(training),
-        limits=limits,
+        limits="The licence of the base and the rights in the training photos apply.",
         base_model=base if _HUB_ID.fullmatch(base) else None,
+        tags=["stable-diffusion-xl"] if "XL" in record.get("pipeline", "") else [],
     )
 
 

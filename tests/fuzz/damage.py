@@ -48,7 +48,8 @@ def changed_header(data: bytes, rng: random.Random) -> bytes:
         elif kind == 4:
             header[name]["dtype"] = rng.choice(["F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "X"])
         elif kind == 5:
-            shape = header[name].get("shape", [])
+            shape = header[name].get("shape")
+            shape = shape if isinstance(shape, list) else []
             header[name]["shape"] = rng.choice([[], [0], [*shape, 1], shape[::-1], [-1], [2**40], rng.choice(STRANGE)])
         else:
             header[rng.choice([name + ".x", "weights", "", "a" * 300])] = header.pop(name)
