@@ -501,7 +501,7 @@ def test_other_settings_need_another_folder(
 ) -> None:
     assert main([*words, "--methods", "none", "--max-identities", "1"]) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
-    for other in (["--steps", "2"], ["--late-guidance", "2"]):
+    for other in (["--steps", "2"], ["--low-noise-guidance", "2"]):
         assert main([*words, "--methods", "none", "--max-identities", "1", *other]) == 2
         assert "made with other settings" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == before
@@ -525,7 +525,8 @@ def test_a_model_that_was_trained_on_is_another_one(tmp_path: Path) -> None:
     unet.mkdir(parents=True)
     (unet / "diffusion_pytorch_model.safetensors").write_bytes(b"first")
     arguments = argparse.Namespace(
-        model=str(tmp_path / "model"), steps=1, guidance_scale=1.0, late_guidance=None, seed=0, batch=1, adapter=None
+        **{"model": str(tmp_path / "model"), "steps": 1, "guidance_scale": 1.0, "low_noise_guidance": None},
+        **{"seed": 0, "batch": 1, "adapter": None},
     )
     keep_settings(out, avatars_evaluate._settings(arguments))
     keep_settings(out, avatars_evaluate._settings(arguments))
@@ -542,11 +543,11 @@ def test_guidance_that_is_asked_for_is_that_of_all_steps(
     guidance: float | None, late: float | None, expected: tuple[float, float | None], tmp_path: Path
 ) -> None:
     arguments = argparse.Namespace(
-        model=str(tmp_path), steps=1, guidance_scale=guidance, late_guidance=late, seed=0, batch=1
+        model=str(tmp_path), steps=1, guidance_scale=guidance, low_noise_guidance=late, seed=0, batch=1
     )
     settings = avatars_evaluate._settings(arguments)
-    assert (settings.guidance_scale, settings.late_guidance) == expected
-    arguments.guidance_scale, arguments.late_guidance = 1.0, 2.0
+    assert (settings.guidance_scale, settings.low_noise_guidance) == expected
+    arguments.guidance_scale, arguments.low_noise_guidance = 1.0, 2.0
     with pytest.raises(FaceFusionError, match="--guidance-scale above 1, got 1"):
         avatars_evaluate._settings(arguments)
 
@@ -632,7 +633,7 @@ def test_what_a_safety_checker_blacked_out_counts_in_no_figure(
     [
         (["--steps", "0"], "--steps must be a whole number from 1 to 1000, got 0"),
         (["--guidance", "-1"], "--guidance must be a number from 0 to 100, got -1"),
-        (["--late-guidance", "1"], "--late-guidance must be a number above 1, at most 100, got 1"),
+        (["--low-noise-guidance", "1"], "--low-noise-guidance must be a number above 1, at most 100, got 1"),
         (["--seed", "-1"], "--seed must be a whole number from 0"),
         (["--scale", "-1"], "--scale"),
         (["--people", "4"], "too few for --people 4"),

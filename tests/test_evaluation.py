@@ -46,8 +46,8 @@ from face_fusion_pipeline.evaluation.metrics import (
     auc,
     bootstrap_mean,
     box_iou,
-    closed_share,
     cosine_similarity,
+    normalised_similarity,
     psnr,
     verification_auc,
 )
@@ -122,8 +122,8 @@ def test_an_interval_holds_its_mean_and_one_person_gives_none() -> None:
 
 
 def test_closed_share() -> None:
-    assert closed_share(0.5, 0.2, 0.8) == pytest.approx(0.5)
-    assert np.isnan(closed_share(0.5, 0.2, 0.2))
+    assert normalised_similarity(0.5, 0.2, 0.8) == pytest.approx(0.5)
+    assert np.isnan(normalised_similarity(0.5, 0.2, 0.2))
 
 
 def test_psnr_is_computed_in_float() -> None:
@@ -326,26 +326,26 @@ def test_summary_by_hand() -> None:
     summary = summarise(rows, ["adapter", CEILING, FLOOR], ["r"])
     mine = summary["adapter"]
     assert mine["similarity"]["r"]["mean"] == pytest.approx(0.7)
-    assert mine["similarity"]["r"]["closed"] == pytest.approx(0.4 / 0.6)
+    assert mine["similarity"]["r"]["normalised"] == pytest.approx(0.4 / 0.6)
     assert mine["accuracy"]["expression"] == 0.5 and mine["accuracy"]["mean"] == pytest.approx(0.875)
     assert mine["no_face"] == 0.5 and summary[FLOOR]["no_face"] is None
 
 
-def test_late_guidance_is_part_of_the_settings_and_of_what_a_table_says(
+def test_guidance_interval_is_part_of_the_settings_and_of_what_a_table_says(
     pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path
 ) -> None:
     settings = Settings(model="tiny", steps=4)
     trials, panel = plan_trials(1, 1, style="photo"), Panel(untrained)
     made = []
     for name, late in (("same", None), ("as-before", settings.guidance_scale), ("late", 2.0)):
-        result = compare(pipe, trials, ["none"], panel, replace(settings, late_guidance=late), tmp_path / name)
+        result = compare(pipe, trials, ["none"], panel, replace(settings, low_noise_guidance=late), tmp_path / name)
         made.append(image_path(tmp_path / name, trials[0], "none").read_bytes())
     assert made[0] == made[1] != made[2]
-    assert "4 steps, guidance 4.0 (2.0 in the clear half), face" in as_markdown(result, panel.names)
+    assert "4 steps, guidance 4.0 (2.0 in the low-noise half), face" in as_markdown(result, panel.names)
     with pytest.raises(FaceFusionError, match="other settings"):
         compare(pipe, trials, ["none"], panel, settings, tmp_path / "late")
     old = json.loads((tmp_path / "same" / "settings.json").read_text())
-    del old["late_guidance"]  # a folder of an earlier version goes on
+    del old["low_noise_guidance"]  # a folder of an earlier version goes on
     (tmp_path / "same" / "settings.json").write_text(json.dumps(old))
     compare(pipe, trials, ["none"], panel, settings, tmp_path / "same")
 
@@ -361,7 +361,7 @@ def test_table_end_to_end_resumes(
     result = compare(pipe, trials, methods, panel, settings, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == 4 * 7 and {row["method"] for row in rows} == {*methods, CEILING, FLOOR}
-    assert result["methods"][CEILING]["similarity"]["avatar recogniser"]["closed"] == 1
+    assert result["methods"][CEILING]["similarity"]["avatar recogniser"]["normalised"] == 1
     assert "| adapter |" in (tmp_path / "table.md").read_text() == as_markdown(result, panel.names)
     assert (tmp_path / "sheet.png").is_file()
     faces = [read_image(image_path(tmp_path, trials[0], method)).numpy().tobytes() for method in methods]
@@ -478,8 +478,8 @@ def test_morph_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrain
         (trials[1].person, trials[0].person),
     ]
     assert len({path.read_bytes() for path in (tmp_path / "images").glob(f"{trials[0].key}_*")}) == 3
-    mean = np.mean([row["to_second"] for row in rows if row["share"] == 0.5])
-    assert result["shares"]["0.5"]["to_second"]["mean"] == pytest.approx(mean)
+    mean = np.mean([row["to_second"] for row in rows if row["fraction"] == 0.5])
+    assert result["fractions"]["0.5"]["to_second"]["mean"] == pytest.approx(mean)
     # The ends are the people alone: no trace of the other reference, whoever it is.
     alone = pipe(
         trials[0].text,

@@ -66,9 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--init-adapter", type=Path, metavar="PATH", help="start from this file or folder")
     what.add_argument("--reference-timestep", type=whole(0, 999), default=0, help="noise level of the reference pass")
     what.add_argument("--token-count-bias", action="store_true", help="log(text tokens / face tokens) on face logits")
-    what.add_argument("--text-dropout", type=FRACTION, default=0.05, help="share of examples without their prompt")
-    what.add_argument("--face-dropout", type=FRACTION, default=0.05, help="share without their face")
-    what.add_argument("--both-dropout", type=FRACTION, default=0.05, help="share without both")
+    what.add_argument("--text-dropout", type=FRACTION, default=0.05, help="fraction of examples without their prompt")
+    what.add_argument("--face-dropout", type=FRACTION, default=0.05, help="fraction without their face")
+    what.add_argument("--both-dropout", type=FRACTION, default=0.05, help="fraction without both")
     what.add_argument("--timestep-power", type=POWER, default=1.0, help="below 1: noisy steps more often")
     what.add_argument("--snr-gamma", type=POSITIVE, help="min-SNR weighting of the loss, for example 5")
     what.add_argument("--snr-keep-noisy", action="store_true", help="with v-prediction: noisy steps at full weight")
@@ -78,10 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--identity-recogniser", metavar="NAME", help="'avatars', or MODULE:FUNCTION that returns one")
     what.add_argument(
-        "--identity-loss-from", type=FRACTION, default=0.0, help="share of the timesteps that are too clear to have it"
+        "--identity-loss-from",
+        type=FRACTION,
+        default=0.0,
+        help="fraction of the timesteps that are at too little noise to have it",
     )
     what.add_argument(
-        "--identity-loss-until", type=FRACTION, default=0.25, help="share of the timesteps up to which they have it"
+        "--identity-loss-until", type=FRACTION, default=0.25, help="fraction of the timesteps up to which they have it"
     )
     what.add_argument(
         "--identity-loss-jitter",

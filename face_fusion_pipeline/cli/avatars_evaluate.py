@@ -160,10 +160,10 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance-scale",
         type=GUIDANCE,
-        help=f"default: {AVATAR_DEFAULTS.guidance_scale:g}, and {AVATAR_DEFAULTS.late_guidance:g} in the clear half",
+        help=f"default: {AVATAR_DEFAULTS.guidance_scale:g}, and {AVATAR_DEFAULTS.low_noise_guidance:g} at low noise",
     )
     parser.add_argument(
-        "--late-guidance", type=GUIDED, help="guidance in the clear half of the timesteps (default: as before)"
+        "--low-noise-guidance", type=GUIDED, help="guidance in the low-noise half of the timesteps (default: the same)"
     )
     parser.add_argument("--seed", type=SEED, default=0, help="of people, prompts and noise")
     parser.add_argument("--batch", type=COUNT, default=4, help="prompts denoised together (default: 4)")
@@ -221,8 +221,9 @@ def _model_folder(args: argparse.Namespace) -> str:
 def _settings(args: argparse.Namespace, **more: Any) -> Settings:
     from ..evaluation.generation import Settings
 
-    guidance, late = guidance_scales(args.guidance_scale, args.late_guidance, AVATAR_DEFAULTS, name="--guidance-scale")
-    common = {"steps": args.steps, "guidance_scale": guidance, "late_guidance": late}
+    asked = args.guidance_scale, args.low_noise_guidance
+    guidance, low_noise = guidance_scales(*asked, AVATAR_DEFAULTS, name="--guidance-scale")
+    common = {"steps": args.steps, "guidance_scale": guidance, "low_noise_guidance": low_noise}
     return Settings.of(_model_folder(args), **common, seed=args.seed, batch=args.batch, **more)
 
 
@@ -412,7 +413,7 @@ def _eyes(args: argparse.Namespace) -> tuple[dict, str]:
     from ..evaluation.reports import markdown_table
 
     result = measure_agreement(args.verdicts, args.model, args.out, device=args.device, renders=args.renders)
-    rows = [[name.replace("_", " "), f"{100 * value:.1f} %"] for name, value in result["shares"].items()]
+    rows = [[name.replace("_", " "), f"{100 * value:.1f} %"] for name, value in result["fractions"].items()]
     return result, markdown_table(
-        ["share", "value"], rows
+        ["fraction", "value"], rows
     ) + f"\n{result['good']} good and {result['broken']} broken.\n"

@@ -77,7 +77,9 @@ def _add_generation(group: Any) -> None:
         type=GUIDANCE,
         help="classifier-free guidance; 1 is off; default: as the model recommends (the avatars: 4, then 2), else 5",
     )
-    group.add_argument("--late-guidance", type=GUIDED, help="in the clear half of the timesteps; default: as before")
+    group.add_argument(
+        "--low-noise-guidance", type=GUIDED, help="in the low-noise half of the timesteps; default: the same"
+    )
     group.add_argument("--scale", type=STRENGTH, default=1.0, help="strength of the face with the adapter")
     group.add_argument("--training-free-scale", type=STRENGTH, default=1.0, help="strength of the face without it")
     group.add_argument("--self-scale", type=STRENGTH, default=4.0, help="strength at the self-attention, times these")
@@ -145,7 +147,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.model is not None and args.prompts is not None:
         check_model(args.model)
     defaults = None if args.prompts is None else defaults_beside(args.model)
-    args.guidance, args.late_guidance = guidance_scales(args.guidance, args.late_guidance, defaults)
+    args.guidance, args.low_noise_guidance = guidance_scales(args.guidance, args.low_noise_guidance, defaults)
 
 
 def _settings(args: argparse.Namespace, model: str) -> Settings:
@@ -159,7 +161,7 @@ def _settings(args: argparse.Namespace, model: str) -> Settings:
         dtype=args.dtype,
         steps=args.steps,
         guidance_scale=args.guidance,
-        late_guidance=args.late_guidance,
+        low_noise_guidance=args.low_noise_guidance,
         face_scale=args.scale,
         training_free_scale=args.training_free_scale,
         self_scale=args.self_scale,

@@ -134,7 +134,7 @@ def weighted_error(predicted: Tensor, target: Tensor, faces: Tensor, face_weight
     return (mask * (predicted.float() - target.float()).square()).mean(dim=(1, 2, 3))
 
 
-def unlikeness(recogniser: Recogniser, pictures: Tensor, truth: Tensor, landmarks5: Tensor) -> Tensor:
+def identity_distance(recogniser: Recogniser, pictures: Tensor, truth: Tensor, landmarks5: Tensor) -> Tensor:
     """1 − cosine (B,) between the embeddings of `pictures` and of `truth`, both (B, 3, H, W) about [0, 1]."""
     with torch.no_grad():
         goal = recogniser(truth.clamp(0, 1), landmarks5)

@@ -191,14 +191,14 @@ def with_layers(adapter: FaceFusionAdapter, names: list[str]) -> FaceFusionAdapt
     return kept.to(next(adapter.parameters()))
 
 
-def central_cells(count: int, share: float) -> Tensor:
-    """Indices of those cells of a square grid of `count` whose centres lie in its central square of side `share`.
+def central_cells(count: int, fraction: float) -> Tensor:
+    """Indices of those cells of a square grid of `count` whose centres lie in its central square of side `fraction`.
 
     A face crop is the box's longer side enlarged: its box lies in the middle, 1 / enlargement of it wide.
     """
     side = math.isqrt(count)
     centres = (torch.arange(side) + 0.5) / side
-    inside = (centres - 0.5).abs() <= share / 2
+    inside = (centres - 0.5).abs() <= fraction / 2
     return (inside[:, None] & inside[None]).flatten().nonzero()[:, 0]
 
 

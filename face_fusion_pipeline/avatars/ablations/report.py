@@ -21,9 +21,9 @@ from .summary import (
     Cell,
     Cells,
     as_json,
-    closed,
     difference,
     equal_accuracy,
+    normalised,
     seed_noise,
     summarise,
 )
@@ -66,7 +66,7 @@ def baseline(question: Question, cells: Cells, cell: Cell) -> Cell:
 
 def table(question: Question, cells: Cells) -> str:
     axis = [question.axis] if question.axis else []
-    header = ["method", *axis, "likeness ↑", "± seeds", "closed ↑", f"− {METHOD}", "accuracy ↑", "± seeds",
+    header = ["method", *axis, "likeness ↑", "± seeds", "normalised ↑", f"− {METHOD}", "accuracy ↑", "± seeds",
               "to the reference", "traits copied ↓", "trained parameters", "rate", "s a step"]  # fmt: skip
     rows = []
     for cell in cells.values():
@@ -77,7 +77,14 @@ def table(question: Question, cells: Cells) -> str:
         compared = None if other is cell else difference(cell, other)
         likeness, accuracy, reference, copied = cell.figures.values()
         rows.append(
-            [cell.variant, *place, likeness, cell.spread["likeness"], f"{100 * closed(cells, cell):.0f} %", compared]
+            [
+                cell.variant,
+                *place,
+                likeness,
+                cell.spread["likeness"],
+                f"{100 * normalised(cells, cell):.0f} %",
+                compared,
+            ]
             + [accuracy, cell.spread["accuracy"], reference, copied, cell.parameters or None]
             + [f"{cell.rate:g}" if cell.parameters else None, cell.seconds]
         )
@@ -156,12 +163,12 @@ def is_variant(cell: Cell) -> bool:
 
 
 def _equal_accuracy_sentence(cells: Cells, level: float) -> str:
-    found, share = equal_accuracy(cells, level), f"{100 * level:.0f} %"
+    found, percent = equal_accuracy(cells, level), f"{100 * level:.0f} %"
     if found is None:
-        return f"At {share} of the accuracy without a face no comparison is possible: a side never reaches it."
+        return f"At {percent} of the accuracy without a face no comparison is possible: a side never reaches it."
     verdict = "holds" if found.high <= EXPECTED_RATIO else "does not hold" if found.low > EXPECTED_RATIO else "is open"
     return (
-        f"At {share} of the accuracy without a face, {METHOD} (scale {found.method.condition.scale:g}) is at "
+        f"At {percent} of the accuracy without a face, {METHOD} (scale {found.method.condition.scale:g}) is at "
         f"{found.ratio:.2f} [{found.low:.2f}, {found.high:.2f}] times the distance of {found.tokens.variant} (scale "
         f"{found.tokens.condition.scale:g}): the expectation of at most {EXPECTED_RATIO} {verdict}."
     )

@@ -24,7 +24,7 @@ from ...training.objective import Recogniser, load_identity_recogniser
 from ...training.pairs import Pairs, Reference, split_people
 from ...training.preparation import has_partner, read_report, read_rows
 from ...training.run_records import read_records
-from ...training.task import FaceFusionOptions, FaceFusionTask, KeptStates
+from ...training.task import FaceFusionOptions, FaceFusionTask, FeatureCache
 from .conditioning import Conditioning, UNetFeatures, create_conditioning, with_layers
 from .variants import Variant
 
@@ -72,8 +72,8 @@ class Budget:
 class VariantTask(FaceFusionTask):
     """The training task with another conditioning in the place of Face Fusion's.
 
-    A variant that goes by the clean reference in the UNet shares its pass with the teacher and, with `kept`, with the
-    other variants.
+    A variant that goes by the clean reference in the UNet shares its pass with the teacher and, by `feature_cache`,
+    with the other variants.
     """
 
     name = "ablation"
@@ -143,7 +143,7 @@ class Trainer:
     keep_references: bool = False
     start: Path | None = None
     teacher: Path | None = None
-    kept: KeptStates = field(default_factory=KeptStates)
+    feature_cache: FeatureCache = field(default_factory=FeatureCache)
 
     @cached_property
     def teaching(self) -> FaceFusionAdapter | None:
@@ -234,6 +234,13 @@ class Trainer:
         options = replace(LOSS, keep_references=self.keep_references, identity_loss_weight=weight)
         recogniser = load_identity_recogniser("avatars") if weight else None
         task = VariantTask(
-            self.base, conditioning, pairs, held_out, options, recogniser, teacher=self.teaching, kept=self.kept
+            self.base,
+            conditioning,
+            pairs,
+            held_out,
+            options,
+            recogniser,
+            teacher=self.teaching,
+            feature_cache=self.feature_cache,
         )
         train(task, self.budget.loop(variant, seed), folder)

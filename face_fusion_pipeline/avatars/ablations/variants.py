@@ -25,7 +25,7 @@ class Variant:
             Tokens of another encoder than the UNet are always added, by diffusers' own IP-Adapter.
         trained: False uses the projections of the self-attention as they are.
         init: initial weights of `create_adapter`.
-        reference_noise: noise level of the reference as a share of all timesteps.
+        reference_noise: noise level of the reference as a fraction of all timesteps.
         region: keys of the whole crop, or only of the part of it where the face box lies.
         layers: which cross-attention layers see the face, see [`chosen_layers`].
         same_photo: the reference in training is the target photo itself.

@@ -43,7 +43,7 @@ class Method:
 
     Args:
         inside: how strong it is inside the face box; None is no ControlNet.
-        until: share of the steps after which it is off.
+        until: fraction of the steps after which it is off.
         poser: who is in the depth map.
     """
 

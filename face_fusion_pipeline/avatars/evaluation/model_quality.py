@@ -22,14 +22,14 @@ from .trials import Trial, plan_trials, true_renders
 
 
 GOALS = {"psnr": 30.0, "expression": 0.85, "clothing": 0.95, "background": 0.95, "people": 0.90, "no_face": 0.05}
-SHARES = {1: 0.6, 2: 0.2, 3: 0.2}  # of prompts, by number of people
+FRACTIONS = {1: 0.6, 2: 0.2, 3: 0.2}  # of prompts, by number of people
 
 
 def quality_trials(prompts: int, *, seed: int = 0, exclude: Collection[str] = ()) -> list[Trial]:
     """Unseen prompts in every style, with one to three people."""
     trials = []
-    for people, share in SHARES.items():
-        count = max(1, round(prompts * share))
+    for people, fraction in FRACTIONS.items():
+        count = max(1, round(prompts * fraction))
         trials += plan_trials(count, 1, seed=seed + people, people=people, exclude=exclude)
     return trials
 

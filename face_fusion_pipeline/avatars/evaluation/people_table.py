@@ -115,8 +115,8 @@ def true_boxes(trial: Trial) -> list[list[float]]:
 
 
 def summarise(rows: list[dict], seed: int) -> dict[str, Any]:
-    """Similarity to the own person and to the neighbours (mean and interval), shares of pictures with all people and
-    with more; the latter is NaN where nobody counted so far."""
+    """Similarity to the own person and to the neighbours (mean and interval), fractions of pictures with all people
+    and with more; the latter is NaN where nobody counted so far."""
     groups = np.array([row["person"] for row in rows])
     own, neighbour = (
         asdict(bootstrap_mean(np.array([row[key] for row in rows]), groups, seed=seed)) for key in ("own", "neighbour")
@@ -155,7 +155,7 @@ def as_markdown(result: dict[str, Any]) -> str:
             str(Estimate(**f["own"])),
             str(Estimate(**f["neighbour"])),
             f["leakage"],
-            *(share if np.isnan(share) else f"{100 * share:.1f} %" for share in (f["all_present"], f["doubled"])),
+            *(part if np.isnan(part) else f"{100 * part:.1f} %" for part in (f["all_present"], f["doubled"])),
         ]
         for name, f in result["methods"].items()
     ]
@@ -167,8 +167,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         + f"\n{result['images_per_method']} pictures of {result['people']} people a method, people that no training "
         f"saw, {denoising(s)}, face scale {s['face_scale']}, seed {s['seed']}; "
         f"{result['machine']}, {result['date']}.\nSimilarity: avatar recogniser, cosine to another portrait, with a "
-        "95 % bootstrap interval over people; of somebody else: mean over everybody whom a face is not. Leakage: "
-        "share of the way from the floor to the own similarity that the neighbour's has come. All present, doubled: "
+        "95 % bootstrap interval over people; of somebody else: mean over everybody whom a face is not. Leakage: the "
+        "neighbour's similarity, normalised: 0 % is the floor, 100 % the own similarity. All present, doubled: "
         f"pictures in which the judge counts as many people as asked for, and more; it counts to {result['most']}. "
         "Faces drawn again: the pictures of nearest, none after `refine_faces`.\n"
     )

@@ -37,7 +37,7 @@ class Saving:
     """A way to spend less.
 
     Attributes:
-        side: side of the reference, as a share of the side of the model's own pictures.
+        side: side of the reference, as a fraction of the side of the model's own pictures.
         call: arguments of the pipeline's call.
         finest: whether the layers with the most queries, the outermost ones of the UNet, see the face.
         in_box: only queries in the face box of the true render's scene see it (`face_boxes`).

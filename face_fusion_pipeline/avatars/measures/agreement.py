@@ -13,7 +13,8 @@ from ...evaluation.generation import Settings, pipeline_of
 from ...evaluation.image_files import read_image
 from ...evaluation.reports import circumstances
 from ...face_adapter import ADAPTER_WEIGHTS_NAME
-from ...face_errors import FaceFusionError
+from ...face_defaults import EARLIER_NAMES
+from ...face_errors import FaceFusionError, renamed
 from ..evaluation.judges import load_judges
 from ..evaluation.trial_pictures import generate, image_path
 from ..evaluation.trials import Trial
@@ -26,14 +27,14 @@ from .portraits import DOTS, eyes_shown, portrait_scene
 from .verdicts import Verdicts, read_verdicts
 
 
-SETTINGS = ("steps", "guidance_scale", "late_guidance", "self_scale", "seed")
+SETTINGS = ("steps", "guidance_scale", "low_noise_guidance", "self_scale", "seed")
 
 
 @torch.inference_mode()
 def agreement(judge: EyeJudge, verdicts: Verdicts, rows: Tensor | None = None) -> dict[str, float]:
-    """Of broken eyes the share caught, of good ones the share passed; also among those with sure verdicts alone.
+    """Of broken eyes the fraction caught, of good ones the fraction passed; also among those with sure verdicts alone.
 
-    `rows` are those that count, by default all; a share of nothing is NaN.
+    `rows` are those that count, by default all; a fraction of nothing is NaN.
     """
     rows = torch.arange(len(verdicts)) if rows is None else rows
     passed = judge.of_bands(verdicts.bands[rows]) >= judge.threshold
@@ -48,7 +49,7 @@ def agreement(judge: EyeJudge, verdicts: Verdicts, rows: Tensor | None = None) -
 def measure_agreement(
     name: Path, model: str | None = None, out: Path | None = None, *, device: str = "cpu", renders: int = 1000
 ) -> dict[str, Any]:
-    """`agreement` of the package's judge with the verdicts `NAME.json`, and the share of `renders` that it passes.
+    """`agreement` of the package's judge with the verdicts `NAME.json`, and the fraction of `renders` that it passes.
 
     The renders are of people of the test split. With `model`, the folder of the weights that the verdicts are on, the
     pictures are drawn anew into `out`. FaceFusionError for other weights.
@@ -59,13 +60,17 @@ def measure_agreement(
             raise FaceFusionError("--model draws pictures: name a folder for them with --out")
         verdicts = drawn_anew(verdicts, model, out, device)
     with_eyes, of_all = renders_passed(judge, renders)
-    shares = {"true_renders_with_eyes_good": with_eyes, "all_true_renders_good": of_all, **agreement(judge, verdicts)}
+    fractions = {
+        "true_renders_with_eyes_good": with_eyes,
+        "all_true_renders_good": of_all,
+        **agreement(judge, verdicts),
+    }
     counts = {"good": int(verdicts.good.sum()), "broken": int((~verdicts.good).sum()), "renders": renders}
-    return {"shares": shares, **counts, "drawn_anew": model is not None, **circumstances()}
+    return {"fractions": fractions, **counts, "drawn_anew": model is not None, **circumstances()}
 
 
 def renders_passed(judge: EyeJudge, count: int) -> tuple[float, float]:
-    """Of so many portraits of test people the share whose eyes are well drawn: of those with eyes, and of all.
+    """Of so many portraits of test people the fraction whose eyes are well drawn: of those with eyes, and of all.
 
     In the first world the eyes of some people lie below their skin (`portraits.eyes_shown`).
     """
@@ -81,7 +86,7 @@ def renders_passed(judge: EyeJudge, count: int) -> tuple[float, float]:
 
 def drawn_anew(verdicts: Verdicts, model: str, out: Path, device: str) -> Verdicts:
     """The same verdicts with bands of pictures that `model` draws now; see `measure_agreement`."""
-    about = verdicts.about
+    about = renamed(verdicts.about, EARLIER_NAMES, "the file of verdicts")
     adapter = model if (Path(model) / ADAPTER_WEIGHTS_NAME).is_file() else None
     settings = Settings.of(model, adapter, **{key: about[key] for key in SETTINGS})
     if settings.weights_hash != about["weights"]:

@@ -12,7 +12,7 @@ from ..evaluation.renders import at_size
 EYE_ZOOM, EYE_CROP = 1.2, 7 / 8  # of the aligned face; pixels of a crop's side to one of the picture's side
 HEAD_ZOOM, HEAD_CROP = 0.62, 3 / 4  # hair, ears and chin are in the crop, a little smaller than in the picture
 FACE_ZOOM, FACE_CROP = 1.15, 3 / 4  # from the brows to the mouth, a little larger than in the picture
-BAND = 3 / 7  # height of the band of the eyes, as a share of its width
+BAND = 3 / 7  # height of the band of the eyes, as a fraction of its width
 
 
 def locate(judges: Judges, images: Tensor) -> Tensor:

@@ -24,9 +24,11 @@ from .verdicts import Verdicts
 
 
 BLURS = (2, 4)  # pixels: soft eyes may be whole
-SHARE = 3  # a third of each batch is damaged, and a third judged where there are verdicts
+PARTS = 3  # a third of each batch is damaged, and a third judged where there are verdicts
 DOUBT = 0.3  # target of "good" where a verdict is not sure, and 1 less it
-RENDERS_GOOD = 0.991  # share of held-out renders that pass, of those whose eyes show: the threshold is where it is so
+RENDERS_GOOD = (
+    0.991  # fraction of held-out renders that pass, of those whose eyes show: the threshold is where it is so
+)
 _HELD_OUT = 6  # each sixth picture with a verdict is never learned from
 
 
@@ -65,8 +67,8 @@ class DrawingTask(Task):
 
     def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
         device = next(self.network.parameters()).device
-        judged = 0 if self.verdicts is None else len(indices) // SHARE
-        wrong = len(indices) // SHARE if judged else len(indices) // 2
+        judged = 0 if self.verdicts is None else len(indices) // PARTS
+        wrong = len(indices) // PARTS if judged else len(indices) // 2
         indices = self.rows[indices[judged:]]
         images, points = (self.data.images(indices, device) + 1) / 2, self.landmarks[indices].to(device)
         images = torch.cat([damaged(images[:wrong], points[:wrong], generator), images[wrong:]])

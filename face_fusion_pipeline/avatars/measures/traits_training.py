@@ -65,7 +65,7 @@ class TraitsTask(Task):
         return {**crops, **{name: rows[indices].to(device) for name, rows in targets.items()}}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of the words, and squared errors of the measures as shares of their variance."""
+        """Cross-entropy of the words, and squared errors of the measures as fractions of their variance."""
         logits, estimates = self.network(batch["heads"], batch["features"])
         words = torch.stack([F.cross_entropy(logits[t].float(), batch[t], ignore_index=_UNSEEN) for t in WORDS])
         seen = ~batch["measures"].isnan()
@@ -106,7 +106,7 @@ class TraitsTask(Task):
 
 
 def held_out_figures(estimators: TraitEstimators, judges: Judges, portraits: AvatarImages) -> dict[str, float]:
-    """Of words the share right, averaged over the words so that rare ones count; of measures the correlation.
+    """Of words the fraction right, averaged over the words so that rare ones count; of measures the correlation.
 
     Faces are found as on generated pictures. Only what a picture can show counts.
     """
