@@ -8,15 +8,20 @@ import pytest
 
 import face_fusion_pipeline
 from face_fusion_pipeline import FaceDefaults, FaceFusionError
+from face_fusion_pipeline.avatars.evaluation import evaluators
 from face_fusion_pipeline.avatars.measures.choice import candidate
+from face_fusion_pipeline.avatars.training import face_embedder
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.cli._arguments import EARLIER_ACTIONS, EARLIER_OPTIONS, todays_words
 from face_fusion_pipeline.evaluation.generation import Settings, keep_settings
+from face_fusion_pipeline.evaluation.picture_panel import load_panel
 from face_fusion_pipeline.face_defaults import read_defaults
+from face_fusion_pipeline.face_detectors import HaarDetector
 from face_fusion_pipeline.face_errors import also_named, renamed
 from face_fusion_pipeline.training.averaging import average_adapters
 from face_fusion_pipeline.training.preparation import PrepareOptions, prepare
 from face_fusion_pipeline.training.selection import SelectionOptions
+from face_fusion_pipeline.training.task import FaceFusionTask
 
 
 def warned(caplog: pytest.LogCaptureFixture, *names: str) -> bool:
@@ -107,3 +112,28 @@ def test_a_table(caplog: pytest.LogCaptureFixture) -> None:
 
     assert candidate(table("closed"), "adapter", "t") == candidate(table("normalised"), "adapter", "t")
     assert {record.getMessage() for record in caplog.records} == {"t: closed is called normalised now"}
+
+
+def test_folders_of_networks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "judges.safetensors").write_bytes((evaluators.SHIPPED / evaluators.WEIGHTS_NAME).read_bytes())
+    (tmp_path / "judges.json").write_bytes((evaluators.SHIPPED / evaluators.LABELS_NAME).read_bytes())
+    assert evaluators.load_evaluators(tmp_path).path == tmp_path / "judges.safetensors"
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2 and "judges.json is called evaluators.json now" in lines[1]
+    caplog.clear()
+    (tmp_path / "recogniser.safetensors").write_bytes(
+        (face_embedder.SHIPPED / face_embedder.WEIGHTS_NAME).read_bytes()
+    )
+    face_embedder.load_training_embedder(tmp_path)
+    assert warned(caplog, "recogniser.safetensors", "face_embedder.safetensors")
+
+
+def test_arguments_of_what_looks_at_pictures(caplog: pytest.LogCaptureFixture) -> None:
+    load_panel({}, HaarDetector(), judges=None)  # type: ignore[call-arg]
+    assert warned(caplog, "judges", "evaluators")
+    with pytest.raises(TypeError, match="base"):
+        FaceFusionTask(recogniser=None, kept=None)  # type: ignore[call-arg]
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
+        "recogniser is called embedder now",
+        "kept is called feature_cache now",
+    ]

@@ -93,9 +93,9 @@ def pairs_of(data: Path, base: Any, validation: int = 2) -> tuple[Pairs, Pairs]:
     return tuple(Pairs(data, cache, people) for people in split_people(read_rows(data), validation, seed=0))  # type: ignore[return-value]
 
 
-def task_of(data: Path, base: Any, recogniser: Any = None, **options: Any) -> FaceFusionTask:
+def task_of(data: Path, base: Any, embedder: Any = None, **options: Any) -> FaceFusionTask:
     adapter = create_adapter(base.unet, metadata={"resolution": SIDE})
-    return FaceFusionTask(base, adapter, *pairs_of(data, base), FaceFusionOptions(**options), recogniser)
+    return FaceFusionTask(base, adapter, *pairs_of(data, base), FaceFusionOptions(**options), embedder)
 
 
 def part_of(task: FaceFusionTask, rows: list[int], batch_size: int = 4, step: int = 3) -> dict[str, torch.Tensor]:
@@ -167,8 +167,8 @@ def test_unknown_prediction_and_recogniser_are_refused() -> None:
     with pytest.raises(TrainingError, match="'flow'"):
         objective.NoiseSchedule(torch.ones(3), "flow")
     with pytest.raises(TrainingError, match="MODULE:FUNCTION"):
-        objective.load_identity_recogniser("nobody")
-    found = objective.load_identity_recogniser("avatars")(torch.rand(2, 3, 128, 128), torch.rand(2, 5, 2) * 128)
+        objective.load_face_embedder("nobody")
+    found = objective.load_face_embedder("avatars")(torch.rand(2, 3, 128, 128), torch.rand(2, 5, 2) * 128)
     assert found.shape == (2, 256)
 
 
@@ -509,7 +509,7 @@ def test_identity_loss_pulls_the_prediction_to_the_person(data: Path, base: Any)
     assert loss.item() > 0 == clearer(batch)[1]["identity_loss"].item(), "who is shown is settled in the first two"
     batch["has_face"][:] = True
     places: list[torch.Tensor] = []
-    colours = task.recogniser
+    colours = task.embedder
     turning = task_of(data, base, lambda images, points: places.append(points) or colours(images, points))  # type: ignore[misc]
     turning.options = FaceFusionOptions(identity_loss_weight=1.0, identity_loss_until=0.5, identity_loss_jitter=1.0)
     turning.identity_loss(batch, batch["latents"], batch["latents"])
@@ -884,7 +884,7 @@ def test_weights_can_be_trained_on(train: Any, tmp_path: Path) -> None:
         (["--resolution", "100"], "multiple of 8"),
         (["--identity-loss-weight", "0.1"], "go together"),
         (
-            ["--identity-loss-weight", "0.1", "--identity-recogniser", "avatars", "--identity-loss-from", "0.3"],
+            ["--identity-loss-weight", "0.1", "--identity-embedder", "avatars", "--identity-loss-from", "0.3"],
             "nothing",
         ),
         (["--resume-from-checkpoint", "checkpoint-7"], "no such folder"),

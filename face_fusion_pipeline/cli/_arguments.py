@@ -111,8 +111,15 @@ EARLIER_OPTIONS = {
     "--late-guidance": "--low-noise-guidance",
     "--min-face-share": "--min-face-fraction",
     "--share": "--fraction",
+    "--judges": "--evaluators",
+    "--judge-recogniser": "--evaluator",
+    "--condition-recogniser": "--condition-embedder",
+    "--identity-recogniser": "--identity-embedder",
 }
-EARLIER_ACTIONS: dict[tuple[str, str], str] = {}
+EARLIER_ACTIONS = {
+    ("avatars-evaluate", "train-judges"): "train-evaluators",
+    ("avatars-train", "recogniser"): "face-embedder",
+}
 
 
 def todays_words(words: Sequence[str]) -> list[str]:

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--identity-loss-weight", type=real(), default=0.0, help="weight of the predicted face's likeness"
     )
-    what.add_argument("--identity-recogniser", metavar="NAME", help="'avatars', or MODULE:FUNCTION that returns one")
+    what.add_argument("--identity-embedder", metavar="NAME", help="'avatars', or MODULE:FUNCTION that returns one")
     what.add_argument(
         "--identity-loss-from",
         type=FRACTION,
@@ -134,8 +134,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_selection(args)
     if args.text_dropout + args.face_dropout + args.both_dropout > 1:
         raise FaceFusionError("--text-dropout, --face-dropout and --both-dropout add up to more than 1")
-    if (args.identity_loss_weight > 0) != (args.identity_recogniser is not None):
-        raise FaceFusionError("--identity-loss-weight and --identity-recogniser go together")
+    if (args.identity_loss_weight > 0) != (args.identity_embedder is not None):
+        raise FaceFusionError("--identity-loss-weight and --identity-embedder go together")
     if args.identity_loss_from >= args.identity_loss_until and args.identity_loss_weight:
         raise FaceFusionError(
             f"--identity-loss-from {args.identity_loss_from} leaves nothing below --identity-loss-until "

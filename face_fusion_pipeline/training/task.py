@@ -28,13 +28,14 @@ from ..face_adapter import (
     face_fused_unet,
     save_adapter,
 )
+from ..face_errors import also_named
 from ..face_layout import layer_sizes
 from ..reference_pass import capture_hidden_states, noise_latents
 from .base_model import BaseModel
 from .kernels import plain_attention_on_cpu
 from .loop import Batch, Part, Task, seeded
 from .objective import (
-    Recogniser,
+    FaceEmbedder,
     face_mask,
     face_places,
     identity_distance,
@@ -96,7 +97,7 @@ class FaceFusionTask(Task):
 
     Args:
         train, validation: targets with their references; `validation` may be None.
-        recogniser: for the identity loss.
+        embedder: for the identity loss.
         samples: pictures to generate now and then.
         teacher: weights for the same base and the same kind of reference. What they predict is learned.
         feature_cache: where `keep_references` keeps them, for other tasks of the same base to use it too.
@@ -105,6 +106,7 @@ class FaceFusionTask(Task):
     name = "face-fusion"
     published_as = "adapter"
 
+    @also_named(recogniser="embedder", kept="feature_cache")
     def __init__(
         self,
         base: BaseModel,
@@ -112,7 +114,7 @@ class FaceFusionTask(Task):
         train: Pairs,
         validation: Pairs | None = None,
         options: FaceFusionOptions | None = None,
-        recogniser: Recogniser | None = None,
+        embedder: FaceEmbedder | None = None,
         samples: Samples | None = None,
         teacher: FaceFusionAdapter | None = None,
         feature_cache: FeatureCache | None = None,
@@ -127,7 +129,7 @@ class FaceFusionTask(Task):
         needs_decoder = samples is not None or self.options.identity_loss_weight > 0
         self.vae = base.vae if needs_decoder else None  # what is a part of the task moves to its device
         self.text_encoders = torch.nn.ModuleList(base.text_encoders if samples is not None else [])
-        self.recogniser = recogniser
+        self.embedder = embedder
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         self.feature_cache = feature_cache or FeatureCache()
         if self.options.gradient_checkpointing:
@@ -263,7 +265,7 @@ class FaceFusionTask(Task):
         faces = face_mask(batch["boxes"], self.side(latents), latents.shape[-1])
         error = weighted_error(predicted, target, faces, self.options.face_loss_weight)
         loss = (schedule.weight(timesteps, self.options.snr_gamma, self.options.keep_noisy) * error).mean()
-        if self.recogniser is None or not self.options.identity_loss_weight or not self.training:
+        if self.embedder is None or not self.options.identity_loss_weight or not self.training:
             return loss, {}
         likeness = self.identity_loss(batch, noisy, predicted)
         return loss + self.options.identity_loss_weight * likeness, {"identity_loss": likeness}
@@ -301,7 +303,7 @@ class FaceFusionTask(Task):
 
     def identity_loss(self, batch: Batch, noisy: Tensor, predicted: Tensor) -> Tensor:
         """Mean over the batch of the predicted pictures' [`identity_distance`], 0 for those that are too noisy yet."""
-        assert self.recogniser is not None
+        assert self.embedder is not None
         rows = batch["recognised"]
         if not len(rows):
             return predicted.sum() * 0
@@ -312,7 +314,7 @@ class FaceFusionTask(Task):
         with torch.no_grad():
             truth = self.base.decode(batch["latents"][rows])
         landmarks5 = jittered(batch["landmarks5"][rows], batch["looks"][rows], self.options.identity_loss_jitter)
-        found = identity_distance(self.recogniser, self.base.decode(latents), truth, landmarks5)
+        found = identity_distance(self.embedder, self.base.decode(latents), truth, landmarks5)
         return (found * counts).sum() / len(noisy)
 
     # --- Validation and result -----------------------------------------------------------------------------------

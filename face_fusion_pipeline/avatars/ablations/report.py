@@ -12,7 +12,7 @@ from ...evaluation.reports import circumstances, markdown_table
 from ...face_errors import FaceFusionError
 from ...files.atomic import replacing, write_text
 from ..evaluation.avatar_table import CEILING, FLOOR
-from .encoders import load_judging_recogniser
+from .encoders import load_evaluator
 from .laboratory import Laboratory, Run
 from .questions import TOKENS, Condition, Question
 from .summary import (
@@ -41,16 +41,16 @@ WORDS = {
 def write_answer(question: Question, runs: list[Run], laboratory: Laboratory, out: Path) -> str:
     """Write `NAME.json`, `NAME.md` and, for a curve, `NAME.png` to `out`; returns the Markdown."""
     cells = summarise(runs)
-    judge, settings = load_judging_recogniser(laboratory.judge).name, laboratory.settings()
+    evaluator, settings = load_evaluator(laboratory.evaluator).name, laboratory.settings()
     text = "\n".join(
         [
             table(question, cells),
-            f"{foot(settings, judge, laboratory.seeds, laboratory.trainer)}\n",
+            f"{foot(settings, evaluator, laboratory.seeds, laboratory.trainer)}\n",
             *(f"* {sentence}" for sentence in sentences(question, cells)),
         ]
     )
     out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"question": question.name, "judge": judge, **settings, **circumstances()}
+    result: dict[str, Any] = {"question": question.name, "evaluator": evaluator, **settings, **circumstances()}
     write_text(out / f"{question.name}.json", json.dumps(result | {"cells": as_json(cells)}, indent=1) + "\n")
     write_text(out / f"{question.name}.md", text + "\n")
     if question.axis is not None:
@@ -106,7 +106,7 @@ def axis_value(question: Question, cell: Cell) -> str:
     return "–" if without else f"{getattr(cell.condition, question.axis or ''):g}"
 
 
-def foot(settings: dict[str, Any], judge: str, seeds: tuple[int, ...], trainer: Trainer | None = None) -> str:
+def foot(settings: dict[str, Any], evaluator: str, seeds: tuple[int, ...], trainer: Trainer | None = None) -> str:
     """The circumstances, for the line under a table."""
     budget, sampling, now = settings["budget"], settings["sampling"], circumstances()
     weight = budget["identity_loss_weight"]
@@ -121,8 +121,8 @@ def foot(settings: dict[str, Any], judge: str, seeds: tuple[int, ...], trainer: 
     return (
         f"{training}; {sampling['identities']} people that no training saw, "
         f"{sampling['prompts']} prompts each, {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}; "
-        f"likeness by {judge}; model {settings['model']}; {now['machine']}, {now['date']}. Brackets: 95 % bootstrap "
-        "interval over people."
+        f"likeness by {evaluator}; model {settings['model']}; {now['machine']}, {now['date']}. Brackets: 95 % "
+        "bootstrap interval over people."
     )
 
 

@@ -23,7 +23,7 @@ from ...files.atomic import write_text
 from ..measures.figures import distances, row_of, summarise_measures
 from ..measures.looks import Look
 from ..measures.panel import Seen
-from .judges import IMAGE_SIZE
+from .evaluators import IMAGE_SIZE
 from .renders import at_size
 from .scoring import Panel
 from .trial_pictures import generate, image_path
@@ -34,8 +34,8 @@ ASKED = ("expression", "clothing", "background", "people")
 CEILING, FLOOR = "true render", "somebody else"
 DRAWING = ("eyes well drawn ↑", "head KID ↓", "eye KID ↓", "traits ↑")
 LEGEND = (
-    "Eyes well drawn: both, by a judge that passes 99 % of true renders whose eyes show. KID: 1000 × that of heads "
-    "and of eyes to true renders of the same scenes. Traits: the fraction shown of a person's, "
+    "Eyes well drawn: both, by an evaluator that passes 99 % of true renders whose eyes show. KID: 1000 × that of "
+    "heads and of eyes to true renders of the same scenes. Traits: the fraction shown of a person's, "
     f"normalised: 0 % is “{FLOOR}”, 100 % “{CEILING}”. "
 )
 SHEET_ROWS = 8
@@ -139,7 +139,7 @@ def as_markdown(result: dict[str, Any], recognisers: list[str]) -> str:
         f"(training-free {s['training_free_scale']}), seed {s['seed']}; {result['machine']}, {result['date']}.\n"
         f"{cut_out}In brackets: 95 % bootstrap intervals over people. {LEGEND if measured else ''}"
         f"Recognisers: normalised similarity to another render of the person, 0 % “{FLOOR}”, 100 % “{CEILING}”. "
-        "Obedience: mean accuracy of what the prompt asks for, by judges trained on renders.\n"
+        "Obedience: mean accuracy of what the prompt asks for, by evaluators trained on renders.\n"
     )
     return "\n".join(parts)
 

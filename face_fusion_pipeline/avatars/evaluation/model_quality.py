@@ -15,7 +15,7 @@ from ...evaluation.image_files import read_image
 from ...evaluation.metrics import psnr
 from ...evaluation.reports import circumstances, markdown_table, write_report
 from ...unet_family import encode_latents
-from .judges import IMAGE_SIZE, TRAITS
+from .evaluators import IMAGE_SIZE, TRAITS
 from .scoring import Panel
 from .trial_pictures import generate, image_path
 from .trials import Trial, plan_trials, true_renders
@@ -85,7 +85,7 @@ def _obedience(rows: list[dict]) -> dict[str, float | None]:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    """One row a figure: generated, true renders (what the judges can see at best), goal."""
+    """One row a figure: generated, true renders (what the evaluators can see at best), goal."""
     rows: list[list[Any]] = [["VAE reconstruction, dB ↑", f"{result['psnr']:.1f}", None, f"{GOALS['psnr']:.0f}"]]
     for figure in (*TRAITS, "no_face"):
         values = [result[kind][figure] for kind in ("generated", "true render")] + [GOALS.get(figure)]

@@ -22,7 +22,7 @@ from ...evaluation.metrics import Estimate, bootstrap_mean, cosine_similarity
 from ...evaluation.reports import circumstances, contact_sheet, markdown_table, write_report
 from ...face_errors import FaceFusionError
 from ...files.atomic import write_text
-from .judges import IMAGE_SIZE, Judges
+from .evaluators import IMAGE_SIZE, Evaluators
 from .trial_pictures import image_path, trial_image
 from .trials import Trial, portraits
 
@@ -34,7 +34,7 @@ SHEET_ROWS = 6
 def compare_morphs(
     pipe: Any,
     trials: list[Trial],
-    judges: Judges,
+    evaluators: Evaluators,
     settings: Settings,
     out: Path,
     fractions: Sequence[float] = FRACTIONS,
@@ -54,11 +54,11 @@ def compare_morphs(
     rows = []
     for trial, second in tqdm(pairs, desc="scores", unit="trial"):
         others = torch.stack([portraits(person, seed=settings.seed).other for person in (trial.person, second)])
-        known = judges.embed(others, judges.locate(others))
+        known = evaluators.embed(others, evaluators.locate(others))
         images = torch.stack(
             [read_image(image_path(out, trial, slug(fraction)), IMAGE_SIZE) for fraction in fractions]
         )
-        similarity = cosine_similarity(judges.embed(images, judges.locate(images))[:, None], known[None])
+        similarity = cosine_similarity(evaluators.embed(images, evaluators.locate(images))[:, None], known[None])
         for fraction, (first_like, second_like) in zip(fractions, similarity.tolist(), strict=True):
             row = {"trial": trial.key, "person": trial.person, "second": second, "fraction": fraction}
             rows.append({**row, "to_first": first_like, "to_second": second_like})
