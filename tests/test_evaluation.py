@@ -121,7 +121,7 @@ def test_an_interval_holds_its_mean_and_one_person_gives_none() -> None:
     assert alone.count == 20 and np.isnan(alone.low) and np.isnan(alone.high) and "[" not in str(alone)
 
 
-def test_closed_share() -> None:
+def test_normalised_similarity() -> None:
     assert normalised_similarity(0.5, 0.2, 0.8) == pytest.approx(0.5)
     assert np.isnan(normalised_similarity(0.5, 0.2, 0.2))
 

@@ -255,7 +255,7 @@ def test_kid_of_equal_and_of_other_distributions() -> None:
     assert np.isnan(kid(same, np.zeros(60), truth, people).mean)
 
 
-def test_closed_share_has_an_interval_over_people() -> None:
+def test_normalised_similarity_has_an_interval_over_people() -> None:
     people = np.repeat(np.arange(20), 2)
     rng = np.random.default_rng(1)
     person = rng.normal(size=20)[people] * 0.1
