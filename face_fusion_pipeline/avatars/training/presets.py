@@ -82,7 +82,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         ),
         "gpu": Preset({"width": 128, "layers": 4}, LoopOptions(batch_size=512, lr=2e-3, steps=6000, warmup=200)),
     },
-    "recogniser": {
+    "face-embedder": {
         "cpu": Preset({}, LoopOptions(batch_size=96, lr=2e-3, steps=2400, warmup=50, ema_decay=0.99)),
         "gpu": Preset({}, LoopOptions(batch_size=512, lr=4e-3, steps=2000, warmup=50, ema_decay=0.99)),
     },
