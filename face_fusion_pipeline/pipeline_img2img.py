@@ -12,10 +12,12 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .conditioner import Conditioner
     from .conditioner_reference import ReferenceConditioner
     from .face_adapter import FaceFusionAdapter
+    from .face_alignment import align_faces
     from .face_attention import FaceFusionAttnProcessor
     from .face_axes import face_axes
     from .face_defaults import FaceDefaults
     from .face_detectors import load_detector
+    from .face_embedders import load_face_embedder
     from .face_errors import FaceFusionError
     from .face_few_steps import few_step_defaults
     from .face_file_checks import read_header
@@ -28,6 +30,8 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_ownership import sole_use
     from .face_pictures import upright_rgb
     from .face_places import place_people
+    from .face_prior import load_prior
+    from .face_recognisers import OnnxRecogniser
     from .face_self_attention import SelfAttentionReference
     from .face_single_file import load_single_file
     from .face_steps import follow_steps
