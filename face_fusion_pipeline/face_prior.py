@@ -188,7 +188,9 @@ def _read(source: str, subfolder: str, text: str, hub: dict[str, Any]) -> PriorP
     if encoder.config.projection_dim != (prior.config.embedding_proj_dim or prior.config.embedding_dim):
         raise ValueError(f"the text tower of {text} is {encoder.config.projection_dim} wide: it is of another CLIP")
     logger.info("prior: %s", source)
-    return PriorPipeline(prior.eval().requires_grad_(False), encoder.eval().requires_grad_(False), tokenizer, scheduler)
+    return PriorPipeline(
+        prior.eval().requires_grad_(False), encoder.eval().requires_grad_(False), tokenizer, scheduler
+    )
 
 
 def _read_settings(path: Path) -> PriorSettings:
