@@ -5,6 +5,7 @@ LoRA is there too, but acts only inside [`studio_lora`].
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,10 +171,12 @@ def _inject(unet: Any, rank: int, weights: Mapping[str, Tensor] | None) -> None:
         raise FaceFusionError("FaceStudio's LoRA needs peft: `pip install peft`") from error
     acting = {name: list(layer.active_adapters) for name, layer in lora_layers(unet).items()}
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=_targets(unet), init_lora_weights=True)
-    inject_adapter_in_model(config, unet, STUDIO)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of another LoRA: as intended
+        inject_adapter_in_model(config, unet, STUDIO)
     unet._hf_peft_config_loaded = True
     for name, layer in lora_layers(unet).items():
-        layer._active_adapter = acting.get(name, [])
+        layer._active_adapter = acting.get(name, [])  # peft's `set_adapter` would also change what may learn
         for part in (layer.lora_A, layer.lora_B):
             if STUDIO in part:
                 part[STUDIO].requires_grad_(False)
@@ -236,6 +239,21 @@ def wake_lora(unet: Any) -> None:
     for layer in lora_layers(getattr(unet, "_orig_mod", unet)).values():
         if STUDIO in layer.lora_A and STUDIO not in layer.active_adapters:
             layer._active_adapter = [*layer.active_adapters, STUDIO]
+
+
+@contextmanager
+def lora_asleep(unet: Any) -> Iterator[None]:
+    """Within it a LoRA that was woken does not act."""
+    unet = getattr(unet, "_orig_mod", unet)
+    layers = [layer for layer in lora_layers(unet).values() if STUDIO in layer.lora_A]
+    acting = [layer._active_adapter for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter = [name for name in layer.active_adapters if name != STUDIO]
+        yield
+    finally:
+        for layer, before in zip(layers, acting, strict=True):
+            layer._active_adapter = before
 
 
 @contextmanager
