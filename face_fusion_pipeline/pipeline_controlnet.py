@@ -25,6 +25,7 @@ from .face_ownership import own_thread
 
 if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
     from .conditioner import Conditioner
+    from .conditioner_face_studio import StudioConditioner
     from .conditioner_reference import ReferenceConditioner
     from .face_adapter import FaceFusionAdapter
     from .face_alignment import align_faces
@@ -44,6 +45,9 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_self_attention import SelfAttentionReference
     from .face_single_file import load_single_file
     from .face_steps import follow_steps
+    from .face_studio import FaceStudio
+    from .face_studio_loader_mixin import FaceStudioLoaderMixin
+    from .face_style import unit_rms
     from .guidance_interval import GuidanceInterval
     from .joint_attention import joint_attention
     from .reference_pass import capture_hidden_states

@@ -10,6 +10,7 @@ from .pipeline_img2img import ImageToImageFaces
 if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
     from .call_arguments import Call
     from .conditioner import Conditioner
+    from .conditioner_face_studio import StudioConditioner
     from .conditioner_reference import ReferenceConditioner
     from .face_adapter import FaceFusionAdapter
     from .face_alignment import align_faces
@@ -36,6 +37,9 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_self_attention import SelfAttentionReference
     from .face_single_file import load_single_file
     from .face_steps import follow_steps
+    from .face_studio import FaceStudio
+    from .face_studio_loader_mixin import FaceStudioLoaderMixin
+    from .face_style import unit_rms
     from .guidance_interval import GuidanceInterval
     from .joint_attention import joint_attention
     from .reference_pass import capture_hidden_states
