@@ -12,8 +12,9 @@ from .call_arguments import Call, bind_call, has_call_below, with_whole_signatur
 from .conditioner import IdentityOptions, Person, conditioner_of
 from .conditioner_reference import ReferenceConditioner  # noqa: F401  (registers the modes)
 from .face_attention import FaceCall, check_idle
-from .face_axes import face_axes, is_identity, per_person, weights_per_person
+from .face_axes import face_axes, per_person, weights_per_person
 from .face_errors import IdentityMismatchError
+from .face_familiarity import encode_people
 from .face_identity import FaceIdentity
 from .face_layout import Background, Box, Layout, Overlap, Placement
 from .face_loader_mixin import FaceLoaderMixin, check_scale, check_window
@@ -79,7 +80,7 @@ class FaceFusionMixin(FaceLoaderMixin):
             weights: one number >= 0 for each image, equal by default; only ratios matter (a morph slider).
             face_mode: `"adapter"`, trained weights at the cross-attention (the paper); `"training-free"`, the model's
                 own at the self-attention; `"both"`; or `None`: as the model recommends, else with an adapter that is
-                loaded.
+                loaded; training-free for a face unlike what the model knows, if it can tell (see `face_familiarity`).
             face_resolution: side in pixels, default the adapter's, else the UNet's own.
             self_attention: what the self-attention sees of the face in the latter two modes, and how strongly.
             mirrored: show each image mirrored as well, with the same weight. Default: a single image, if the model
@@ -90,7 +91,7 @@ class FaceFusionMixin(FaceLoaderMixin):
         """
         with sole_use(self.unet):
             options = IdentityOptions(weights, face_resolution, self_attention, None, mirrored)
-            return conditioner_of(self._face_mode(face_mode)).encode(self, images, options)
+            return self._encode_people([images], face_mode, [options])[0]
 
     def _face_mode(self, face_mode: str | None) -> str:
         """The mode of this name, or the one that is taken where none is asked for."""
@@ -100,14 +101,9 @@ class FaceFusionMixin(FaceLoaderMixin):
             return "training-free"
         return getattr(self.face_defaults, "face_mode", None) or MODE_WITH_WEIGHTS
 
-    def _identity(self, face: Any, mode: str | None, options: IdentityOptions) -> Any:
-        """What one person's entry in `face_image` stands for in this call."""
-        if not is_identity(face):
-            conditioner = conditioner_of(self._face_mode(mode))
-            return conditioner.adjusted(self, conditioner.encode(self, face, options), replace(options, weights=None))
-        if mode is not None and mode != face.mode:
-            raise IdentityMismatchError(f"the identity was encoded for {face.mode!r}, not {mode!r}")
-        return conditioner_of(face.mode).adjusted(self, face, options)
+    def _encode_people(self, faces: Sequence[Any], mode: str | None, options: Sequence[IdentityOptions]) -> list[Any]:
+        """Identities of people who are seen together, see `face_familiarity.encode_people`."""
+        return encode_people(self, faces, mode, options, self._face_mode(mode))
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As the underlying pipeline's, one thread after the other: a tokenizer that threads share is not safe."""
@@ -188,13 +184,13 @@ class FaceFusionMixin(FaceLoaderMixin):
         with sole_use(self.unet):
             weights = weights_per_person(face_weights, faces)
             options = IdentityOptions(resolution=face_resolution, mirrored=face_mirrored, lora_scale=call.lora_scale)
-            people = [
-                tuple(
-                    Person(self._identity(face, face_mode, replace(options, weights=w, self_scale=own)), scale)
-                    for face, w, own, scale in zip(*row, strict=True)
-                )
-                for row in zip(faces, weights, self_scales, scales, strict=True)
+            each = [
+                replace(options, weights=w, self_scale=own)
+                for row in zip(weights, self_scales, strict=True)
+                for w, own in zip(*row, strict=True)
             ]
+            identities = iter(self._encode_people([face for row in faces for face in row], face_mode, each))
+            people = [tuple(Person(next(identities), scale) for scale in row) for row in scales]
             if len(modes := {person.identity.mode for row in people for person in row}) > 1:
                 raise IdentityMismatchError(
                     f"people of one call must be encoded in one mode, got {' and '.join(modes)}"
