@@ -111,7 +111,7 @@ class PersonKeys:
         scale: strength of this face at this layer; at 0 nobody sees it.
         token_count_bias: see [`constant_bias`].
         places: number of queries -> bool `(B, N_h)`, which of them see this face; None for all. This is the dense
-            mask of Eq. 7, for batches in which it differs from row to row (training); `Cast.regions` is cheaper.
+            mask of Eq. 7, for batches in which it differs from row to row (training); see also `LayerPeople`.
         cells: bool `(h_f, w_f)`, which cells of a reference the N_f keys are; None for all of a square. Attention does
             not ask for it, those who draw it do.
     """

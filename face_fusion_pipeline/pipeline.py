@@ -34,8 +34,8 @@ from .face_self_attention import SelfAttentionReference
 from .face_single_file import load_single_file
 from .face_steps import follow_steps
 from .face_text_to_image import TextToImageFaces, one_controlnet
+from .guidance_interval import GuidanceInterval
 from .joint_attention import joint_attention
-from .late_guidance import LateGuidance
 from .reference_pass import capture_hidden_states
 from .unet_family import base_family
 
@@ -58,7 +58,7 @@ __all__ = [
     "FaceFusionMixin",
     "FaceIdentity",
     "FaceLoaderMixin",
-    "LateGuidance",
+    "GuidanceInterval",
     "ReferenceConditioner",
     "SelfAttentionReference",
     "StableDiffusionFaceFusionPipeline",

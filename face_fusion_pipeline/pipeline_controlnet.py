@@ -40,8 +40,8 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_self_attention import SelfAttentionReference
     from .face_single_file import load_single_file
     from .face_steps import follow_steps
+    from .guidance_interval import GuidanceInterval
     from .joint_attention import joint_attention
-    from .late_guidance import LateGuidance
     from .reference_pass import capture_hidden_states
     from .unet_family import base_family
 
@@ -149,8 +149,8 @@ def call_with_control(
 
     image, layout = control_inputs(control_image, control_kind, estimator, nets, prompts)
     if all(kwargs.get(name) is None for name in ("face_boxes", "face_masks", "face_layout")):
-        casts = [] if kwargs.get("face_image") is None else face_axes(kwargs["face_image"], None)
-        if any(len(cast) > 1 for cast in casts) or (casts and kwargs.get("control_face_scale", 1.0) != 1.0):
+        groups = [] if kwargs.get("face_image") is None else face_axes(kwargs["face_image"], None)
+        if any(len(people) > 1 for people in groups) or (groups and kwargs.get("control_face_scale", 1.0) != 1.0):
             kwargs["face_layout"] = layout
 
     return pipe.as_pipeline(pipeline_class)(prompt, image=image, **kwargs)

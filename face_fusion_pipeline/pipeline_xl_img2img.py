@@ -32,8 +32,8 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_self_attention import SelfAttentionReference
     from .face_single_file import load_single_file
     from .face_steps import follow_steps
+    from .guidance_interval import GuidanceInterval
     from .joint_attention import joint_attention
-    from .late_guidance import LateGuidance
     from .reference_pass import capture_hidden_states
     from .unet_family import base_family
 

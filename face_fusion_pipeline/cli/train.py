@@ -122,7 +122,7 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
     import torch
 
     from ..training.latent_cache import cache_folders
-    from ..training.objective import load_identity_recogniser
+    from ..training.objective import load_face_embedder
     from ..training.pairs import Pairs, split_people
     from ..training.preparation import read_rows
     from ..training.task import FaceFusionOptions, FaceFusionTask
@@ -146,9 +146,9 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
         keep_references=args.keep_references,
         gradient_checkpointing=args.gradient_checkpointing,
     )
-    recogniser = load_identity_recogniser(args.identity_recogniser) if args.identity_recogniser else None
+    embedder = load_face_embedder(args.identity_embedder) if args.identity_embedder else None
     samples = create_samples(args, base, adapter, folder, held_out) if args.validation_prompt else None
-    task = FaceFusionTask(base, adapter, pairs, held_out, options, recogniser, samples)
+    task = FaceFusionTask(base, adapter, pairs, held_out, options, embedder, samples)
     base.cast({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision(args), torch.float32))
     base.schedule = replace(base.schedule, alphas=base.schedule.alphas.to(base.unet.device))  # read in every step
     if base.unet.device.type == "cuda":  # the layout in which tensor cores convolve
