@@ -42,6 +42,7 @@ from .unet_family import base_family
 
 if TYPE_CHECKING:  # not always needed, but the loader has to find their names here
     from .face_detectors import load_detector
+    from .face_familiarity import encode_people
     from .face_file_checks import read_header
     from .face_images import detect_faces
     from .face_metadata import without_metadata
