@@ -1,8 +1,8 @@
 """Is a reference like the pictures that a model was trained with? Where it is not, the training-free mode is taken.
 
 Weights that were trained with avatars alone make whole people of avatars, and monsters of photographs. The UNet's own
-states tell the two apart: what enters its cross-attention while it looks at a reference anyway. A linear judge of their
-means and deviations lies beside a model that has one, and `face_fusion_defaults.json` names it; `face-fusion
+states tell the two apart: what enters its cross-attention while it looks at a reference anyway. A linear judge of
+their means and deviations lies beside a model that has one, and `face_fusion_defaults.json` names it; `face-fusion
 familiarity` makes it. A mode that is asked for always wins.
 """
 
@@ -69,11 +69,15 @@ class Familiarity:
 
     def logits(self, hidden_states: Mapping[str, Tensor]) -> Tensor:
         """`(B,)` of what enters all cross-attention layers, layer name -> `(B, N, C)`."""
-        parts = [
-            (cell_statistics(hidden_states[name], self.half_axes).cpu() * weights).sum((1, 2))
-            for name, weights in self.weights.items()
-        ]
-        return torch.stack(parts).sum(0) + self.bias
+        return self.of_statistics(
+            {name: cell_statistics(hidden_states[name], self.half_axes).cpu() for name in self.weights}
+        )
+
+    def of_statistics(self, found: Mapping[str, Tensor]) -> Tensor:
+        """As [`logits`], of layer name -> `(B, 2, C)`, see [`cell_statistics`]."""
+        return torch.stack([(found[name] * weights).sum((1, 2)) for name, weights in self.weights.items()]).sum(
+            0
+        ) + torch.tensor(self.bias)
 
     def fits(self, unet: Any) -> bool:
         """Whether it is of this UNet."""
@@ -129,7 +133,9 @@ def _check_metadata(strings: Mapping[str, str], path: str | os.PathLike[str]) ->
     if lacking := [name for name in names if name not in strings]:
         raise FaceFusionError(f"{path} lacks {', '.join(lacking)}: it is damaged")
     if not is_fingerprint(strings["base_fingerprint"]):
-        raise FaceFusionError(f"{path}: base_fingerprint is {shown(strings['base_fingerprint'])}, no numbers of a model")
+        raise FaceFusionError(
+            f"{path}: base_fingerprint is {shown(strings['base_fingerprint'])}, no numbers of a model"
+        )
 
 
 def familiarity_of(pipe: Any) -> Familiarity | None:
