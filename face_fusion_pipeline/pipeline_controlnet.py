@@ -25,11 +25,14 @@ from .face_ownership import own_thread
 
 if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
     from .conditioner import Conditioner
+    from .conditioner_face_studio import StudioConditioner
     from .conditioner_reference import ReferenceConditioner
     from .face_adapter import FaceFusionAdapter
+    from .face_alignment import align_faces
     from .face_attention import FaceFusionAttnProcessor
     from .face_defaults import FaceDefaults
     from .face_detectors import load_detector
+    from .face_embedders import load_face_embedder
     from .face_familiarity import encode_people
     from .face_file_checks import read_header
     from .face_files import read_tensors
@@ -38,9 +41,14 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_metadata import without_metadata
     from .face_pictures import upright_rgb
     from .face_places import place_people
+    from .face_prior import load_prior
+    from .face_recognisers import OnnxRecogniser
     from .face_self_attention import SelfAttentionReference
     from .face_single_file import load_single_file
     from .face_steps import follow_steps
+    from .face_studio import FaceStudio
+    from .face_studio_loader_mixin import FaceStudioLoaderMixin
+    from .face_style import unit_rms
     from .guidance_interval import GuidanceInterval
     from .joint_attention import joint_attention
     from .reference_pass import capture_hidden_states

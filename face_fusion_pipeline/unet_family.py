@@ -252,6 +252,8 @@ def weights_fingerprint(unet: Any, call_scale: float = 1.0) -> str:
     strengths = lora_strengths(unet, call_scale)
     weights, factors = [], []
     for name, weight in unet.named_parameters():
+        if name.startswith("face_studio."):  # its Linear: no weight of the UNet's own
+            continue
         layer, _, rest = name.partition(".lora_")
         lora = rest.split(".")[1] if rest else ""
         if not rest or lora in strengths.get(layer, {}):

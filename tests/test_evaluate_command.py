@@ -22,7 +22,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model, face_detectors
 from face_fusion_pipeline.avatars import caption, render, sample_scene
 from face_fusion_pipeline.cli import avatars_evaluate, evaluate, main
-from face_fusion_pipeline.evaluation.alignment import face_template
+from face_fusion_pipeline.face_alignment import face_template
 from face_fusion_pipeline.evaluation.clip_score import QUALITY_PROMPTS, ClipScore
 from face_fusion_pipeline.evaluation.comparison_tables import summarise
 from face_fusion_pipeline.evaluation.copying import (

@@ -39,7 +39,7 @@ from face_fusion_pipeline.avatars.training.rendered import scenes
 from face_fusion_pipeline.avatars.world.caption import caption
 from face_fusion_pipeline.avatars.world.dataset import write
 from face_fusion_pipeline.cli import avatars_evaluate
-from face_fusion_pipeline.evaluation.alignment import align_faces, face_template, similarity_transform
+from face_fusion_pipeline.face_alignment import align_faces, face_template, similarity_transform
 from face_fusion_pipeline.evaluation.generation import METHODS, Settings
 from face_fusion_pipeline.evaluation.image_files import from_pil, read_image, to_pil, write_image
 from face_fusion_pipeline.evaluation.metrics import (

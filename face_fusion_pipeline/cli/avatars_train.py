@@ -20,16 +20,18 @@ if TYPE_CHECKING:
     from ..training.loop import LoopOptions, Task
 
 HELP = (
-    "train a part of the avatar model (vae, clip, unet, controlnet), a face embedder, or a measure (traits, drawing)"
+    "train a part of the avatar model (vae, clip, unet, controlnet, prior), a face embedder, or a measure (traits, "
+    "drawing)"
 )
 MEASURES = ("traits", "drawing")
-STAGES = ("vae", "clip", "unet", "controlnet", "face-embedder", *MEASURES)
+STAGES = ("vae", "clip", "unet", "controlnet", "prior", "face-embedder", *MEASURES)
 PORTRAITS = {"train": 24000, "validation": 2000}  # that measures learn from, and are tried on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Train one part and write it into a diffusers folder. Order: vae, clip, unet, controlnet. A run that was "
+        "Train one part and write it into a diffusers folder. Order: vae, clip, unet, controlnet; after clip also the "
+        "prior, which makes embeddings of pictures from text, for FaceStudio. A run that was "
         "killed goes on from its last checkpoint when the same command is given again. Face Fusion weights for the "
         "result are trained as for any other checkpoint: `face-fusion prepare` and `face-fusion train`. A face "
         "embedder is no part of the model: "
@@ -223,6 +225,18 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
         given = {"face_weight": args.face_loss_weight, "timestep_power": args.timestep_power}
         given = {name: value for name, value in given.items() if value is not None}
         return UnetTask(unet, frozen, data, validation, **given)
+    if args.stage == "prior":
+        from diffusers import PriorTransformer
+
+        from ..avatars.training.prior import PriorTask, create_prior
+        from ..avatars.training.tokenizer import load_tokenizer
+        from ..evaluation.clip_score import is_pipeline_folder, load_clip
+
+        if not is_pipeline_folder(args.out):
+            raise FaceFusionError(f"{args.out / 'clip_score'} does not exist: train the stage `clip` first")
+        clip = load_clip(args.out).to(process_group().device)
+        prior = PriorTransformer.from_pretrained(source / "prior") if source else create_prior(clip, **preset.network)
+        return PriorTask(prior, clip, load_tokenizer(args.out), data, validation)
     if args.stage == "face-embedder":
         from ..avatars.training.face_embedder import FaceEmbedderTask, TrainingEmbedder, load_training_embedder
 

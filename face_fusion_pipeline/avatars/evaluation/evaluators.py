@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ...evaluation.alignment import align_faces
 from ...evaluation.image_files import from_pil
+from ...face_alignment import align_faces
 from ...face_errors import ModelNotFoundError
 from ...files.atomic import write_text
 from ...files.folders import present

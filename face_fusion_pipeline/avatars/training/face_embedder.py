@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...evaluation.alignment import align_faces
 from ...evaluation.metrics import verification_auc
+from ...face_alignment import align_faces
 from ...face_errors import ModelNotFoundError
 from ...face_files import save_tensors
 from ...files.folders import present
