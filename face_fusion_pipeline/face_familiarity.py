@@ -31,7 +31,7 @@ FAMILIARITY_FORMAT, FORMAT_VERSION = "face-fusion-familiarity", "1"
 FALLBACK_MODE = "training-free"
 UNFAMILIAR = (
     "this face is unlike the pictures that the model was trained with, so the training-free mode is taken: expect the "
-    "colours of the person and no likeness; face_mode (--mode) decides otherwise"
+    "colours of the person and no likeness"
 )
 
 
@@ -173,7 +173,7 @@ def encode_people(
     ]
     if judge is None or not any(is_unfamiliar(person) for person in people):
         return people
-    logger.warning(UNFAMILIAR)
+    logger.warning("%s; face_mode (--mode) decides otherwise", UNFAMILIAR)
     return [
         _identity(
             pipe,

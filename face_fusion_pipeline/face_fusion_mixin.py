@@ -92,7 +92,21 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
         """
         with sole_use(self.unet):
             options = IdentityOptions(weights, face_resolution, self_attention, None, mirrored)
-            return self._encode_people([images], face_mode, [options])[0]
+            return encode_people(self, [images], face_mode, [options], self._face_mode(face_mode))[0]
+
+    def encode_people(self, faces: Sequence[Any], face_mode: str | None = None) -> list[Any]:
+        """Identities of people who are to be seen together: all in one mode, also where the model chooses it.
+
+        Args:
+            faces: of each person an identity, or what [`encode_face`] takes.
+            face_mode: see [`encode_face`].
+
+        Raises:
+            FaceFusionError: as [`encode_face`]; IdentityMismatchError: an identity of another mode or model.
+        """
+        with sole_use(self.unet):
+            options = [IdentityOptions()] * len(faces)
+            return encode_people(self, faces, face_mode, options, self._face_mode(face_mode))
 
     def _face_mode(self, face_mode: str | None) -> str:
         """The mode of this name, or the one that is taken where none is asked for."""
@@ -101,10 +115,6 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
         if self._face_adapter is None:
             return "training-free" if self.face_studio is None else MODE
         return getattr(self.face_defaults, "face_mode", None) or MODE_WITH_WEIGHTS
-
-    def _encode_people(self, faces: Sequence[Any], mode: str | None, options: Sequence[IdentityOptions]) -> list[Any]:
-        """Identities of people who are seen together, see `face_familiarity.encode_people`."""
-        return encode_people(self, faces, mode, options, self._face_mode(mode))
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As the underlying pipeline's, one thread after the other: a tokenizer that threads share is not safe."""
@@ -204,7 +214,8 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
                 for row in zip(faces, weights, self_scales, strict=False)
                 for _, w, own in zip(*row, strict=True)
             ]
-            identities = iter(self._encode_people([face for row in faces for face in row], mode, each))
+            everybody = [face for row in faces for face in row]
+            identities = iter(encode_people(self, everybody, mode, each, self._face_mode(mode)))
             people = [
                 tuple(Person(next(identities), scale) for _, scale in zip(*row, strict=True))
                 for row in zip(faces, scales, strict=False)
