@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     replace(defaults, face_familiarity=FILE_NAME, folder=None).save(args.model)
     for folder in args.tried:
         found = judged_unfamiliar(pipe, judge, faces_of(folder, args))
-        figures.setdefault("unfamiliar", {})[folder.name] = f"{sum(found)} of {len(found)}"
+        figures.setdefault("tried", {})[folder.name] = {"unfamiliar": sum(found), "of": len(found)}
     print(json.dumps({"file": str(args.model / FILE_NAME), **figures}, indent=None if args.json else 1))
     return 0
 
