@@ -88,7 +88,7 @@ class FaceDefaults:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the file, and what it names, into a folder that is there."""
         beside = self.familiarity_file
-        if beside is not None and not (Path(folder) / beside.name).exists():
+        if beside is not None and beside.parent.resolve() != Path(folder).resolve():
             shutil.copyfile(beside, Path(folder) / beside.name)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
         (Path(folder) / DEFAULTS_NAME).write_text(text + "\n", encoding="utf-8")

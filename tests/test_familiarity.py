@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import face, generate, tiny_pipeline, tiny_unet, with_adapter
+from tiny_models import face, for_task, generate, tiny_pipeline, tiny_unet, with_adapter
 
 from face_fusion_pipeline import SelfAttentionReference, StableDiffusionFaceFusionPipeline
 from face_fusion_pipeline.cli import main
@@ -19,6 +20,7 @@ from face_fusion_pipeline.face_attention import attention_layers
 from face_fusion_pipeline.face_defaults import FaceDefaults, read_defaults
 from face_fusion_pipeline.face_errors import FaceFusionError, IdentityMismatchError
 from face_fusion_pipeline.face_familiarity import Familiarity, cell_statistics, familiarity_of, is_unfamiliar
+from face_fusion_pipeline.publishing.repository import repository_files
 from face_fusion_pipeline.reference_pass import capture_hidden_states
 from face_fusion_pipeline.training import familiarity as fitting
 from face_fusion_pipeline.unet_family import unet_fingerprint
@@ -237,6 +239,66 @@ def test_the_file_goes_where_the_model_goes(pipe: Any, tmp_path: Path) -> None:
     assert again.face_defaults == pipe.face_defaults and familiarity_of(again) is not None
     assert again.encode_face(face()).self_attention == FALLBACK
     assert familiarity_of(StableDiffusionFaceFusionPipeline.from_pipe(again)) is not None
+
+
+def test_of_a_model_on_the_hub_it_is_fetched_of_the_same_commit(pipe: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    snapshot, asked = tmp_path / "models--ada--avatars" / "snapshots" / "0123abcd", []
+    pipe.save_pretrained(snapshot)
+    (snapshot / NAME).rename(tmp_path / "there.safetensors")
+
+    def download(repo_id: str, filename: str, **place: Any) -> str:
+        asked.append((repo_id, filename, place["revision"]))
+        shutil.copy(tmp_path / "there.safetensors", snapshot / filename)
+        return str(snapshot / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(StableDiffusionFaceFusionPipeline, "download", lambda *args, **options: str(snapshot))
+    again = StableDiffusionFaceFusionPipeline.from_pretrained("ada/avatars")
+    assert asked == [("ada/avatars", NAME, "0123abcd")] and familiarity_of(again) is not None
+
+
+def test_a_newer_judge_takes_the_place_of_an_older_one(pipe: Any, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "model")
+    recommending(pipe, tmp_path, judge_of(pipe, bias=3.0)).save_pretrained(tmp_path / "model")
+    assert Familiarity.load(tmp_path / "model" / NAME).bias == 3.0
+    read_defaults(tmp_path / "model").save(tmp_path / "model")  # type: ignore[union-attr]  onto itself
+    assert Familiarity.load(tmp_path / "model" / NAME).bias == 3.0
+
+
+@pytest.mark.parametrize("task", ["Img2Img", "Inpaint"])
+def test_other_pipelines_and_families_do_alike(task: str, tmp_path: Path) -> None:
+    pipe = with_adapter(tiny_pipeline(family="xl"))
+    recommending(pipe, tmp_path, judge_of(pipe))
+    other = for_task(pipe, task)
+    picture = Image.new("RGB", (16, 16))
+    arguments = {"image": picture, "strength": 1.0} | ({"mask_image": picture} if task == "Inpaint" else {})
+    said = other.encode_face(face(), face_mode="training-free", self_attention=FALLBACK)
+    assert torch.equal(generate(other, face_image=face(), **arguments), generate(other, face_image=said, **arguments))
+
+
+def test_a_repository_has_the_judge(pipe: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    pipe.save_pretrained(folder)
+    pipe.save_face_fusion_adapter(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    assert repository_files(folder)[NAME] == folder / NAME
+
+
+def test_the_command_line_says_it_in_one_line(pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe.save_pretrained(tmp_path / "model")
+    pipe.save_face_fusion_adapter(tmp_path / "model")
+    face(size=32).save(tmp_path / "ada.png")
+    words = ["generate", "--face", str(tmp_path / "ada.png"), "--no-detect", "--prompt", "a cat", "--steps", "1"]
+    words += ["--model", str(tmp_path / "model"), "--num-images", "1", "--no-sheet", "--json"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    made = json.loads(printed.out)
+    assert (made["face_mode"], made["face_self_scale"]) == ("training-free", 1.5)
+    (line,) = [line for line in printed.err.splitlines() if "unlike" in line]
+    assert line.startswith("face-fusion: this face is unlike the pictures that the model was trained with")
+    assert main([*words, "--mode", "both", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["face_mode"] == "both" and "unlike" not in printed.err
 
 
 @pytest.mark.parametrize("name", ["../judge.safetensors", "judge.bin", "", 3, "a/b.safetensors", "/judge.safetensors"])
