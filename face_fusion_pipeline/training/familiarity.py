@@ -11,7 +11,7 @@ import io
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -108,10 +108,27 @@ def fit_familiarity(
     Raises:
         FaceFusionError: fewer than [`HELD_OUT`] pictures of a kind.
     """
-    rng = random.Random(how.seed)
+    known, unknown = (
+        statistics(pipe, variations(faces, how), how.timestep, how.half_axes) for faces in (familiar, unfamiliar)
+    )
+    weights, bias, figures = told_apart(known, unknown, how)
+    widths = [(name, tensor.shape[-1]) for name, tensor in known.items()]
+    parts = weights.float().split([2 * width for _, width in widths])
+    by_layer = {name: part.view(2, width) for (name, width), part in zip(widths, parts, strict=True)}
+    how_seen = (how.timestep, 0, how.half_axes)
+    return Familiarity(by_layer, bias, *how_seen, fallback, unet_fingerprint(pipe.unet)), figures
+
+
+def told_apart(
+    familiar: dict[str, Tensor], unfamiliar: dict[str, Tensor], how: Judged
+) -> tuple[Tensor, float, dict[str, Any]]:
+    """Weights `(D,)` and bias by which the [`statistics`] of two kinds are told apart, and the figures of both.
+
+    Raises:
+        FaceFusionError: fewer than [`HELD_OUT`] pictures of a kind.
+    """
     seen, held = [], []
-    for kind, faces in (("familiar", familiar), ("unfamiliar", unfamiliar)):
-        found = statistics(pipe, _variations(faces, how.repeats, rng), how.timestep, how.half_axes)
+    for kind, found in (("familiar", familiar), ("unfamiliar", unfamiliar)):
         kept = torch.arange(len(next(iter(found.values())))) // how.repeats % HELD_OUT < HELD_OUT - 1
         if kept.all():
             raise FaceFusionError(f"{kept.sum() // how.repeats} {kind} pictures are too few: give hundreds")
@@ -120,19 +137,7 @@ def fit_familiarity(
     weights, bias = logistic(*(flat(part) for part in seen), how.l2)
     known, unknown = (flat(part) @ weights + bias for part in held)
     edge = float(known.quantile(1 - how.right))
-    bias -= edge
-    widths = [(name, tensor.shape[-1]) for name, tensor in seen[0].items()]
-    parts = weights.float().split([2 * width for _, width in widths])
-    judge = Familiarity(
-        {name: part.view(2, width) for (name, width), part in zip(widths, parts, strict=True)},
-        bias,
-        how.timestep,
-        0,
-        how.half_axes,
-        fallback,
-        unet_fingerprint(pipe.unet),
-    )
-    return judge, {
+    figures = {
         "pictures": {"familiar": len(flat(seen[0])), "unfamiliar": len(flat(seen[1]))},
         "held out": {"familiar": len(known), "unfamiliar": len(unknown)},
         "right": {
@@ -140,6 +145,7 @@ def fit_familiarity(
             "unfamiliar": float((unknown < edge).double().mean()),
         },
     }
+    return weights, bias - edge, figures
 
 
 def judged_unfamiliar(pipe: Any, judge: Familiarity, faces: Iterable[FaceIn]) -> list[bool]:
@@ -148,8 +154,16 @@ def judged_unfamiliar(pipe: Any, judge: Familiarity, faces: Iterable[FaceIn]) ->
     return (judge.of_statistics(found) < 0).tolist()
 
 
-def _variations(faces: Iterable[FaceIn], repeats: int, rng: random.Random) -> Iterator[Image.Image]:
-    return chain.from_iterable((as_users_bring_it(face, rng) for _ in range(repeats)) for face in faces)
+def variations(faces: Iterable[FaceIn], how: Judged, first: int = 0) -> Iterator[Image.Image]:
+    """Each face `how.repeats` times, as users bring it; how does not depend on the faces before.
+
+    Args:
+        first: number of the first one.
+    """
+    for index, face in enumerate(faces, first):
+        rng = random.Random(f"{how.seed} {index}")
+        for _ in range(how.repeats):
+            yield as_users_bring_it(face, rng)
 
 
 def flat(found: dict[str, Tensor]) -> Tensor:
