@@ -15,6 +15,9 @@ from .base_model import BaseModel, quiet
 from .sources import DataError
 
 
+PIXELS = 2**20  # that the VAE decodes together
+
+
 @dataclass(frozen=True)
 class Drawing:
     """How pictures are denoised. `guidance` is not said to a UNet that is told it otherwise (`time_cond_proj_dim`).
@@ -102,10 +105,16 @@ class Artist:
                 output_type="latent",
                 **more,
             ).images
-        pixels = self.base.decode(latents).clamp(0, 1).mul(255).round()
+        pixels = self._pixels(latents)
         finite = (latents.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)).tolist()
         arrays = pixels.nan_to_num().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [
             Drawn(Image.fromarray(array), one.cpu()) if well else None
             for array, one, well in zip(arrays, latents.half(), finite, strict=True)
         ]
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W), whole numbers from 0 to 255: a few at a time, for a VAE takes far more memory."""
+        at_once = max(1, PIXELS // self.base.resolution**2)
+        parts = [self.base.decode(latents[start : start + at_once]) for start in range(0, len(latents), at_once)]
+        return torch.cat(parts).clamp(0, 1).mul(255).round()
