@@ -29,6 +29,7 @@ from .picture_rows import PicturePanel, Row
 from .pictures import Picture
 from .plots import draw_plots
 from .reports import circumstances, write_report
+from .separation import check_recognisers
 
 
 ROWS_FORMAT = 1  # another number when rows of an older version must not be taken
@@ -52,9 +53,11 @@ def evaluate(
         left_out: what is not measured, and how to get it.
         seed: of the bootstrap.
 
-    Returns the content of `table.json` in the main process, None in others.
+    Returns the content of `table.json` in the main process, None in others. Raises FaceFusionError if nothing can be
+    scored, or by judges that take strangers for the person, see `separation.check_recognisers`.
     """
     processes = process_group()
+    doubts = check_recognisers(panel)
     # only in this folder anything is made: nothing is ever written where photos lie
     here = {p for p in pictures if isinstance(p.source, Path) and p.path.parent == out / "images"}
     planned, others = [p for p in pictures if p in here], [p for p in pictures if p not in here]
@@ -80,6 +83,7 @@ def evaluate(
         **circumstances(),
         "columns": columns(summary),
         "methods": summary,
+        "doubts": doubts,
         "left_out": left_out or {},
         "unusable": unusable,
     }
