@@ -92,8 +92,8 @@ class TextToImageFaces(FaceFusionMixin):
             face_boxes: XYXY of each person's face in pixels of the picture, or such a list for each picture, such as
                 `face_boxes` of a result. Default: the faces that are found, people from left to right.
             face_detector: see `face_detectors.load_detector`.
-            strength: share of the steps that is done again: how far a face may depart from the first drawing. Default:
-                more for smaller faces, from .48 to .8, see `face_refinement.strength_for`.
+            strength: fraction of the steps that is done again: how far a face may depart from the first drawing.
+                Default: more for smaller faces, from .48 to .8, see `face_refinement.strength_for`.
             max_face: pixels of the picture: a face whose longer side is above stays as it is. Default: those that
                 would be enlarged less than 1.25 times, above 234 pixels with a model of 512.
             kwargs: of diffusers' image-to-image and [`FaceFusionMixin.__call__`], such as

@@ -155,6 +155,8 @@ def test_every_picture_that_cannot_be_used_is_named_before_the_model_is_loaded(
     for words, options, named in (
         ([tmp_path / "empty"], {}, "empty has no pictures in it"),
         ([pictures / "b.png"], {"face": "nobody.png"}, "nobody.png"),
+        ([pictures / "b.png"], {"face": None}, "--face"),
+        ([pictures / "b.png"], {"mode": "face-studio"}, "--mode face-studio is of `generate`"),
         ([pictures / "b.png"], {"prompt": " "}, "--prompt must be readable text"),
         ([pictures / "b.png"], {"strength": 0}, "--strength must be a number above 0"),
         ([pictures / "b.png"], {"strength": 0.2}, "--strength 0.2 of --steps 4 is not one step"),

@@ -96,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_photo_arguments(parser)
     add_output_arguments(parser)
     parser.set_defaults(height=None, width=None, refine_faces=True)
+    parser.set_defaults(style_image=None, style_scale=None, face_studio=None)  # of `generate` alone
 
 
 def run(args: argparse.Namespace) -> int:
@@ -139,6 +140,10 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
+    if not args.face:
+        raise FaceFusionError("whose face is it? give a photo of the person, --face")
+    if args.mode == "face-studio":
+        raise FaceFusionError("--mode face-studio is of `generate`: refine draws by adapter, training-free or both")
     check_arguments(args)
     if args.strength is not None and int(args.strength * args.steps) < 1:
         raise FaceFusionError(

@@ -54,7 +54,7 @@ def evaluate(
         seed: of the bootstrap.
 
     Returns the content of `table.json` in the main process, None in others. Raises FaceFusionError if nothing can be
-    scored, or by judges that take strangers for the person, see `separation.check_recognisers`.
+    scored, or by evaluators that take strangers for the person, see `separation.check_recognisers`.
     """
     processes = process_group()
     doubts = check_recognisers(panel)

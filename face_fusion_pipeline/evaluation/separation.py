@@ -1,6 +1,6 @@
 """Whether a recogniser tells the people of an evaluation apart at all: one that does not has nothing to say of them.
 
-Judges that were trained on renders, for example, see other things in photographs than who it is.
+Evaluators that were trained on renders, for example, see other things in photographs than who it is.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ def _to_others(person: KnownPerson, name: str) -> float:
 def check_recognisers(panel: PicturePanel) -> dict[str, str]:
     """Recognisers whose figures say little about these people, and why.
 
-    Raises FaceFusionError for judges of one kind of picture, such as avatars, that take strangers for the person.
+    Raises FaceFusionError for evaluators of one kind of picture, such as avatars, that take strangers for the person.
     """
-    judges = getattr(panel.observer.finder.locator, "name", None)
+    trained = getattr(panel.observer.finder.locator, "name", None)
     doubts = {}
     for name, seen in separation(panel).items():
-        kind = ", which was trained on renders of avatars," if name == judges else ""
-        if name == judges and seen.stranger >= seen.person:
+        kind = ", which was trained on renders of avatars," if name == trained else ""
+        if name == trained and seen.stranger >= seen.person:
             raise FaceFusionError(
                 f"the {name}{kind} takes strangers for the person on these photos ({seen}): for photographs give "
-                "--no-judges, and a recogniser of photographs, --recogniser NAME=FILE.onnx or insightface"
+                "--no-evaluators, and a recogniser of photographs, --recogniser NAME=FILE.onnx or insightface"
             )
         if not seen.person - seen.stranger >= LEAST_GAP:
             doubts[name] = f"it hardly tells these people apart ({seen}); its figures of likeness say little" + (

@@ -1,4 +1,4 @@
-"""What an evaluation says of those who judge, and its pictures in the folder layout of MultiID-Bench."""
+"""What an evaluation says of those who look at its pictures, and the folder layout of MultiID-Bench."""
 
 import json
 from pathlib import Path
@@ -23,8 +23,8 @@ from face_fusion_pipeline.face_errors import FaceFusionError
 from face_fusion_pipeline.training.sources import Photo
 
 
-class Judge:
-    name = "the judge"
+class Evaluator:
+    name = "the evaluator"
 
     def embed(self, images: Any, landmarks: Any) -> np.ndarray:
         return np.zeros((len(images), 2))
@@ -33,17 +33,17 @@ class Judge:
         return []
 
 
-def panel_of(people: dict[str, list[float]], as_judges: bool) -> PicturePanel:
+def panel_of(people: dict[str, list[float]], as_evaluators: bool) -> PicturePanel:
     """People by the angles in degrees of their photos' embeddings; the first is that of the reference."""
 
     def seen(degrees: float) -> Observation:
         a = np.radians(degrees)
-        return Observation(Face((0, 0, 9, 9), 1.0), {Judge.name: np.array([np.cos(a), np.sin(a)])})
+        return Observation(Face((0, 0, 9, 9), 1.0), {Evaluator.name: np.array([np.cos(a), np.sin(a)])})
 
     photos = {name: tuple(Photo(f"{name}{i}", b"") for i in range(len(angles))) for name, angles in people.items()}
     panel = PicturePanel(
         {name: Person(name, mine) for name, mine in photos.items()},
-        Observer(FaceFinder(CentralFaces(), Judge() if as_judges else None), [Judge()]),  # type: ignore[list-item]
+        Observer(FaceFinder(CentralFaces(), Evaluator() if as_evaluators else None), [Evaluator()]),  # type: ignore[list-item]
     )
     for name, (first, *others) in people.items():
         panel._known[name] = KnownPerson(seen(first), {i: seen(angle) for i, angle in enumerate(others, 1)})
@@ -51,22 +51,22 @@ def panel_of(people: dict[str, list[float]], as_judges: bool) -> PicturePanel:
 
 
 def test_how_well_people_are_told_apart() -> None:
-    found = separation(panel_of({"ada": [0, 60, 0], "bob": [90, 90], "carl": [45]}, False))[Judge.name]
+    found = separation(panel_of({"ada": [0, 60, 0], "bob": [90, 90], "carl": [45]}, False))[Evaluator.name]
     assert found.person == pytest.approx((0.75 + 1) / 2) and found.stranger == pytest.approx(0)  # carl has no second
     assert separation(panel_of({"ada": [0, 60], "bob": [90]}, False)) == {}
 
 
-@pytest.mark.parametrize("as_judges", [True, False])
-def test_judges_that_take_strangers_for_the_person_are_refused(as_judges: bool) -> None:
-    wrong = panel_of({"ada": [0, 80], "bob": [10, 90]}, as_judges)
-    if as_judges:
-        with pytest.raises(FaceFusionError, match=r"a stranger 0\.985, the person 0\.174\): .*--no-judges"):
+@pytest.mark.parametrize("as_evaluators", [True, False])
+def test_evaluators_that_take_strangers_for_the_person_are_refused(as_evaluators: bool) -> None:
+    wrong = panel_of({"ada": [0, 80], "bob": [10, 90]}, as_evaluators)
+    if as_evaluators:
+        with pytest.raises(FaceFusionError, match=r"a stranger 0\.985, the person 0\.174\): .*--no-evaluators"):
             check_recognisers(wrong)
     else:
-        assert "a stranger 0.985, the person 0.174" in check_recognisers(wrong)[Judge.name]
-    unsure = check_recognisers(panel_of({"ada": [0, 40], "bob": [50, 90]}, as_judges))[Judge.name]
-    assert ("renders of avatars" in unsure) is as_judges and "the person 0.766" in unsure
-    assert check_recognisers(panel_of({"ada": [0, 5], "bob": [90, 80]}, as_judges)) == {}
+        assert "a stranger 0.985, the person 0.174" in check_recognisers(wrong)[Evaluator.name]
+    unsure = check_recognisers(panel_of({"ada": [0, 40], "bob": [50, 90]}, as_evaluators))[Evaluator.name]
+    assert ("renders of avatars" in unsure) is as_evaluators and "the person 0.766" in unsure
+    assert check_recognisers(panel_of({"ada": [0, 5], "bob": [90, 80]}, as_evaluators)) == {}
 
 
 def test_the_command_refuses_before_it_draws(
@@ -75,14 +75,14 @@ def test_the_command_refuses_before_it_draws(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from face_fusion_pipeline.avatars.evaluation.judges import Judges
+    from face_fusion_pipeline.avatars.evaluation.evaluators import Evaluators
 
-    name = Judges.name
-    monkeypatch.setattr(Judges, "embed", lambda self, images, landmarks: np.ones((len(images), 4)))
+    name = Evaluators.name
+    monkeypatch.setattr(Evaluators, "embed", lambda self, images, landmarks: np.ones((len(images), 4)))
     assert main(words) == 2
     assert f"the {name}, which was trained on renders of avatars, takes strangers" in capsys.readouterr().err
     assert not (tmp_path / "out" / "images" / "rows").exists() and not list((tmp_path / "out").rglob("*.png"))
-    assert main([*words, "--no-judges", "--methods", "none", "--json"]) == 0
+    assert main([*words, "--no-evaluators", "--methods", "none", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["doubts"] == {}
 
 
