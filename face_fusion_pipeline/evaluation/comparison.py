@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..face_errors import FaceFusionError, UnreadableImageError
 from ..files.atomic import replacing, write_text
 from ..files.texts import UnreadableFileError, read_json
+from ..generation.provenance import public_name
 from ..generation.references import reference_crops
 from ..training.loop import process_group
 from .comparison_tables import as_markdown, columns, summarise
@@ -75,7 +76,7 @@ def evaluate(
     write_parquet(rows, out / "rows.parquet")
     summary = summarise(rows, seed=seed)
     result = {
-        "model": "pictures that exist" if settings is None else _name(settings.model),
+        "model": "pictures that exist" if settings is None else public_name(settings.model),
         "settings": None if settings is None else asdict(settings),
         "people": len({name for picture in pictures for name in picture.people}),
         "people_in_a_picture": max(len(picture.people) for picture in pictures),
@@ -90,11 +91,6 @@ def evaluate(
     write_report(out, "table", result, as_markdown(result))
     draw_plots(result, out / "plots")
     return result
-
-
-def _name(model: str) -> str:
-    """A Hub id as it is, of a folder the last part."""
-    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def _make(pipe: Any, pictures: Sequence[Picture], panel: PicturePanel, settings: Settings) -> None:
