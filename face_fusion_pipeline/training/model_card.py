@@ -12,15 +12,16 @@ from typing import Any
 from ..face_studio import FORMAT as STUDIO_FORMAT
 from ..files.atomic import write_text
 from ..files.texts import read_log
-from ..publishing.card import render_card
+from ..generation.provenance import public_name
+from ..publishing.card import render_card, with_picture_of_training
 from .preparation import data_key, read_report
 from .run_records import RECORD, add_record
 from .studio_card import studio_card
 from .task import FaceFusionTask
 
 
+SAMPLES = "sample_*.png"  # in the folder of logs
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_IN_HUB_CACHE = re.compile(r".*/models--([\w.-]+?)--([\w.-]+)/snapshots/\w+/?")
 
 
 def write_card(
@@ -46,19 +47,11 @@ def write_card(
         "command": shlex.join(map(public_name, command)),
     }
     add_record(out / RECORD, task.name, record)
-    validation = last_validation(out / "logs" / task.name / "metrics.jsonl")
-    write_text(out / "README.md", card(record, validation))
-
-
-def public_name(word: str) -> str:
-    """A path of this machine reduced to its last part, or to the Hub id that it is a copy of; all else as it is."""
-    if copied := _IN_HUB_CACHE.fullmatch(word):
-        return "/".join(copied.groups())
-    try:
-        is_path = word.startswith(("/", "~", "../")) or Path(word).exists()
-    except OSError:  # longer than a path can be, such as a prompt
-        is_path = False
-    return Path(word).name if is_path else word
+    logs = out / "logs" / task.name
+    text = card(record, last_validation(logs / "metrics.jsonl"))
+    if drawn := sorted(logs.glob(SAMPLES)):
+        text = with_picture_of_training(text, drawn[-1].relative_to(out))
+    write_text(out / "README.md", text)
 
 
 def last_validation(metrics: Path) -> dict[str, float]:
