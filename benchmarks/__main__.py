@@ -142,8 +142,10 @@ def added(args: argparse.Namespace) -> None:
     text = f"**{setup}**\n\n{added_table(args.shape, rows)}\n"
     text += f"A plain image of {STEPS} steps with guidance takes {statistics.median(images):.4g} s"
     text += f" (median; {min(images):.4g} to {max(images):.4g}; extrapolated). Medians over {args.rounds} rounds as "
-    text += f"median [least, greatest], each layer {PAIRS} times in turn with and without the face; shares are of a "
-    text += f"plain image. {machine(setup)}"
+    text += (
+        f"median [least, greatest], each layer {PAIRS} times in turn with and without the face; percentages are of "
+    )
+    text += f"a plain image. {machine(setup)}"
     deliver(args, name, text)
 
 

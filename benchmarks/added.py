@@ -174,18 +174,18 @@ def measure_added(setup: Setup, variants: Sequence[Variant], rounds: int, say: C
 
 
 def added_table(shape: str, rows: Sequence[Row]) -> str:
-    """Ratio of a whole image beside goal and floor, and the shares that its parts add to a plain image."""
+    """Ratio of a whole image beside goal and floor, and the fractions that its parts add to a plain image."""
     sizes = sorted({queries for row in rows for found in row.rounds for queries in found.attention}, reverse=True)
     cells = []
     for row in rows:
-        shares = [row.median(lambda one: one.before / one.plain)]
+        fractions = [row.median(lambda one: one.before / one.plain)]
         for queries in sizes:
-            shares.append(row.median(lambda one, n=queries: STEPS * one.attention.get(n, 0.0) / one.plain))  # type: ignore[misc]
+            fractions.append(row.median(lambda one, n=queries: STEPS * one.attention.get(n, 0.0) / one.plain))  # type: ignore[misc]
         goal, floor = row.variant.goal, floor_ratio(shape, row.variant.use)
         cells.append(
             [row.variant.label, ratio([one.ratio for one in row.rounds])]
             + ["–" if value is None else f"{value:{form}}" for value, form in ((goal, ".2f"), (floor, ".3f"))]
-            + [f"{100 * share:.2f} %" for share in shares]
+            + [f"{100 * fraction:.2f} %" for fraction in fractions]
         )
     header = ["variant", "image, × plain", "goal", "floor", "before the loop", *(f"{n} queries" for n in sizes)]
     return markdown_table(header, cells)

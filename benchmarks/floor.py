@@ -57,7 +57,7 @@ class Use:
         references: number of reference pictures, 0 for the plain pipeline.
         side: of a reference in pixels, by default the shape's.
         saved: the identity is at hand, nothing is encoded.
-        share: of the picture's queries that attend to one reference: less than all where people have regions.
+        fraction: of the picture's queries that attend to one reference: less than all where people have regions.
         size: side of the picture in pixels, by default the shape's.
         batch: images at once.
         mode: `"adapter"`, `"training-free"` or `"both"`.
@@ -66,7 +66,7 @@ class Use:
     references: int = 1
     side: int | None = None
     saved: bool = False
-    share: float = 1.0
+    fraction: float = 1.0
     size: int | None = None
     batch: int = 1
     mode: str = "adapter"
@@ -208,7 +208,7 @@ def image_floor(shape: str, use: Use, itemsize: int = 2) -> Cost:
     once, step = parts.plain(size, use.batch)
     if use.references:
         added = parts.attention(size, side, use.mode)
-        step += Cost(added.flops * use.share * use.batch, added.bytes) * use.references
+        step += Cost(added.flops * use.fraction * use.batch, added.bytes) * use.references
         if not use.saved:
             for cost in parts.reference(side, use.mode).values():
                 once += Cost(cost.flops * use.references, cost.bytes)  # one pass, whatever the number

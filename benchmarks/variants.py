@@ -128,7 +128,7 @@ def face_side(count: int) -> float:
 
 def people_use(side: int, count: int) -> Use:
     """The queries that see a person are those in the box, which the pipeline enlarges 1.6 times to a mask."""
-    return Use(count, side=side, share=(1.6 * face_side(count)) ** 2)
+    return Use(count, side=side, fraction=(1.6 * face_side(count)) ** 2)
 
 
 # --- Others ------------------------------------------------------------------------------------------------------

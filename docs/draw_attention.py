@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model, prepare_face
-from face_fusion_pipeline.avatars.evaluation.judges import load_judges
+from face_fusion_pipeline.avatars.evaluation.evaluators import load_evaluators
 from face_fusion_pipeline.avatars.world.sheet import portrait
 from face_fusion_pipeline.inspection.attention_maps import AttentionRecord, record_attention
 
@@ -49,7 +49,7 @@ def generate() -> tuple[Image.Image, Image.Image, dict[str, Any], AttentionRecor
 
     picture = call()
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
-    eye, _, _, *mouth = load_judges().locate(pixels)[0].tolist()
+    eye, _, _, *mouth = load_evaluators().locate(pixels)[0].tolist()
     places = {"left eye": eye, "mouth": np.mean(mouth, axis=0), "background": (12, 12)}
     boxes = {name: (x - HALF, y - HALF, x + HALF, y + HALF) for name, (x, y) in places.items()}
     with record_attention(pipe, [BLOCK.format(layer) for layer in LAYERS], SHOWN, boxes) as record:

@@ -119,7 +119,7 @@ def draw() -> str:
         label(center, top + 55, "K = [ K_c ; K_f ]"),
         label(center, top + 85, "V = [ V_c ; V_f ]"),
         label(center, top + 140, "softmax( M + QKᵀ / √d ) V", size=16),
-        label(center, top + 195, "M: strength, shares of photos,", size=13),
+        label(center, top + 195, "M: strength, weights of photos,", size=13),
         label(center, top + 215, "who may see whom", size=13),
         *arrow([(center, top + height), (center, 350), (middle, 350), (middle, bottom + 2)]),
         label((center + middle) / 2, 370, "into h, and on to the next layer", size=14),

@@ -19,15 +19,15 @@ def main(ada: str, bob: str, prompt: str, steps: int = 25) -> None:
     faces = [prepare_face(ada), prepare_face(bob)]
     both = pipe.encode_face(faces)  # both photos in one identity, encoded once
     columns = {"Ada": faces[:1]}
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+    for fraction in (0.0, 0.25, 0.5, 0.75, 1.0):
         result = pipe(
             prompt,
             face_image=both,
-            face_weights=[1 - share, share],
+            face_weights=[1 - fraction, fraction],
             num_inference_steps=steps,
             generator=torch.Generator().manual_seed(0),
         )
-        columns[f"{share:.0%} Bob"] = result.images
+        columns[f"{fraction:.0%} Bob"] = result.images
     contact_sheet({**columns, "Bob": faces[1:]}).save("morph.png")
 
 

@@ -46,7 +46,7 @@ _EXPORTS = {
     "contact_sheet": "generation.contact_sheet",
     "has_watermark": "generation.watermark",
     "record_attention": "inspection.attention_maps",
-    "LateGuidance": "late_guidance",
+    "GuidanceInterval": "guidance_interval",
     "StableDiffusionFaceFusionPipeline": "pipeline",
     "StableDiffusionControlNetFaceFusionPipeline": "pipeline_controlnet",
     "StableDiffusionImg2ImgFaceFusionPipeline": "pipeline_img2img",
@@ -57,11 +57,16 @@ _EXPORTS = {
     "StableDiffusionXLInpaintFaceFusionPipeline": "pipeline_xl_inpaint",
     "capture_hidden_states": "reference_pass",
 }
+_EARLIER = {"LateGuidance": "GuidanceInterval"}
 
 __all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _EARLIER:
+        from .face_errors import renamed
+
+        [name] = renamed({name: None}, _EARLIER, __name__)
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)

@@ -10,7 +10,7 @@ from .face_errors import ModelNotFoundError
 # What `avatars-publish` writes into the folder of a model of avatars that says nothing itself. Figures of guidance are
 # in docs/figures.md, those of mode and mirrored photo in docs/method.md.
 AVATAR_DEFAULTS = FaceDefaults(
-    guidance_scale=4.0, late_guidance=2.0, num_inference_steps=25, face_mode="both", face_mirrored=True
+    guidance_scale=4.0, low_noise_guidance=2.0, num_inference_steps=25, face_mode="both", face_mirrored=True
 )
 
 

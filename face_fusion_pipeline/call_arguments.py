@@ -11,7 +11,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from .face_errors import InvalidPromptError
 from .face_few_steps import settings_of_pipeline
-from .late_guidance import LateGuidance
+from .guidance_interval import GuidanceInterval
 
 
 OLD_CALLBACKS = ("callback", "callback_steps")  # diffusers takes them in **kwargs
@@ -127,17 +127,17 @@ def recommended(defaults: Any, bound: inspect.BoundArguments) -> dict[str, Any]:
         for name in ("num_inference_steps", "guidance_scale")
         if name in known and name not in given and getattr(defaults, name) is not None
     }
-    late, user = defaults.late_guidance, given.get("callback_on_step_end")
-    if late is None or "guidance_scale" not in added or "callback_on_step_end" not in known:
+    later, user = defaults.low_noise_guidance, given.get("callback_on_step_end")
+    if later is None or "guidance_scale" not in added or "callback_on_step_end" not in known:
         return added
     if isinstance(user, (PipelineCallback, MultiPipelineCallbacks)):
-        return added  # one that may change guidance itself, as `LateGuidance` does
-    later = LateGuidance(late)
+        return added  # one that may change guidance itself, as `GuidanceInterval` does
+    interval = GuidanceInterval(later)
     if user is None:
-        return added | {"callback_on_step_end": later}
+        return added | {"callback_on_step_end": interval}
 
     def both(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> Any:
-        return user(pipe, step, timestep, later(pipe, step, timestep, tensors))
+        return user(pipe, step, timestep, interval(pipe, step, timestep, tensors))
 
     return added | {"callback_on_step_end": both}
 

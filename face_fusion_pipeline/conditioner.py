@@ -80,17 +80,21 @@ class Conditioner(ABC):
         """Layer name -> what a person adds to its keys and values; layers where nobody sees it may be left out."""
 
     @contextmanager
-    def installed(self, pipe: Any, rows: Sequence[PictureRow], call: FaceCall) -> Iterator[None]:
+    def installed(self, pipe: Any, rows: Sequence[PictureRow], call: FaceCall, context: Any = None) -> Iterator[None]:
         """Within it the UNet of `pipe` sees the people of `rows`.
 
         Args:
             rows: one for all pictures, or one for each equal share of them, in order.
             call: which rows of a batch see faces, and when.
+            context: what else they see than text, a `conditioner_face_studio.StudioContext`.
 
         Raises:
             IdentityMismatchError: people are seen at different layers.
         """
-        with installed_processors(pipe.unet, self._processors(pipe, rows, call)):
+        processors = self._processors(pipe, rows, call)
+        if context is not None:
+            processors = context.processors(rows, call, processors)
+        with installed_processors(pipe.unet, processors):
             yield
 
     def _processors(self, pipe: Any, rows: Sequence[PictureRow], call: FaceCall) -> dict[str, FaceFusionAttnProcessor]:
@@ -108,9 +112,17 @@ class Conditioner(ABC):
                 [LayerPeople(tuple(keys[id(person)][name] for person in row.people), row.regions) for row in rows],
                 call,
             )
-            for name in next(iter(keys.values()))
+            for name in next(iter(keys.values()), {})
             if name in seen
         }
+
+
+def one_mode(people: Sequence[Sequence[Person]]) -> str | None:
+    """The mode of all people of a call, None without people. Raises IdentityMismatchError: there are several."""
+    modes = {person.identity.mode for row in people for person in row}
+    if len(modes) > 1:
+        raise IdentityMismatchError(f"people of one call must be encoded in one mode, got {' and '.join(modes)}")
+    return modes.pop() if modes else None
 
 
 def check_not_perturbed(seen: set[str], patterns: Sequence[str]) -> None:

@@ -48,8 +48,11 @@ class FaceCall:
     active: bool = True
     thread: OwnThread | None = None
 
-    def segments(self, batch: int, parts: int) -> list[tuple[int, int, int | None]]:
+    def segments(self, batch: int, parts: int, always: bool = False) -> list[tuple[int, int, int | None]]:
         """The rows of a batch as (first, end, which of `parts` equal shares of a block they see; None: no face).
+
+        Args:
+            always: what is seen is not of faces alone, and so outside the time window, too.
 
         Raises:
             FaceFusionError: a batch that is not made of these blocks.
@@ -63,7 +66,7 @@ class FaceCall:
             )
         found: list[tuple[int, int, int | None]] = []
         for block, role in enumerate(self.roles):
-            seeing = self.active and sees_faces(role)
+            seeing = (always or self.active) and sees_faces(role)
             bounds = [block * size + size * i // parts for i in range(parts + 1)]
             shares = zip(bounds, bounds[1:], range(parts), strict=False) if seeing else [(bounds[0], bounds[-1], None)]
             for first, end, share in shares:
@@ -92,11 +95,12 @@ def sees_faces(role: str) -> bool:
 class LayerPeople:
     """The people of a picture at one layer; `regions` says by number of queries which of them each query sees.
 
-    Without regions every query sees everybody.
+    Without regions every query sees everybody. `context` is seen by those who see nobody with a context of their own.
     """
 
     people: tuple[PersonKeys, ...]
     regions: Mapping[int, Regions] | None = None
+    context: PersonKeys | None = None
 
 
 class FaceFusionAttnProcessor:
@@ -108,12 +112,15 @@ class FaceFusionAttnProcessor:
     Args:
         shares: the people of all rows, or of each equal share of them in order (one a prompt, or one an image).
         call: shared state of the call: which rows see faces, and when.
+        unconditional: context of the rows that see no faces, where the shares have contexts.
     """
 
     is_face_fusion_processor = True
 
-    def __init__(self, shares: Sequence[LayerPeople], call: FaceCall | None = None) -> None:
-        self.shares = tuple(shares)
+    def __init__(
+        self, shares: Sequence[LayerPeople], call: FaceCall | None = None, unconditional: PersonKeys | None = None
+    ) -> None:
+        self.shares, self.unconditional = tuple(shares), unconditional
         self.call = call or FaceCall()
         self.original: Any = None
         self.additive: Any = None
@@ -191,20 +198,27 @@ class FaceFusionAttnProcessor:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
+        contexts = self.unconditional is not None
         parts = [
             self._attend_rows(
-                *(attn, query[a:b], key[a:b], value[a:b], None if mask is None else mask[a:b]),
-                None if share is None else self.shares[share],
+                *(attn, query[a:b], key[a:b], value[a:b], None if mask is None else mask[a:b]), self._seen(share)
             )
-            for a, b, share in self.call.segments(query.shape[0], len(self.shares))
+            for a, b, share in self.call.segments(query.shape[0], len(self.shares), contexts)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _seen(self, share: int | None) -> LayerPeople:
+        """What rows of a share see now."""
+        if share is None:
+            return LayerPeople((), None, self.unconditional)
+        seen = self.shares[share]
+        return seen if self.call.active else LayerPeople((), None, seen.context)
+
     def _attend_rows(
-        self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seen: LayerPeople | None
+        self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seen: LayerPeople
     ) -> Tensor:
-        if seen is None or seen.regions is None:
-            return self._attend_people(attn, query, key, value, mask, () if seen is None else seen.people)
+        if seen.regions is None:
+            return self._attend_people(attn, query, key, value, mask, with_context(seen.people, seen.context))
         if query.shape[1] not in seen.regions:
             raise FaceFusionError(
                 f"a layer has {query.shape[1]} queries, the masks are for {sorted(seen.regions)}: "
@@ -213,7 +227,8 @@ class FaceFusionAttnProcessor:
         regions = seen.regions[query.shape[1]]
         parts = [
             self._attend_people(
-                attn, query[:, part.queries], key, value, mask, tuple(seen.people[i] for i in part.people)
+                *(attn, query[:, part.queries], key, value, mask),
+                with_context(tuple(seen.people[i] for i in part.people), seen.context),
             )
             for part in regions.parts
         ]
@@ -230,11 +245,23 @@ class FaceFusionAttnProcessor:
     ) -> Tensor:
         dispatch = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
         people = tuple(person for person in people if person.seen)
+        if texts := [person for person in people if person.replaces_text]:
+            people = tuple(person for person in people if not person.replaces_text)
+            text_key, text_value, _ = join_people(texts, 0, query.shape[1])
+            key, value = (
+                t.expand(len(query), -1, -1, -1) for t in split_heads(attn, text_key, text_value, query.dtype)
+            )
+            mask = None
         if not people:
             return dispatch_attention_fn(query, key, value, mask, **dispatch)
         face_key, face_value, bias = join_people(people, key.shape[1], query.shape[1])
         face_key, face_value = split_heads(attn, face_key, face_value, query.dtype)
         return joint_attention(query, key, value, face_key, face_value, bias, mask, **dispatch)
+
+
+def with_context(people: tuple[PersonKeys, ...], context: PersonKeys | None) -> tuple[PersonKeys, ...]:
+    """The people, and the context of everybody unless somebody of them has one."""
+    return people if context is None or any(person.context for person in people) else (*people, context)
 
 
 def is_ip_adapter_processor(processor: Any) -> bool:

@@ -65,17 +65,17 @@ def face_axes(face: Any, prompts: int | None) -> list[list[Any]]:
     levels = depth(face)
     if levels > 3:
         raise FaceAxesError(f"face_image is nested {levels} deep: at most prompts, people and references")
-    casts = [[face]] if levels < 2 else [list(face)] if levels == 2 else [list(cast) for cast in face]
-    if prompts is not None and len(casts) not in (1, prompts):
+    groups = [[face]] if levels < 2 else [list(face)] if levels == 2 else [list(people) for people in face]
+    if prompts is not None and len(groups) not in (1, prompts):
         raise FaceAxesError(
-            f"face_image has people for {len(casts)} prompts, but there are {prompts}: give one list of people for "
+            f"face_image has people for {len(groups)} prompts, but there are {prompts}: give one list of people for "
             f"each prompt, or one for all; got {describe(face)}"
         )
-    return casts
+    return groups
 
 
-def weights_per_person(weights: Any, casts: list[list[Any]]) -> list[list[Any]]:
-    """The reference weights of each person (prompts × people as in `casts`), each a list of numbers or None.
+def weights_per_person(weights: Any, groups: list[list[Any]]) -> list[list[Any]]:
+    """The reference weights of each person (prompts × people as in `groups`), each a list of numbers or None.
 
     Args:
         weights: None, the numbers of a single person, or a list with those of each person.
@@ -83,31 +83,31 @@ def weights_per_person(weights: Any, casts: list[list[Any]]) -> list[list[Any]]:
     Raises:
         FaceAxesError: several people, but not a list of numbers for each.
     """
-    if weights is None or sum(map(len, casts)) == 1:
-        return [[weights] * len(cast) for cast in casts]
+    if weights is None or sum(map(len, groups)) == 1:
+        return [[weights] * len(people) for people in groups]
     nested = isinstance(weights, (list, tuple))
     if not nested or any(isinstance(member, Real) or getattr(member, "ndim", 1) == 0 for member in weights):
-        example = [[1] * (face.n_refs if is_identity(face) else len(face)) for face in casts[0]]
-        people = " and ".join(str(len(cast)) for cast in casts)
+        example = [[1] * (face.n_refs if is_identity(face) else len(face)) for face in groups[0]]
+        counts = " and ".join(str(len(people)) for people in groups)
         raise FaceAxesError(
-            f"face_weights={weights!r} for {people} people: give each person a list with one number for each of its "
+            f"face_weights={weights!r} for {counts} people: give each person a list with one number for each of its "
             f"images, such as {example}; numbers alone shift between the images of one person"
         )
-    return per_person(weights, casts, "face_weights")
+    return per_person(weights, groups, "face_weights")
 
 
 def per_person(
-    value: Any, casts: list[list[Any]], name: str, check: Callable[[Any, str], Any] = lambda value, name: value
+    value: Any, groups: list[list[Any]], name: str, check: Callable[[Any, str], Any] = lambda value, name: value
 ) -> list[list[Any]]:
-    """One value for all, or one for each person (prompts × people as in `casts`).
+    """One value for all, or one for each person (prompts × people as in `groups`).
 
     Raises:
         FaceAxesError: a list whose length is not the number of people.
     """
     if not isinstance(value, (list, tuple)):
         checked = check(value, name)
-        return [[checked] * len(cast) for cast in casts]
-    for cast in casts:
-        if len(value) != len(cast):
-            raise FaceAxesError(f"{len(value)} values of {name} for {len(cast)} people: give one, or one for each")
-    return [[check(member, name) for member in value] for _ in casts]
+        return [[checked] * len(people) for people in groups]
+    for people in groups:
+        if len(value) != len(people):
+            raise FaceAxesError(f"{len(value)} values of {name} for {len(people)} people: give one, or one for each")
+    return [[check(member, name) for member in value] for _ in groups]

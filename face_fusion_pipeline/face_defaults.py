@@ -15,12 +15,13 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from .face_errors import FaceFusionError
+from .face_errors import FaceFusionError, also_named, renamed
 
 
 logger = logging.getLogger(__name__)
 
 DEFAULTS_NAME = "face_fusion_defaults.json"
+EARLIER_NAMES = {"late_guidance": "low_noise_guidance"}
 FACE_MODES = ("adapter", "training-free", "both")
 
 
@@ -30,7 +31,7 @@ class FaceDefaults:
 
     Attributes:
         guidance_scale: classifier-free guidance.
-        late_guidance: guidance in the clear half of the timesteps, see `late_guidance.LateGuidance`.
+        low_noise_guidance: guidance in the low-noise half of the timesteps, see `guidance_interval.GuidanceInterval`.
         num_inference_steps: denoising steps.
         face_mode: see [`FaceFusionMixin.encode_face`]; one that needs weights counts where weights are loaded.
         face_mirrored: whether a single photo of a person is shown mirrored as well.
@@ -38,7 +39,7 @@ class FaceDefaults:
     """
 
     guidance_scale: float | None = None
-    late_guidance: float | None = None
+    low_noise_guidance: float | None = None
     num_inference_steps: int | None = None
     face_mode: str | None = None
     face_mirrored: bool | None = None
@@ -49,15 +50,16 @@ class FaceDefaults:
         """Checked settings. Raises [`FaceFusionError`] that names `source` and the key."""
         if not isinstance(values, dict):
             raise FaceFusionError(f"{source} must hold an object, got {type(values).__name__}")
+        values = renamed(values, EARLIER_NAMES, source)
         for key, value in values.items():
             if key not in _CHECKS:
                 raise FaceFusionError(f"{source} has an unknown key {key!r}; known are {', '.join(_CHECKS)}")
             right, what = _CHECKS[key]
             if value is not None and not right(value):
                 raise FaceFusionError(f"{source}: {key} must be {what}, got {value!r}")
-        guidance, late = values.get("guidance_scale"), values.get("late_guidance")
-        if late is not None and not (guidance is not None and guidance > 1):
-            raise FaceFusionError(f"{source}: late_guidance goes with a guidance_scale above 1, got {guidance!r}")
+        guidance, later = values.get("guidance_scale"), values.get("low_noise_guidance")
+        if later is not None and not (guidance is not None and guidance > 1):
+            raise FaceFusionError(f"{source}: low_noise_guidance goes with a guidance_scale above 1, got {guidance!r}")
         words = values.get("vocabulary")
         if words is not None:
             values = values | {"vocabulary": {group: tuple(phrases) for group, phrases in words.items()}}
@@ -75,6 +77,14 @@ class FaceDefaults:
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
         (Path(folder) / DEFAULTS_NAME).write_text(text + "\n", encoding="utf-8")
 
+    @property
+    def late_guidance(self) -> float | None:
+        """An earlier name of `low_noise_guidance`."""
+        return renamed({"late_guidance": self.low_noise_guidance}, EARLIER_NAMES, "FaceDefaults")["low_noise_guidance"]
+
+
+FaceDefaults.__init__ = also_named(**EARLIER_NAMES)(FaceDefaults.__init__)  # type: ignore[method-assign]
+
 
 def _number(value: Any, least: float, most: float) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and least <= float(value) <= most
@@ -89,7 +99,7 @@ def _words(value: Any) -> bool:
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "guidance_scale": (lambda value: _number(value, 0, 100), "a number from 0 to 100"),
-    "late_guidance": (lambda value: _number(value, math.nextafter(1, 2), 100), "a number above 1, at most 100"),
+    "low_noise_guidance": (lambda value: _number(value, math.nextafter(1, 2), 100), "a number above 1, at most 100"),
     "num_inference_steps": (lambda value: type(value) is int and 1 <= value <= 1000, "a whole number from 1 to 1000"),
     "face_mode": (lambda value: value in FACE_MODES, f"one of {', '.join(FACE_MODES)}"),
     "face_mirrored": (lambda value: isinstance(value, bool), "true or false"),

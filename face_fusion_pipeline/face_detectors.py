@@ -150,7 +150,7 @@ class HaarDetector:
     sizes: tuple[int, ...] = (384, 768)
     tilts = (0, -20, 20)  # degrees
     smallest = (48, 48)  # pixels of a window
-    min_votes, min_share = 12, 0.3  # windows a face needs; and its share of the windows of the surest face
+    min_votes, min_fraction = 12, 0.3  # windows a face needs; and their fraction of the windows of the surest face
     same_place, same_size = 0.35, 0.7  # windows agree: distance in widths of the larger, difference of log width
 
     def __init__(self) -> None:
@@ -169,7 +169,7 @@ class HaarDetector:
         faces = []
         clusters = self._clusters(self._windows(np.asarray(image.convert("L"))))
         for votes, (x, y, width) in clusters:
-            if votes >= max(self.min_votes, self.min_share * clusters[0][0]):
+            if votes >= max(self.min_votes, self.min_fraction * clusters[0][0]):
                 half_w, half_h, y = 0.42 * width, 0.58 * width, y + 0.03 * width
                 faces.append(Face((x - half_w, y - half_h, x + half_w, y + half_h), votes / (votes + 20)))
         return faces

@@ -1,6 +1,14 @@
-"""Errors a user can act on. Every message names the bad value and the way out."""
+"""Errors and warnings a user can act on. Every message names the bad value and the way out."""
 
-from typing import Any
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+logger = logging.getLogger(__name__)
 
 
 def shown(value: Any, limit: int = 80) -> str:
@@ -65,6 +73,37 @@ class LandmarksError(FaceFusionError):
 
 class FaceAxesError(FaceFusionError):
     """Prompts, people, references or values for them whose numbers do not go together."""
+
+
+def renamed(values: Mapping[str, Any], names: Mapping[str, str], where: object) -> dict[str, Any]:
+    """`values` under the names of today: what goes by an earlier one is kept, with a line of warning.
+
+    Args:
+        names: earlier name -> the one of today.
+        where: whose values they are, for the warning.
+
+    Raises:
+        FaceFusionError: a value under both names.
+    """
+    for old in [name for name in names if name in values]:
+        new = names[old]
+        if new in values:
+            raise FaceFusionError(f"{where} has {old} and {new}, which are the same: give {new} alone")
+        logger.warning("%s: %s is called %s now", where, old, new)
+    return {names.get(name, name): value for name, value in values.items()}
+
+
+def also_named(**names: str) -> Callable[[Function], Function]:
+    """A decorator of a function whose arguments may also be given by earlier names, see [`renamed`]."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def taking(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **renamed(kwargs, names, function.__qualname__))
+
+        return cast(Function, taking)
+
+    return decorate
 
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")

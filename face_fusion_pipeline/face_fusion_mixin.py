@@ -9,25 +9,26 @@ from typing import Any
 import torch
 
 from .call_arguments import Call, bind_call, has_call_below, with_whole_signature
-from .conditioner import IdentityOptions, Person, conditioner_of
+from .conditioner import IdentityOptions, Person, conditioner_of, one_mode
+from .conditioner_face_studio import MODE, Style, mode_by, studio_acting, studio_context
 from .conditioner_reference import ReferenceConditioner  # noqa: F401  (registers the modes)
 from .face_attention import FaceCall, check_idle
 from .face_axes import face_axes, is_identity, per_person, weights_per_person
 from .face_errors import IdentityMismatchError
-from .face_identity import FaceIdentity
 from .face_layout import Background, Box, Layout, Overlap, Placement
 from .face_loader_mixin import FaceLoaderMixin, check_scale, check_window
 from .face_ownership import sole_use
 from .face_places import DraftInterrupted, picture_rows, place_people, with_boxes
 from .face_self_attention import SelfAttentionReference
 from .face_steps import follow_steps
+from .face_studio_loader_mixin import FaceStudioLoaderMixin
 
 
 _tokenizing = threading.RLock()
 MODE_WITH_WEIGHTS = "adapter"  # where weights are loaded and no mode is asked for: the paper
 
 
-class FaceFusionMixin(FaceLoaderMixin):
+class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
     """Adds faces to a diffusers pipeline that has `unet`, `vae`, `scheduler` and `encode_prompt`.
 
     Put it before the pipeline class: `class Mine(FaceFusionMixin, StableDiffusionPipeline)`. Without a face, or with
@@ -71,15 +72,15 @@ class FaceFusionMixin(FaceLoaderMixin):
         face_resolution: int | None = None,
         self_attention: SelfAttentionReference | None = None,
         mirrored: bool | None = None,
-    ) -> FaceIdentity:
+    ) -> Any:
         """Encode one or several face crops of one person into an identity that any later call can take.
 
         Args:
             images: see `reference_pass.face_tensors`; already cropped to the face.
             weights: one number >= 0 for each image, equal by default; only ratios matter (a morph slider).
             face_mode: `"adapter"`, trained weights at the cross-attention (the paper); `"training-free"`, the model's
-                own at the self-attention; `"both"`; or `None`: as the model recommends, else with an adapter that is
-                loaded.
+                own at the self-attention; `"both"`; `"face-studio"`; or `None`: as the model recommends, else with
+                what is loaded.
             face_resolution: side in pixels, default the adapter's, else the UNet's own.
             self_attention: what the self-attention sees of the face in the latter two modes, and how strongly.
             mirrored: show each image mirrored as well, with the same weight. Default: a single image, if the model
@@ -97,7 +98,7 @@ class FaceFusionMixin(FaceLoaderMixin):
         if face_mode is not None:
             return conditioner_of(face_mode).mode
         if self._face_adapter is None:
-            return "training-free"
+            return "training-free" if self.face_studio is None else MODE
         return getattr(self.face_defaults, "face_mode", None) or MODE_WITH_WEIGHTS
 
     def _identity(self, face: Any, mode: str | None, options: IdentityOptions) -> Any:
@@ -136,6 +137,10 @@ class FaceFusionMixin(FaceLoaderMixin):
         face_overlap: Overlap = "nearest",
         face_background: Background = "none",
         face_detector: Any = "auto",
+        style_image: Any = None,
+        style_scale: float | None = None,
+        style_context: str | None = None,
+        identity_by: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate as the underlying pipeline does, with people's faces fused in.
@@ -164,6 +169,11 @@ class FaceFusionMixin(FaceLoaderMixin):
             face_overlap, face_background: what queries in several masks, and in none, see; see
                 `face_layout.visible_people`. `"literal"` and `"all"` are Eq. 7 of the paper.
             face_detector: see `face_detectors.load_detector`.
+            style_image: FaceStudio's style picture, or one for each prompt; its faces are covered.
+            style_scale: from 0, the prompt alone, to 1, the style picture alone; default .5 where there is one.
+            style_context: FaceStudio's tokens `"replace"` the text or are `"append"`ed to it; default: the weights'.
+            identity_by: `"face-fusion"` or `"face-studio"`, who takes `face_image` where both are loaded; default
+                Face Fusion, else FaceStudio.
 
         Returns:
             What the underlying pipeline returns; where people were placed, it also has `face_boxes`, for each image
@@ -174,39 +184,45 @@ class FaceFusionMixin(FaceLoaderMixin):
             FaceFusionError: a subclass for each kind of bad input; or the UNet is in use by another call with faces.
         """
         check_window(face_start, face_end)
+        style = Style(style_image, style_scale, style_context)
         call = bind_call(self, FaceFusionMixin, super().__call__, (prompt, *args), kwargs)  # type: ignore[misc]
         faces = [] if face_image is None else face_axes(face_image, call.prompts)
         scales = per_person(face_scale, faces, "face_scale", check_scale)
         self_scales = per_person(face_self_scale, faces, "face_self_scale", check_self_scale)
+        style.check()
         if not any(map(any, scales)) or not self._any_layer_scale():
-            check_idle(self.unet)
-            return call.run()
+            if style.image is None:
+                check_idle(self.unet)
+                return call.run()
+            faces = []
 
         placement = Placement(
             face_boxes, face_masks, face_layout, face_assign, face_overlap, face_background, face_detector
         )
         with sole_use(self.unet):
+            mode = mode_by(self, identity_by, face_mode)
             weights = weights_per_person(face_weights, faces)
             options = IdentityOptions(resolution=face_resolution, mirrored=face_mirrored, lora_scale=call.lora_scale)
             people = [
                 tuple(
-                    Person(self._identity(face, face_mode, replace(options, weights=w, self_scale=own)), scale)
+                    Person(self._identity(face, mode, replace(options, weights=w, self_scale=own)), scale)
                     for face, w, own, scale in zip(*row, strict=True)
                 )
-                for row in zip(faces, weights, self_scales, scales, strict=True)
-            ]
-            if len(modes := {person.identity.mode for row in people for person in row}) > 1:
-                raise IdentityMismatchError(
-                    f"people of one call must be encoded in one mode, got {' and '.join(modes)}"
-                )
+                for row in zip(faces, weights, self_scales, scales, strict=False)
+            ] or [()]
+            conditioner = conditioner_of(one_mode(people) or MODE)
+            context = studio_context(self, style, call, face_detector, wanted=conditioner.mode == MODE)
             try:
-                layouts = self._layouts(placement, [len(row) for row in people], call)
+                layouts = self._layouts(placement, [len(row) for row in people], call) if faces else []
             except DraftInterrupted as stopped:
                 return stopped.result
             rows = picture_rows(self, people, layouts, placement, call)
             state = self._follow_steps(call, face_start, face_end)
-            conditioner = conditioner_of(modes.pop())
-            with conditioner.installed(self, rows, state), self._layouts_applied(layouts, call.images):
+            with (
+                studio_acting(self, context),
+                conditioner.installed(self, rows, state, context),
+                self._layouts_applied(layouts, call.images),
+            ):
                 result = call.run()
         return with_boxes(result, layouts, call.images)
 

@@ -67,16 +67,7 @@ class FaceIdentity:
 
     def with_weights(self, weights: Any) -> "FaceIdentity":
         """The same references in another proportion; `None` means equal. Checked against the number of references."""
-        if weights is None:
-            return replace(self, weights=torch.ones(self.n_refs))
-        try:
-            tensor = torch.as_tensor(weights, dtype=torch.float32).cpu().flatten()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InvalidScaleError(f"face weights must be numbers, got {weights!r}") from error
-        if tensor.numel() != self.n_refs:
-            raise InvalidScaleError(f"{tensor.numel()} face weights for {self.n_refs} face images; give one for each")
-        reference_log_weights(tensor)  # raises on negative or all-zero weights
-        return replace(self, weights=tensor)
+        return replace(self, weights=checked_weights(weights, self.n_refs))
 
     def with_self_scale(self, scale: float) -> "FaceIdentity":
         """The same with another strength at the self-attention, in [0, 100].
@@ -156,6 +147,24 @@ class FaceIdentity:
         identity = cls(keys, values, tensors["weights"], mode, *fingerprints, own, cells, every)
         check_identity(identity, str(path))
         return identity
+
+
+def checked_weights(weights: Any, references: int) -> Tensor:
+    """`weights` as a tensor `(references,)`; None means equal.
+
+    Raises:
+        InvalidScaleError: no numbers, another count, negative or all zero.
+    """
+    if weights is None:
+        return torch.ones(references)
+    try:
+        tensor = torch.as_tensor(weights, dtype=torch.float32).cpu().flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidScaleError(f"face weights must be numbers, got {weights!r}") from error
+    if tensor.numel() != references:
+        raise InvalidScaleError(f"{tensor.numel()} face weights for {references} face images; give one for each")
+    reference_log_weights(tensor)  # raises on negative or all-zero weights
+    return tensor
 
 
 def _check_metadata(strings: Mapping[str, str], path: str | os.PathLike[str]) -> None:

@@ -93,6 +93,7 @@ class FaceLoaderMixin:
             return new
         new.face_defaults = pipeline.face_defaults
         if new.unet is pipeline.unet:
+            new._studio_parts = getattr(pipeline, "_studio_parts", {})
             new._face_adapter, new._face_layer_scales = pipeline._face_adapter, pipeline._face_layer_scales
         elif pipeline._face_adapter is not None:
             logger.warning("the new pipeline has another UNet and so no adapter: load one that was trained for it")
@@ -145,6 +146,7 @@ class FaceLoaderMixin:
             new.watermark = self.watermark
         new._face_adapter, new._face_layer_scales = self._face_adapter, self._face_layer_scales
         new.face_defaults = self.face_defaults
+        new._studio_parts = getattr(self, "_studio_parts", {})
         new.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         new.maybe_free_model_hooks = self.maybe_free_model_hooks
         new._tools = self.__dict__.setdefault("_tools", {})

@@ -37,7 +37,7 @@ def refine_faces(
     """See `TextToImageFaces.refine_faces`."""
     check_refinable(kwargs)
     pictures = load_images(image)
-    casts = face_axes(people, len(pictures))
+    groups = face_axes(people, len(pictures))
     places = None if face_boxes is None else Placement(boxes=face_boxes).per_prompt()
     if places is not None and len(places) not in (1, len(pictures)):
         raise FaceAxesError(f"face_boxes for {len(places)} pictures, but there are {len(pictures)}")
@@ -45,22 +45,22 @@ def refine_faces(
     inner = pipe.as_pipeline(pipe._image_to_image_class())
     refined = []
     for index, picture in enumerate(pictures):
-        cast = casts[index % len(casts)]
+        group = groups[index % len(groups)]
         if places is None:
-            boxes = assign_boxes(pipe._detect_boxes(picture, detector), len(cast))
+            boxes = assign_boxes(pipe._detect_boxes(picture, detector), len(group))
         else:
             boxes = places[index % len(places)]
-        if len(boxes) != len(cast):
-            raise FaceAxesError(f"{len(boxes)} of face_boxes for {len(cast)} people: give one for each person")
-        prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt] * len(cast)
-        if len(prompts) != len(cast) or not all(isinstance(text, str) for text in prompts):
-            raise InvalidPromptError(f"give one prompt for all {len(cast)} people or one for each, got {prompt!r}")
-        each = {name: per_person(kwargs[name], [cast], name)[0] for name in PER_PERSON & kwargs.keys()}
+        if len(boxes) != len(group):
+            raise FaceAxesError(f"{len(boxes)} of face_boxes for {len(group)} people: give one for each person")
+        prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt] * len(group)
+        if len(prompts) != len(group) or not all(isinstance(text, str) for text in prompts):
+            raise InvalidPromptError(f"give one prompt for all {len(group)} people or one for each, got {prompt!r}")
+        each = {name: per_person(kwargs[name], [group], name)[0] for name in PER_PERSON & kwargs.keys()}
         if "face_weights" in kwargs:
-            each["face_weights"] = weights_per_person(kwargs["face_weights"], [cast])[0]
-        own = [kwargs | {name: values[i] for name, values in each.items()} for i in range(len(cast))]
+            each["face_weights"] = weights_per_person(kwargs["face_weights"], [group])[0]
+        own = [kwargs | {name: values[i] for name, values in each.items()} for i in range(len(group))]
         boxes = [check_box(box, picture.height, picture.width) for box in boxes]
-        refined.append(_refined(inner, picture, prompts, cast, boxes, strength, own))
+        refined.append(_refined(inner, picture, prompts, group, boxes, strength, own))
     return refined
 
 
@@ -115,8 +115,8 @@ def _refined(
             continue
         square = square_around(box)
         crop = crop_face(picture, square, 1.0, side)
-        share = strength_for(enlargement) if strength is None else strength
-        result = inner(prompt, image=crop, face_image=person, strength=share, **arguments)
+        again = strength_for(enlargement) if strength is None else strength
+        result = inner(prompt, image=crop, face_image=person, strength=again, **arguments)
         if inner.interrupt:
             break
         if any(getattr(result, "nsfw_content_detected", None) or []):

@@ -91,8 +91,8 @@ class TextToImageFaces(FaceFusionMixin):
             face_boxes: XYXY of each person's face in pixels of the picture, or such a list for each picture, such as
                 `face_boxes` of a result. Default: the faces that are found, people from left to right.
             face_detector: see `face_detectors.load_detector`.
-            strength: share of the steps that is done again: how far a face may depart from the first drawing. Default:
-                more for smaller faces, from .48 to .8, see `face_refinement.strength_for`.
+            strength: fraction of the steps that is done again: how far a face may depart from the first drawing.
+                Default: more for smaller faces, from .48 to .8, see `face_refinement.strength_for`.
             kwargs: of diffusers' image-to-image and [`FaceFusionMixin.__call__`], such as
                 `num_inference_steps` and `guidance_scale`; `generator`, `negative_prompt` and `face_scale` may be
                 lists with one for each person.

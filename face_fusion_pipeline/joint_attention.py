@@ -111,9 +111,11 @@ class PersonKeys:
         scale: strength of this face at this layer; at 0 nobody sees it.
         token_count_bias: see [`constant_bias`].
         places: number of queries -> bool `(B, N_h)`, which of them see this face; None for all. This is the dense
-            mask of Eq. 7, for batches in which it differs from row to row (training); `Cast.regions` is cheaper.
+            mask of Eq. 7, for batches in which it differs from row to row (training); see also `LayerPeople`.
         cells: bool `(h_f, w_f)`, which cells of a reference the N_f keys are; None for all of a square. Attention does
             not ask for it, those who draw it do.
+        context: these are tokens of a context rather than a face; who has some does not see the one of everybody.
+        replaces_text: they take the text's place instead of joining it.
     """
 
     def __init__(
@@ -125,8 +127,12 @@ class PersonKeys:
         token_count_bias: bool = False,
         places: Mapping[int, Tensor] | None = None,
         cells: Tensor | None = None,
+        *,
+        context: bool = False,
+        replaces_text: bool = False,
     ) -> None:
         self.places, self.cells = places, cells
+        self.context, self.replaces_text = context, replaces_text
         self.tokens_per_reference = key.shape[2]
         self.key, self.value = key.flatten(1, 2), value.flatten(1, 2)
         self.reference_bias = (

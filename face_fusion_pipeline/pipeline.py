@@ -34,18 +34,26 @@ from .face_self_attention import SelfAttentionReference
 from .face_single_file import load_single_file
 from .face_steps import follow_steps
 from .face_text_to_image import TextToImageFaces, one_controlnet
+from .guidance_interval import GuidanceInterval
 from .joint_attention import joint_attention
-from .late_guidance import LateGuidance
 from .reference_pass import capture_hidden_states
 from .unet_family import base_family
 
 
 if TYPE_CHECKING:  # not always needed, but the loader has to find their names here
+    from .conditioner_face_studio import StudioConditioner
+    from .face_alignment import align_faces
     from .face_detectors import load_detector
+    from .face_embedders import load_face_embedder
     from .face_file_checks import read_header
     from .face_images import detect_faces
     from .face_metadata import without_metadata
+    from .face_prior import load_prior
+    from .face_recognisers import OnnxRecogniser
     from .face_refinement import refine_faces
+    from .face_studio import FaceStudio
+    from .face_studio_loader_mixin import FaceStudioLoaderMixin
+    from .face_style import unit_rms
 
 
 __all__ = [
@@ -58,7 +66,7 @@ __all__ = [
     "FaceFusionMixin",
     "FaceIdentity",
     "FaceLoaderMixin",
-    "LateGuidance",
+    "GuidanceInterval",
     "ReferenceConditioner",
     "SelfAttentionReference",
     "StableDiffusionFaceFusionPipeline",

@@ -25,11 +25,14 @@ from .face_ownership import own_thread
 
 if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
     from .conditioner import Conditioner
+    from .conditioner_face_studio import StudioConditioner
     from .conditioner_reference import ReferenceConditioner
     from .face_adapter import FaceFusionAdapter
+    from .face_alignment import align_faces
     from .face_attention import FaceFusionAttnProcessor
     from .face_defaults import FaceDefaults
     from .face_detectors import load_detector
+    from .face_embedders import load_face_embedder
     from .face_file_checks import read_header
     from .face_files import read_tensors
     from .face_identity import FaceIdentity
@@ -37,11 +40,16 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_metadata import without_metadata
     from .face_pictures import upright_rgb
     from .face_places import place_people
+    from .face_prior import load_prior
+    from .face_recognisers import OnnxRecogniser
     from .face_self_attention import SelfAttentionReference
     from .face_single_file import load_single_file
     from .face_steps import follow_steps
+    from .face_studio import FaceStudio
+    from .face_studio_loader_mixin import FaceStudioLoaderMixin
+    from .face_style import unit_rms
+    from .guidance_interval import GuidanceInterval
     from .joint_attention import joint_attention
-    from .late_guidance import LateGuidance
     from .reference_pass import capture_hidden_states
     from .unet_family import base_family
 
@@ -149,8 +157,8 @@ def call_with_control(
 
     image, layout = control_inputs(control_image, control_kind, estimator, nets, prompts)
     if all(kwargs.get(name) is None for name in ("face_boxes", "face_masks", "face_layout")):
-        casts = [] if kwargs.get("face_image") is None else face_axes(kwargs["face_image"], None)
-        if any(len(cast) > 1 for cast in casts) or (casts and kwargs.get("control_face_scale", 1.0) != 1.0):
+        groups = [] if kwargs.get("face_image") is None else face_axes(kwargs["face_image"], None)
+        if any(len(people) > 1 for people in groups) or (groups and kwargs.get("control_face_scale", 1.0) != 1.0):
             kwargs["face_layout"] = layout
 
     return pipe.as_pipeline(pipeline_class)(prompt, image=image, **kwargs)

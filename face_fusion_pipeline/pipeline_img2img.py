@@ -10,12 +10,15 @@ from .face_fusion_mixin import FaceFusionMixin
 if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
     from .call_arguments import Call
     from .conditioner import Conditioner
+    from .conditioner_face_studio import StudioConditioner
     from .conditioner_reference import ReferenceConditioner
     from .face_adapter import FaceFusionAdapter
+    from .face_alignment import align_faces
     from .face_attention import FaceFusionAttnProcessor
     from .face_axes import face_axes
     from .face_defaults import FaceDefaults
     from .face_detectors import load_detector
+    from .face_embedders import load_face_embedder
     from .face_errors import FaceFusionError
     from .face_few_steps import few_step_defaults
     from .face_file_checks import read_header
@@ -28,11 +31,16 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_ownership import sole_use
     from .face_pictures import upright_rgb
     from .face_places import place_people
+    from .face_prior import load_prior
+    from .face_recognisers import OnnxRecogniser
     from .face_self_attention import SelfAttentionReference
     from .face_single_file import load_single_file
     from .face_steps import follow_steps
+    from .face_studio import FaceStudio
+    from .face_studio_loader_mixin import FaceStudioLoaderMixin
+    from .face_style import unit_rms
+    from .guidance_interval import GuidanceInterval
     from .joint_attention import joint_attention
-    from .late_guidance import LateGuidance
     from .reference_pass import capture_hidden_states
     from .unet_family import base_family
 

@@ -252,6 +252,8 @@ def weights_fingerprint(unet: Any, call_scale: float = 1.0) -> str:
     strengths = lora_strengths(unet, call_scale)
     weights, factors = [], []
     for name, weight in unet.named_parameters():
+        if name.startswith("face_studio."):  # its Linear: no weight of the UNet's own
+            continue
         layer, _, rest = name.partition(".lora_")
         lora = rest.split(".")[1] if rest else ""
         if not rest or lora in strengths.get(layer, {}):
@@ -261,12 +263,12 @@ def weights_fingerprint(unet: Any, call_scale: float = 1.0) -> str:
         return ""
     state = [(weight.data_ptr(), weight._version, factor) for weight, factor in zip(weights, factors, strict=True)]
     if unet not in _marks or _marks[unet][0] != state:
-        numbers = torch.cat([f * signed_shares(w) for w, f in zip(weights, factors, strict=True)])
+        numbers = torch.cat([f * signed_sums(w) for w, f in zip(weights, factors, strict=True)])
         _marks[unet] = state, " ".join(f"{number:.3f}" for number in numbers.tolist())
     return _marks[unet][1]
 
 
-def signed_shares(weight: Tensor) -> Tensor:
+def signed_sums(weight: Tensor) -> Tensor:
     """Sums of a tensor's values, rows of it with fixed random signs, over its norm: `(3,)`, on the CPU."""
     rows = weight.detach().reshape(len(weight), -1) if weight.ndim > 1 else weight.detach().reshape(-1, 1)
     precision = torch.promote_types(rows.dtype, torch.float32)

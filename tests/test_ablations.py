@@ -23,12 +23,12 @@ from face_fusion_pipeline.avatars.ablations.conditioning import (
     create_conditioning,
 )
 from face_fusion_pipeline.avatars.ablations.encoders import (
+    FaceEmbedderEncoder,
     ImageEncoder,
     Photo,
-    RecogniserEncoder,
     check_independent,
     load_conditioner,
-    load_judging_recogniser,
+    load_evaluator,
 )
 from face_fusion_pipeline.avatars.ablations.laboratory import Run
 from face_fusion_pipeline.avatars.ablations.pictures import plain_pipeline, reference_photos
@@ -38,7 +38,7 @@ from face_fusion_pipeline.avatars.ablations.summary import difference, equal_acc
 from face_fusion_pipeline.avatars.ablations.training import Budget, Trainer, VariantTask
 from face_fusion_pipeline.avatars.ablations.variants import METHOD, NO_FACE, VARIANTS, Variant, chosen_layers
 from face_fusion_pipeline.avatars.evaluation.avatar_table import CEILING, FLOOR
-from face_fusion_pipeline.avatars.evaluation.judges import SHIPPED, Judges, load_judges
+from face_fusion_pipeline.avatars.evaluation.evaluators import SHIPPED, Evaluators, load_evaluators
 from face_fusion_pipeline.avatars.evaluation.trials import FIRST_TEST_IDENTITY, portraits
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.face_adapter import ADAPTER_WEIGHTS_NAME
@@ -261,8 +261,8 @@ def test_encoders(base: Any) -> None:
     image_encoder = base.pipeline.image_encoder
     pooled, patches = ImageEncoder(image_encoder), ImageEncoder(image_encoder, patches=True)
     assert pooled([photo(1), photo(2)]).shape == (2, 1, 12) and patches([photo(1)]).shape == (1, 5, 16)
-    faces = RecogniserEncoder(load_conditioner(None))
-    check_independent(load_conditioner(None), load_judging_recogniser(None))
+    faces = FaceEmbedderEncoder(load_conditioner(None))
+    check_independent(load_conditioner(None), load_evaluator(None))
     found = faces([photo(1), photo(2)])
     assert found.shape == (2, 1, 256)
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(2, 1))
@@ -360,17 +360,17 @@ def test_all_variants_learn_from_one_teacher(base: Any, data: Path, tmp_path: Pa
             continue
         conditioning, record = trainer.trained(variant, 0)
         assert conditioning is not None and record["steps"] == 1
-        assert len(trainer.kept.rows) == len(read_rows(data))
+        assert len(trainer.feature_cache.rows) == len(read_rows(data))
         task = VariantTask(
-            base, conditioning, pairs_of(data, base), None, teacher=trainer.teaching, kept=trainer.kept,
-            options=FaceFusionOptions(keep_references=True),
+            base, conditioning, pairs_of(data, base), None, teacher=trainer.teaching,
+            feature_cache=trainer.feature_cache, options=FaceFusionOptions(keep_references=True),
         )  # fmt: skip
         batch = part_of(task)
         batch["has_face"][:] = True
         assert ("own_reference" in batch) == (variant.encoder != "unet" or variant.reference_noise > 0)
         if variant.name != METHOD:
             assert task(batch)[0].item() > 1e-9
-    assert len(trainer.kept.rows) == len(read_rows(data))
+    assert len(trainer.feature_cache.rows) == len(read_rows(data))
     method = conditioning_of(base, data, VARIANTS[METHOD])
     task = VariantTask(base, method, pairs_of(data, base), None, teacher=trainer.teaching)
     assert task(part_of(task))[0].item() == pytest.approx(0, abs=1e-6)  # it starts with the weights of the teacher
@@ -387,16 +387,16 @@ def test_an_identity_loss_is_part_of_the_budget(base: Any, data: Path, tmp_path:
     assert not torch.equal(weights[0.0], weights[1.0])
 
 
-# --- Judges and people -------------------------------------------------------------------------------------------
+# --- Evaluators and people -------------------------------------------------------------------------------------------
 
 
-def test_who_conditions_does_not_judge(tmp_path: Path) -> None:
-    with pytest.raises(FaceFusionError, match="cannot judge"):
-        check_independent(load_judging_recogniser(None), load_judging_recogniser(None))
+def test_who_conditions_does_not_evaluate(tmp_path: Path) -> None:
+    with pytest.raises(FaceFusionError, match="cannot evaluate"):
+        check_independent(load_evaluator(None), load_evaluator(None))
     torch.manual_seed(0)
-    Judges.new(load_judges().labels).save(tmp_path / "other")
-    second = load_judging_recogniser(str(tmp_path / "other"))
-    check_independent(load_judging_recogniser(None), second)
+    Evaluators.new(load_evaluators().labels).save(tmp_path / "other")
+    second = load_evaluator(str(tmp_path / "other"))
+    check_independent(load_evaluator(None), second)
     assert second.name == "avatar recogniser other"
 
 
@@ -619,7 +619,7 @@ def test_bad_input_of_the_command(model: Path, data: Path, tmp_path: Path, capsy
         "no variant 'colour'": command(model, data, tmp_path, "pairs", "--variants", "colour"),
         "--variants needs face-fusion": command(model, data, tmp_path, "pairs", "--variants", "same-photo"),
         "--scales must be a number above 0": command(model, data, tmp_path, "scale", "--scales", "0"),
-        "cannot judge pictures": command(model, data, tmp_path, "encoders", "--condition-recogniser", str(SHIPPED)),
+        "cannot evaluate pictures": command(model, data, tmp_path, "encoders", "--condition-embedder", str(SHIPPED)),
         "--teacher teaches nothing": [*start, "--teacher", str(model), "--init-adapter", str(model), "--steps", "0"],
     }
     for message, words in cases.items():

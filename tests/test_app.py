@@ -129,10 +129,10 @@ def test_style_and_boxes_of_a_form() -> None:
     assert FORM.face_boxes is None and replace(FORM, boxes={}).face_boxes is None
 
 
-def test_guidance_is_halved_in_the_clear_half_if_it_then_is_guidance() -> None:
-    assert replace(FORM, guidance=5.0).guidance_in_clear_half is None
-    assert replace(FORM, guidance=5.0, late_guidance=True).guidance_in_clear_half == 2.5
-    assert replace(FORM, guidance=2.0, late_guidance=True).guidance_in_clear_half is None
+def test_guidance_is_halved_in_the_low_noise_half_if_it_then_is_guidance() -> None:
+    assert replace(FORM, guidance=5.0).guidance_in_low_noise_half is None
+    assert replace(FORM, guidance=5.0, low_noise_guidance=True).guidance_in_low_noise_half == 2.5
+    assert replace(FORM, guidance=2.0, low_noise_guidance=True).guidance_in_low_noise_half is None
 
 
 def test_which_face_is_an_index_from_the_left() -> None:
@@ -202,12 +202,12 @@ def test_pictures_come_one_by_one_with_text(photo: Path) -> None:
     assert differ(run(engine, replace(form, people=(PersonForm(1, (photo,), strength=0),)))[0], pictures[0])
 
 
-def test_late_guidance_is_of_the_picture_and_in_its_text(photo: Path) -> None:
+def test_guidance_interval_is_of_the_picture_and_in_its_text(photo: Path) -> None:
     engine, person = make_engine(), PersonForm(1, (photo,))
     form = replace(FORM, people=(person,), count=1, steps=4, guidance=20.0)
-    (before,), (late,) = run(engine, form), run(engine, replace(form, late_guidance=True))
+    (before,), (late,) = run(engine, form), run(engine, replace(form, low_noise_guidance=True))
     assert not np.array_equal(np.asarray(before.image), np.asarray(late.image))
-    assert (before.text["late_guidance"], late.text["late_guidance"]) == (None, form.guidance / 2)
+    assert (before.text["low_noise_guidance"], late.text["low_noise_guidance"]) == (None, form.guidance / 2)
 
 
 def test_compare_gives_the_picture_without_a_face(photo: Path) -> None:

@@ -158,9 +158,9 @@ def test_words_that_the_model_does_not_know_are_named(page: Page) -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_late_guidance_is_as_its_box_says(page: Page, late: bool) -> None:
-    page.values[page.handlers.widgets.late_guidance] = late
-    assert page.handlers.read_form(page.values, page.sessions.of("ada")).late_guidance is late
+def test_guidance_interval_is_as_its_box_says(page: Page, late: bool) -> None:
+    page.values[page.handlers.widgets.low_noise_guidance] = late
+    assert page.handlers.read_form(page.values, page.sessions.of("ada")).low_noise_guidance is late
 
 
 def test_an_identity_that_cannot_be_loaded_takes_the_one_before_away(page: Page, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The avatar world: determinism, identity apart from scene, geometry that agrees with the pixels, real judges."""
+"""The avatar world: determinism, identity apart from scene, geometry that agrees with the pixels, real evaluators."""
 
 import json
 import math

@@ -29,7 +29,7 @@ A, B = face(0), face(1)
     ],
 )
 def test_nesting_names_the_axes(given, shape):
-    assert [len(cast) for cast in face_axes(given, len(shape))] == shape
+    assert [len(people) for people in face_axes(given, len(shape))] == shape
 
 
 def test_references_of_one_person_stay_together():

@@ -146,11 +146,12 @@ def test_a_mirrored_photo_is_one_more_reference(
 
 def test_guidance_goes_down_in_the_later_steps(generate: Any, tmp_path: Path) -> None:
     for name, late in (("same", None), ("as-before", 4), ("late", 2)):
-        status, _, err = generate("--no-detect", "--no-sheet", out=tmp_path / name, guidance=4, late_guidance=late)
+        scales = {"guidance": 4, "low_noise_guidance": late}
+        status, _, err = generate("--no-detect", "--no-sheet", out=tmp_path / name, **scales)
         assert status == 0, err
     same, as_before, late = (pixels(tmp_path / name / "image_000.png") for name in ("same", "as-before", "late"))
     assert np.array_equal(same, as_before) and not np.array_equal(same, late)
-    assert Image.open(tmp_path / "late" / "image_000.png").text["late_guidance"] == "2.0"  # type: ignore[attr-defined]
+    assert Image.open(tmp_path / "late" / "image_000.png").text["low_noise_guidance"] == "2.0"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_guidance_goes_down_in_the_later_steps(generate: Any, tmp_path: Path) ->
     [
         ([], (4.0, 2.0), True),
         (["--guidance=3"], (3.0, None), True),
-        (["--late-guidance=3", "--no-mirror"], (4.0, 3.0), False),
+        (["--low-noise-guidance=3", "--no-mirror"], (4.0, 3.0), False),
         (["--face=g.png"], (4.0, 2.0), False),
         (["--model=m"], (5.0, None), False),
         (["--model=m", "--mirror"], (5.0, None), True),
@@ -171,7 +172,7 @@ def test_the_avatars_are_asked_as_they_were_measured(
     generate_command.add_arguments(parser)
     args = parser.parse_args(["--face=f.png", "--prompt=a cat", "--out=out", *words])
     generate_command.set_defaults(args)
-    assert (args.guidance, args.late_guidance) == guidance and args.mirror is mirror
+    assert (args.guidance, args.low_noise_guidance) == guidance and args.mirror is mirror
     assert args.mode is None  # the pipeline knows what it recommends and whether it has weights
     args = parser.parse_args(["--face=f.safetensors", "--prompt=a cat", "--out=out"])
     generate_command.set_defaults(args)
@@ -186,17 +187,17 @@ def test_a_model_is_asked_as_it_recommends_and_says_which_words_it_does_not_know
 ) -> None:
     shutil.copytree(model, tmp_path / "own")
     vocabulary = {"animals": ("a cat", "dog")}
-    FaceDefaults(guidance_scale=3.0, late_guidance=1.5, face_mirrored=True, vocabulary=vocabulary).save(
+    FaceDefaults(guidance_scale=3.0, low_noise_guidance=1.5, face_mirrored=True, vocabulary=vocabulary).save(
         tmp_path / "own"
     )
     status, out, err = generate("--no-detect", "--no-sheet", "--json", model=tmp_path / "own", prompt="a caat")
     made = json.loads(out)
-    assert status == 0 and (made["guidance"], made["late_guidance"], made["mirror"]) == (3.0, 1.5, True)
+    assert status == 0 and (made["guidance"], made["low_noise_guidance"], made["mirror"]) == (3.0, 1.5, True)
     assert len([line for line in err.splitlines() if "does not know “caat” (nearest: “cat”)" in line]) == 1
     given = {"model": tmp_path / "own", "prompt": "a cat", "guidance": 4, "out": tmp_path / "given"}
     status, out, err = generate("--no-detect", "--no-sheet", "--json", "--no-mirror", **given)
     made = json.loads(out)
-    assert status == 0 and (made["guidance"], made["late_guidance"], made["mirror"]) == (4.0, None, False)
+    assert status == 0 and (made["guidance"], made["low_noise_guidance"], made["mirror"]) == (4.0, None, False)
     assert "does not know" not in err
     (tmp_path / "own" / "face_fusion_defaults.json").write_text('{"face_mode": "x"}')
     status, _, err = generate("--no-detect", model=tmp_path / "own")
@@ -439,8 +440,8 @@ BAD = {
     "no steps": ({"steps": 0}, "--steps"),
     "no images": ({"num_images": 0}, "--num-images"),
     "guidance below zero": ({"guidance": -1}, "--guidance"),
-    "late guidance that is none": ({"late_guidance": 1}, "--late-guidance must be a number above 1"),
-    "late guidance after none": ({"guidance": 1, "late_guidance": 2}, "--guidance above 1"),
+    "guidance at low noise that is none": ({"low_noise_guidance": 1}, "--low-noise-guidance must be a number above 1"),
+    "guidance at low noise after none": ({"guidance": 1, "low_noise_guidance": 2}, "--guidance above 1"),
     "odd height": ({"height": 100}, "--height"),
     "seed below zero": ({"seed": -1}, "--seed"),
     "no such model": ({"model": "some/where/else"}, "some/where/else"),

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
 from tiny_models import face, tiny_pipeline
 
-from face_fusion_pipeline import LateGuidance, StableDiffusionFaceFusionPipeline, embedded_model
+from face_fusion_pipeline import GuidanceInterval, StableDiffusionFaceFusionPipeline, embedded_model
 from face_fusion_pipeline.avatar_model import AVATAR_DEFAULTS
 from face_fusion_pipeline.evaluation.generation import Settings, pipeline_of
 from face_fusion_pipeline.face_adapter import create_adapter
@@ -23,7 +23,7 @@ from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusi
 
 PACKAGE = Path(__file__).parents[1] / "face_fusion_pipeline"
 DEFAULTS = FaceDefaults(
-    guidance_scale=4.0, late_guidance=2.0, num_inference_steps=3, face_mode="both", face_mirrored=True
+    guidance_scale=4.0, low_noise_guidance=2.0, num_inference_steps=3, face_mode="both", face_mirrored=True
 )
 
 
@@ -66,7 +66,7 @@ SAID = {"num_inference_steps": 3, "guidance_scale": 4.0}
 
 def test_a_bare_call_is_the_one_that_is_recommended(pipe):
     bare = draw(pipe, face_image=face())
-    said = {**SAID, "face_mode": "both", "face_mirrored": True, "callback_on_step_end": LateGuidance(2.0)}
+    said = {**SAID, "face_mode": "both", "face_mirrored": True, "callback_on_step_end": GuidanceInterval(2.0)}
     assert torch.equal(bare, plainly(pipe, face_image=face(), **said))
     for other in (
         {"callback_on_step_end": None},
@@ -76,12 +76,12 @@ def test_a_bare_call_is_the_one_that_is_recommended(pipe):
         {"guidance_scale": 5.0},
     ):
         assert not torch.equal(bare, plainly(pipe, face_image=face(), **{**said, **other})), other
-    assert torch.equal(draw(pipe), plainly(pipe, **SAID, callback_on_step_end=LateGuidance(2.0)))  # without a face
+    assert torch.equal(draw(pipe), plainly(pipe, **SAID, callback_on_step_end=GuidanceInterval(2.0)))  # without a face
     assert torch.equal(draw(pipe), draw(pipe, face_image=face(), face_scale=0))
 
 
 def test_what_is_given_wins(pipe):
-    late = LateGuidance(2.0)
+    late = GuidanceInterval(2.0)
     assert torch.equal(draw(pipe, guidance_scale=4.0), plainly(pipe, **SAID))  # guidance of all steps
     steps = draw(pipe, num_inference_steps=2)
     assert torch.equal(steps, plainly(pipe, num_inference_steps=2, guidance_scale=4.0, callback_on_step_end=late))
@@ -103,10 +103,10 @@ def test_a_callback_is_called_and_one_about_guidance_stands_alone(pipe):
     watched = draw(pipe, callback_on_step_end=watch)
     assert [step for step, _, _ in seen] == [0, 1, 2] and seen[-1][1] == 2.0 and seen[0][2] == ["latents"]
     assert torch.equal(watched, draw(pipe))
-    own = LateGuidance(3.0, below=1.0)
+    own = GuidanceInterval(3.0, below=1.0)
     assert torch.equal(
         draw(pipe, callback_on_step_end=own),
-        plainly(pipe, **SAID, callback_on_step_end=LateGuidance(3.0, below=1.0)),
+        plainly(pipe, **SAID, callback_on_step_end=GuidanceInterval(3.0, below=1.0)),
     )
     with pytest.raises(TypeError, match="unknown argument"):
         draw(pipe, guidance=3)
@@ -208,7 +208,7 @@ def test_a_model_that_cannot_be_asked_recommends_nothing(tmp_path):
 
 WRONG = {
     "guidance_scale": (-1, "from 0 to 100"),
-    "late_guidance": (1, "above 1"),
+    "low_noise_guidance": (1, "above 1"),
     "num_inference_steps": (2.5, "whole number"),
     "face_mode": ("magic", "one of adapter"),
     "face_mirrored": ("yes", "true or false"),
@@ -227,7 +227,7 @@ def test_a_bad_value_is_refused_with_file_and_key(folder, tmp_path, key):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("{", "as JSON"), ("[]", "an object"), ('{"late_guidance": 2}', "above 1")]
+    ("text", "words"), [("{", "as JSON"), ("[]", "an object"), ('{"low_noise_guidance": 2}', "above 1")]
 )
 def test_a_file_that_says_nothing_sensible_is_refused(tmp_path, text, words):
     (tmp_path / DEFAULTS_NAME).write_text(text)

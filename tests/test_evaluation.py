@@ -1,4 +1,4 @@
-"""Evaluation: figures against hand-computed values, alignment, judges on fresh renders, the whole table in small."""
+"""Evaluation: figures against hand-computed values, alignment, evaluators on fresh renders, a small table."""
 
 import json
 from dataclasses import replace
@@ -17,9 +17,9 @@ from face_fusion_pipeline.avatars import BACKGROUNDS, CLOTHINGS, EXPRESSIONS, ST
 from face_fusion_pipeline.avatars.evaluation import depth_table, people_table
 from face_fusion_pipeline.avatars.evaluation.avatar_table import CEILING, FLOOR, as_markdown, compare, summarise
 from face_fusion_pipeline.avatars.evaluation.depth_table import POSED, STRANGER, compare_depth, control_depth
+from face_fusion_pipeline.avatars.evaluation.evaluator_training import train_evaluators
+from face_fusion_pipeline.avatars.evaluation.evaluators import SHIPPED, WEIGHTS_NAME, Evaluators, load_evaluators
 from face_fusion_pipeline.avatars.evaluation.framing import FACE_HEIGHT, portrait_crops
-from face_fusion_pipeline.avatars.evaluation.judge_training import train_judges
-from face_fusion_pipeline.avatars.evaluation.judges import SHIPPED, WEIGHTS_NAME, Judges, load_judges
 from face_fusion_pipeline.avatars.evaluation.model_quality import measure_model, quality_trials, reconstruction_psnr
 from face_fusion_pipeline.avatars.evaluation.morph_table import compare_morphs
 from face_fusion_pipeline.avatars.evaluation.recognition import kept, measure_recognition
@@ -39,15 +39,15 @@ from face_fusion_pipeline.avatars.training.rendered import scenes
 from face_fusion_pipeline.avatars.world.caption import caption
 from face_fusion_pipeline.avatars.world.dataset import write
 from face_fusion_pipeline.cli import avatars_evaluate
-from face_fusion_pipeline.evaluation.alignment import align_faces, face_template, similarity_transform
+from face_fusion_pipeline.face_alignment import align_faces, face_template, similarity_transform
 from face_fusion_pipeline.evaluation.generation import METHODS, Settings
 from face_fusion_pipeline.evaluation.image_files import from_pil, read_image, to_pil, write_image
 from face_fusion_pipeline.evaluation.metrics import (
     auc,
     bootstrap_mean,
     box_iou,
-    closed_share,
     cosine_similarity,
+    normalised_similarity,
     psnr,
     verification_auc,
 )
@@ -67,16 +67,16 @@ LABELS = {
 
 
 @pytest.fixture(scope="module")
-def untrained() -> Judges:
+def untrained() -> Evaluators:
     torch.manual_seed(0)
-    judges = Judges.new(LABELS)
-    judges.networks.eval()
-    return judges
+    evaluators = Evaluators.new(LABELS)
+    evaluators.networks.eval()
+    return evaluators
 
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionFaceFusionPipeline:
-    """Random weights, images of 64 pixels: the judges see them enlarged."""
+    """Random weights, images of 64 pixels: the evaluators see them enlarged."""
     pipe = StableDiffusionFaceFusionPipeline(**{**tiny_components(), "unet": tiny_unet(sample_size=32)})
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -121,9 +121,9 @@ def test_an_interval_holds_its_mean_and_one_person_gives_none() -> None:
     assert alone.count == 20 and np.isnan(alone.low) and np.isnan(alone.high) and "[" not in str(alone)
 
 
-def test_closed_share() -> None:
-    assert closed_share(0.5, 0.2, 0.8) == pytest.approx(0.5)
-    assert np.isnan(closed_share(0.5, 0.2, 0.2))
+def test_normalised_similarity() -> None:
+    assert normalised_similarity(0.5, 0.2, 0.8) == pytest.approx(0.5)
+    assert np.isnan(normalised_similarity(0.5, 0.2, 0.2))
 
 
 def test_psnr_is_computed_in_float() -> None:
@@ -190,21 +190,21 @@ def test_somebody_else_stands_in_the_same_scene() -> None:
     assert person.face.size == (128, 128) and (person.reference - person.other).abs().max() > 0.1
 
 
-# --- Judges ------------------------------------------------------------------------------------------------------
+# --- Evaluators ------------------------------------------------------------------------------------------------------
 
 
-def test_judges_survive_saving(untrained: Judges, tmp_path: Path) -> None:
+def test_evaluators_survive_saving(untrained: Evaluators, tmp_path: Path) -> None:
     untrained.save(tmp_path)
-    loaded = load_judges(tmp_path)
+    loaded = load_evaluators(tmp_path)
     assert loaded.labels == untrained.labels
     for name, value in untrained.networks.state_dict().items():
         torch.testing.assert_close(loaded.networks.state_dict()[name], value, atol=1e-3, rtol=1e-3)
     assert (tmp_path / WEIGHTS_NAME).stat().st_size < 4_000_000
-    with pytest.raises(ModelNotFoundError, match="train-judges"):
-        load_judges(tmp_path / "nowhere")
+    with pytest.raises(ModelNotFoundError, match="train-evaluators"):
+        load_evaluators(tmp_path / "nowhere")
 
 
-def test_locator_reads_its_peak(untrained: Judges, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locator_reads_its_peak(untrained: Evaluators, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.zeros(1, 5, 32, 32)
     logits[:, :, 10, 20] = 50
     logits[:, 0, 10, 21] = 50  # equally high: half a cell further
@@ -215,8 +215,8 @@ def test_locator_reads_its_peak(untrained: Judges, monkeypatch: pytest.MonkeyPat
     assert landmarks[0, 0].tolist() == pytest.approx([83.5, 41.5], abs=1e-3)
 
 
-def test_judges_learn(tmp_path: Path) -> None:
-    """A few steps on two plain backgrounds: the training loop must bring the scene judge well above chance."""
+def test_evaluators_learn(tmp_path: Path) -> None:
+    """A few steps on two plain backgrounds: the training loop must bring the scene evaluator well above chance."""
     for split, first in (("train", 0), ("validation", 1_000_000)):
         records = []
         for i in range(24):
@@ -232,43 +232,43 @@ def test_judges_learn(tmp_path: Path) -> None:
             record |= {"depth_file_name": f"depth{i}.png"}
             records.append({**record, **words, "landmarks5": [points], "boxes": [[30, 30, 90, 90]]})
         (tmp_path / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
-    result = train_judges(tmp_path, tmp_path / "judges", steps=16)
+    result = train_evaluators(tmp_path, tmp_path / "evaluators", steps=16)
     assert result["accuracy"]["background"] > 0.8
     assert result["images"] == 24 and result["landmark_error_pixels"] >= 0
-    first = load_judges(tmp_path / "judges").scene.heads["background"].weight
-    again = train_judges(tmp_path, tmp_path / "again", steps=2, start=tmp_path / "judges")
-    runs = [report["judges"]["scene"]["started_from_judges"] for report in (again, result)]
+    first = load_evaluators(tmp_path / "evaluators").scene.heads["background"].weight
+    again = train_evaluators(tmp_path, tmp_path / "again", steps=2, start=tmp_path / "evaluators")
+    runs = [report["evaluators"]["scene"]["started_from_evaluators"] for report in (again, result)]
     assert runs == [True, False]
-    second = load_judges(tmp_path / "again").scene.heads["background"].weight
+    second = load_evaluators(tmp_path / "again").scene.heads["background"].weight
     assert 0 < (second - first).abs().max() < 0.1  # went on from there
-    nearer = train_judges(tmp_path, tmp_path / "judges", steps=40, only=["depth"])
+    nearer = train_evaluators(tmp_path, tmp_path / "evaluators", steps=40, only=["depth"])
     assert nearer["depth_error"] < 0.3  # one half for whoever says the same of all pictures
-    assert torch.equal(load_judges(tmp_path / "judges").scene.heads["background"].weight, first)
-    assert [nearer["judges"][name]["steps"] for name in ("scene", "depth")] == [16, 40]
+    assert torch.equal(load_evaluators(tmp_path / "evaluators").scene.heads["background"].weight, first)
+    assert [nearer["evaluators"][name]["steps"] for name in ("scene", "depth")] == [16, 40]
 
     for split in ("train", "validation"):  # the same without depth maps
         metadata = tmp_path / split / "metadata.jsonl"
         metadata.write_text(metadata.read_text().replace("depth_file_name", "nothing"))
-    flat = train_judges(tmp_path, tmp_path / "judges", steps=2, only=["scene"])
+    flat = train_evaluators(tmp_path, tmp_path / "evaluators", steps=2, only=["scene"])
     assert flat["depth_error"] is None and flat["accuracy"]["background"] >= 0
     with pytest.raises(TrainingError, match="--depth"):
-        train_judges(tmp_path, tmp_path / "none", steps=2)
+        train_evaluators(tmp_path, tmp_path / "none", steps=2)
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.skipif(not (SHIPPED / WEIGHTS_NAME).is_file(), reason="no trained judges in the package")
-def test_shipped_judges_see_what_renders_show() -> None:
-    judges = load_judges()
+@pytest.mark.skipif(not (SHIPPED / WEIGHTS_NAME).is_file(), reason="no trained evaluators in the package")
+def test_shipped_evaluators_see_what_renders_show() -> None:
+    evaluators = load_evaluators()
     trials = plan_trials(60, 2, seed=5)
     images = true_renders(trials)
-    said = judges.describe(images)
+    said = evaluators.describe(images)
     for trait in ("expression", "clothing", "background", "people"):
         asked = [(i, trial.wanted[trait]) for i, trial in enumerate(trials) if trait in trial.wanted]
         right = np.mean([said[trait][i] == word for i, word in asked])
         assert right >= 0.95, f"{trait}: {right:.3f}"
     depth = depth_cells(torch.stack([from_pil(control_depth(trial.scene))[:1] for trial in trials]))
-    assert (judges.nearness(images) - depth).abs().mean() <= 0.05
-    embeddings = judges.embed(images, judges.locate(images))
+    assert (evaluators.nearness(images) - depth).abs().mean() <= 0.05
+    embeddings = evaluators.embed(images, evaluators.locate(images))
     assert verification_auc(embeddings, np.array([trial.person for trial in trials])) >= 0.95
 
 
@@ -326,32 +326,32 @@ def test_summary_by_hand() -> None:
     summary = summarise(rows, ["adapter", CEILING, FLOOR], ["r"])
     mine = summary["adapter"]
     assert mine["similarity"]["r"]["mean"] == pytest.approx(0.7)
-    assert mine["similarity"]["r"]["closed"] == pytest.approx(0.4 / 0.6)
+    assert mine["similarity"]["r"]["normalised"] == pytest.approx(0.4 / 0.6)
     assert mine["accuracy"]["expression"] == 0.5 and mine["accuracy"]["mean"] == pytest.approx(0.875)
     assert mine["no_face"] == 0.5 and summary[FLOOR]["no_face"] is None
 
 
-def test_late_guidance_is_part_of_the_settings_and_of_what_a_table_says(
-    pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path
+def test_guidance_interval_is_part_of_the_settings_and_of_what_a_table_says(
+    pipe: StableDiffusionFaceFusionPipeline, untrained: Evaluators, tmp_path: Path
 ) -> None:
     settings = Settings(model="tiny", steps=4)
     trials, panel = plan_trials(1, 1, style="photo"), Panel(untrained)
     made = []
     for name, late in (("same", None), ("as-before", settings.guidance_scale), ("late", 2.0)):
-        result = compare(pipe, trials, ["none"], panel, replace(settings, late_guidance=late), tmp_path / name)
+        result = compare(pipe, trials, ["none"], panel, replace(settings, low_noise_guidance=late), tmp_path / name)
         made.append(image_path(tmp_path / name, trials[0], "none").read_bytes())
     assert made[0] == made[1] != made[2]
-    assert "4 steps, guidance 4.0 (2.0 in the clear half), face" in as_markdown(result, panel.names)
+    assert "4 steps, guidance 4.0 (2.0 in the low-noise half), face" in as_markdown(result, panel.names)
     with pytest.raises(FaceFusionError, match="other settings"):
         compare(pipe, trials, ["none"], panel, settings, tmp_path / "late")
     old = json.loads((tmp_path / "same" / "settings.json").read_text())
-    del old["late_guidance"]  # a folder of an earlier version goes on
+    del old["low_noise_guidance"]  # a folder of an earlier version goes on
     (tmp_path / "same" / "settings.json").write_text(json.dumps(old))
     compare(pipe, trials, ["none"], panel, settings, tmp_path / "same")
 
 
 def test_table_end_to_end_resumes(
-    pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipe: StableDiffusionFaceFusionPipeline, untrained: Evaluators, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe.set_face_fusion_adapter(_adapter(pipe))
     settings = Settings(model="tiny", steps=1, batch=2)
@@ -361,7 +361,7 @@ def test_table_end_to_end_resumes(
     result = compare(pipe, trials, methods, panel, settings, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == 4 * 7 and {row["method"] for row in rows} == {*methods, CEILING, FLOOR}
-    assert result["methods"][CEILING]["similarity"]["avatar recogniser"]["closed"] == 1
+    assert result["methods"][CEILING]["similarity"]["avatar recogniser"]["normalised"] == 1
     assert "| adapter |" in (tmp_path / "table.md").read_text() == as_markdown(result, panel.names)
     assert (tmp_path / "sheet.png").is_file()
     faces = [read_image(image_path(tmp_path, trials[0], method)).numpy().tobytes() for method in methods]
@@ -381,7 +381,7 @@ def test_table_end_to_end_resumes(
 
 
 def test_references_are_cut_out_by_a_detector_as_of_photos(
-    pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipe: StableDiffusionFaceFusionPipeline, untrained: Evaluators, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe.set_face_fusion_adapter(_adapter(pipe))
     trials = plan_trials(2, 1, style="photo")
@@ -411,7 +411,7 @@ def test_references_are_cut_out_by_a_detector_as_of_photos(
 
 
 def test_people_table_end_to_end(
-    pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipe: StableDiffusionFaceFusionPipeline, untrained: Evaluators, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe.set_face_fusion_adapter(_adapter(pipe))
     settings = Settings(model="tiny", steps=3)  # a second pass takes a part of them
@@ -441,7 +441,9 @@ def test_people_table_end_to_end(
     assert floor["own"] == pytest.approx((known @ found[0]).mean(), abs=1e-5)
 
 
-def test_depth_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path) -> None:
+def test_depth_table_end_to_end(
+    pipe: StableDiffusionFaceFusionPipeline, untrained: Evaluators, tmp_path: Path
+) -> None:
     pipe.set_face_fusion_adapter(_adapter(pipe))
     pipe.register_modules(controlnet=tiny_controlnet(pipe.unet))
     trials = plan_trials(3, 1, style="photo")
@@ -465,7 +467,9 @@ def test_depth_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrain
     assert result["methods"][STRANGER]["similarity"]["count"] == 3
 
 
-def test_morph_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path) -> None:
+def test_morph_table_end_to_end(
+    pipe: StableDiffusionFaceFusionPipeline, untrained: Evaluators, tmp_path: Path
+) -> None:
     adapter = _adapter(pipe)
     for weight in adapter.parameters():
         weight.data.mul_(20)  # so that a face changes more than the rounding of a PNG
@@ -478,8 +482,8 @@ def test_morph_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrain
         (trials[1].person, trials[0].person),
     ]
     assert len({path.read_bytes() for path in (tmp_path / "images").glob(f"{trials[0].key}_*")}) == 3
-    mean = np.mean([row["to_second"] for row in rows if row["share"] == 0.5])
-    assert result["shares"]["0.5"]["to_second"]["mean"] == pytest.approx(mean)
+    mean = np.mean([row["to_second"] for row in rows if row["fraction"] == 0.5])
+    assert result["fractions"]["0.5"]["to_second"]["mean"] == pytest.approx(mean)
     # The ends are the people alone: no trace of the other reference, whoever it is.
     alone = pipe(
         trials[0].text,
@@ -496,7 +500,9 @@ def test_morph_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrain
         compare_morphs(pipe, trials[:1], untrained, Settings(model="tiny", steps=1), tmp_path / "one")
 
 
-def test_savings_table_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path) -> None:
+def test_savings_table_end_to_end(
+    pipe: StableDiffusionFaceFusionPipeline, untrained: Evaluators, tmp_path: Path
+) -> None:
     adapter = _adapter(pipe)
     for weight in adapter.parameters():
         weight.data.mul_(20)
@@ -572,7 +578,9 @@ def _counted(function, calls: list):
     return wrapped
 
 
-def test_model_report_end_to_end(pipe: StableDiffusionFaceFusionPipeline, untrained: Judges, tmp_path: Path) -> None:
+def test_model_report_end_to_end(
+    pipe: StableDiffusionFaceFusionPipeline, untrained: Evaluators, tmp_path: Path
+) -> None:
     trials = quality_trials(5)
     assert [trial.wanted["people"] for trial in trials] == ["1", "1", "1", "2", "3"]
     result = measure_model(pipe, trials, Panel(untrained), Settings(model="tiny", steps=1), tmp_path)
@@ -608,15 +616,15 @@ def _run(*words: str) -> int:
 
 def test_table_command(
     pipe: StableDiffusionFaceFusionPipeline,
-    untrained: Judges,
+    untrained: Evaluators,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    untrained.save(tmp_path / "judges")
+    untrained.save(tmp_path / "evaluators")
     pipe.unload_face_fusion_adapter()
     pipe.save_pretrained(tmp_path / "model")
-    words = ["table", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--judges"]
-    words += [str(tmp_path / "judges"), "--identities", "1", "--prompts", "1", "--steps", "1", "--json"]
+    words = ["table", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--evaluators"]
+    words += [str(tmp_path / "evaluators"), "--identities", "1", "--prompts", "1", "--steps", "1", "--json"]
     assert _run(*words) == 0
     result = json.loads(capsys.readouterr().out)
     assert list(result["methods"]) == ["none", "training-free", CEILING, FLOOR]

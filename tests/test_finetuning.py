@@ -93,9 +93,9 @@ def pairs_of(data: Path, base: Any, validation: int = 2) -> tuple[Pairs, Pairs]:
     return tuple(Pairs(data, cache, people) for people in split_people(read_rows(data), validation, seed=0))  # type: ignore[return-value]
 
 
-def task_of(data: Path, base: Any, recogniser: Any = None, **options: Any) -> FaceFusionTask:
+def task_of(data: Path, base: Any, embedder: Any = None, **options: Any) -> FaceFusionTask:
     adapter = create_adapter(base.unet, metadata={"resolution": SIDE})
-    return FaceFusionTask(base, adapter, *pairs_of(data, base), FaceFusionOptions(**options), recogniser)
+    return FaceFusionTask(base, adapter, *pairs_of(data, base), FaceFusionOptions(**options), embedder)
 
 
 def part_of(task: FaceFusionTask, rows: list[int], batch_size: int = 4, step: int = 3) -> dict[str, torch.Tensor]:
@@ -167,8 +167,8 @@ def test_unknown_prediction_and_recogniser_are_refused() -> None:
     with pytest.raises(TrainingError, match="'flow'"):
         objective.NoiseSchedule(torch.ones(3), "flow")
     with pytest.raises(TrainingError, match="MODULE:FUNCTION"):
-        objective.load_identity_recogniser("nobody")
-    found = objective.load_identity_recogniser("avatars")(torch.rand(2, 3, 128, 128), torch.rand(2, 5, 2) * 128)
+        objective.load_face_embedder("nobody")
+    found = objective.load_face_embedder("avatars")(torch.rand(2, 3, 128, 128), torch.rand(2, 5, 2) * 128)
     assert found.shape == (2, 256)
 
 
@@ -419,8 +419,8 @@ def test_dropout_shares_exclude_each_other(data: Path, base: Any) -> None:
     parts = [part_of(task, list(range(50)), 50, step) for step in range(10)]
     no_face = torch.cat([~part["has_face"] for part in parts])
     no_text = torch.cat([(part["text"] == task.empty["text"]).flatten(1).all(1) for part in parts])
-    shares = [float(found.float().mean()) for found in (no_text & ~no_face, no_text & no_face, ~no_text & no_face)]
-    assert shares == pytest.approx([0.2, 0.1, 0.3], abs=0.06)
+    fractions = [float(found.float().mean()) for found in (no_text & ~no_face, no_text & no_face, ~no_text & no_face)]
+    assert fractions == pytest.approx([0.2, 0.1, 0.3], abs=0.06)
 
 
 def test_the_gradient_of_a_batch_is_the_mean_of_its_parts(data: Path, base: Any) -> None:
@@ -509,7 +509,7 @@ def test_identity_loss_pulls_the_prediction_to_the_person(data: Path, base: Any)
     assert loss.item() > 0 == clearer(batch)[1]["identity_loss"].item(), "who is shown is settled in the first two"
     batch["has_face"][:] = True
     places: list[torch.Tensor] = []
-    colours = task.recogniser
+    colours = task.embedder
     turning = task_of(data, base, lambda images, points: places.append(points) or colours(images, points))  # type: ignore[misc]
     turning.options = FaceFusionOptions(identity_loss_weight=1.0, identity_loss_until=0.5, identity_loss_jitter=1.0)
     turning.identity_loss(batch, batch["latents"], batch["latents"])
@@ -583,22 +583,27 @@ def test_an_average_lies_between_two_trainings_and_says_so(base: Any, tmp_path: 
         record = {"face-fusion": {"task": "face-fusion", "steps": steps, "date": "2026-01-01"}}
         (tmp_path / name / "training.json").write_text(json.dumps(record))
     a, b = (load_file(tmp_path / name / "face_fusion_adapter.safetensors") for name in "ab")
-    for share in (0.0, 0.25, 1.0):
-        out = tmp_path / f"{share}"
+    for fraction in (0.0, 0.25, 1.0):
+        out = tmp_path / f"{fraction}"
         assert (
-            main(["average", str(tmp_path / "a"), str(tmp_path / "b"), "--share", str(share), "--out", str(out)]) == 0
+            main(["average", str(tmp_path / "a"), str(tmp_path / "b"), "--fraction", str(fraction), "--out", str(out)])
+            == 0
         )
         for key, mean in load_file(out / "face_fusion_adapter.safetensors").items():
             assert mean.dtype == torch.float16
-            torch.testing.assert_close(mean.double(), (1 - share) * a[key].double() + share * b[key].double(), **CLOSE)
+            torch.testing.assert_close(
+                mean.double(), (1 - fraction) * a[key].double() + fraction * b[key].double(), **CLOSE
+            )
     assert metadata_of(tmp_path / "0.25" / "face_fusion_adapter.safetensors")["resolution"] == str(SIDE)
     record = json.loads((tmp_path / "0.25" / "training.json").read_text())["face-fusion"]
-    assert record["steps"] == 9 and record["averaged"]["share"] == 0.25 and record["averaged"]["with"]["steps"] == 7
+    assert record["steps"] == 9 and record["averaged"]["fraction"] == 0.25 and record["averaged"]["with"]["steps"] == 7
     again = [str(tmp_path / name) for name in ("1.0", "0.25")]
-    assert main(["average", *again, "--share", "0.5", "--out", str(tmp_path / "again")]) == 0
+    assert main(["average", *again, "--fraction", "0.5", "--out", str(tmp_path / "again")]) == 0
     twice = json.loads((tmp_path / "again" / "training.json").read_text())["face-fusion"]["averaged"]
     assert (
-        twice["share"] == 0.5 and twice["before"] == record["averaged"] and twice["with"]["averaged"]["share"] == 1.0
+        twice["fraction"] == 0.5
+        and twice["before"] == record["averaged"]
+        and twice["with"]["averaged"]["fraction"] == 1.0
     )
 
 
@@ -611,7 +616,7 @@ def test_what_cannot_be_averaged_is_refused_and_nothing_is_lost(
     before = (tmp_path / "a" / "face_fusion_adapter.safetensors").read_bytes()
     for words, message in (
         (["a", "b", "--out", "c"], "different bases or kinds of reference"),
-        (["a", "a", "--share", "1.5", "--out", "c"], "from 0 to 1, got 1.5"),
+        (["a", "a", "--fraction", "1.5", "--out", "c"], "from 0 to 1, got 1.5"),
         (["b", "a", "--out", "a"], "take another folder"),
         (["a", "nowhere", "--out", "c"], "nowhere"),
     ):
@@ -879,7 +884,7 @@ def test_weights_can_be_trained_on(train: Any, tmp_path: Path) -> None:
         (["--resolution", "100"], "multiple of 8"),
         (["--identity-loss-weight", "0.1"], "go together"),
         (
-            ["--identity-loss-weight", "0.1", "--identity-recogniser", "avatars", "--identity-loss-from", "0.3"],
+            ["--identity-loss-weight", "0.1", "--identity-embedder", "avatars", "--identity-loss-from", "0.3"],
             "nothing",
         ),
         (["--resume-from-checkpoint", "checkpoint-7"], "no such folder"),

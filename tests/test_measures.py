@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from face_fusion_pipeline.avatars import SPLITS, render, sample_identity, sample_scene
-from face_fusion_pipeline.avatars.evaluation.judges import load_judges
+from face_fusion_pipeline.avatars.evaluation.evaluators import load_evaluators
 from face_fusion_pipeline.avatars.measures import damage, portraits
 from face_fusion_pipeline.avatars.measures.agreement import agreement, drawn_anew, renders_passed
 from face_fusion_pipeline.avatars.measures.choice import Candidate, candidate, choose, read_table
 from face_fusion_pipeline.avatars.measures.crops import eye_bands, features, heads, locate
-from face_fusion_pipeline.avatars.measures.drawing import EyeJudge, EyeNetwork, load_eye_judge
-from face_fusion_pipeline.avatars.measures.figures import distances, summarise_measures, trait_share
+from face_fusion_pipeline.avatars.measures.drawing import EyeEvaluator, EyeNetwork, load_eye_evaluator
+from face_fusion_pipeline.avatars.measures.figures import distances, summarise_measures, trait_fraction
 from face_fusion_pipeline.avatars.measures.looks import MEASURES, TRAITS, WORDS, Look
 from face_fusion_pipeline.avatars.measures.panel import Seen, load_measures
 from face_fusion_pipeline.avatars.measures.traits import SHIPPED, load_traits
@@ -22,7 +22,7 @@ from face_fusion_pipeline.avatars.measures.verdicts import Verdicts, read_verdic
 from face_fusion_pipeline.avatars.training.data import landmarks5
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.evaluation.distribution import kid
-from face_fusion_pipeline.evaluation.metrics import bootstrap_closed
+from face_fusion_pipeline.evaluation.metrics import bootstrap_normalised
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
 
 
@@ -85,7 +85,7 @@ def test_eyes_lie_in_the_band_and_heads_are_whole(size: int) -> None:
         == features(drawn.images, points).shape
         == (1, 3, 3 * size // 4, 3 * size // 4)
     )
-    assert (locate(load_judges(), drawn.images)[0] - points[0]).norm(dim=-1).mean() < 4 * size / 128
+    assert (locate(load_evaluators(), drawn.images)[0] - points[0]).norm(dim=-1).mean() < 4 * size / 128
 
 
 @pytest.mark.parametrize("way", damage.WAYS, ids=lambda way: way.__name__)
@@ -135,7 +135,7 @@ def test_both_measures_are_trained_by_one_command_each_in_either_world(tmp_path:
     words += ["--world", "2", "--threads", "1", "--batch-size", "6", "--precision", "no"]
     assert main(["avatars-train", "traits", *words, "--steps", "2"]) == 0
     assert main(["avatars-train", "drawing", *words, "--steps", "2"]) == 0
-    measures = load_measures(load_judges(), tmp_path / "out")
+    measures = load_measures(load_evaluators(), tmp_path / "out")
     assert measures is not None and measures.size == 64
     traits, drawing = measures.traits.about, measures.drawing.about
     assert traits["world"] == drawing["world"] == 2 and drawing["verdicts"] == 0
@@ -183,14 +183,14 @@ def test_agreement_by_hand() -> None:
         network.forward = lambda bands: bands.mean((1, 2, 3))  # type: ignore[method-assign]
     bands = torch.tensor([0.9, 0.2, 0.1, 0.8])[:, None, None, None].expand(-1, 3, 48, 112)
     verdicts = Verdicts(bands, torch.tensor([1, 1, 0, 0]).bool(), torch.tensor([1, 0, 1, 1]).bool(), {})
-    found = agreement(EyeJudge(network, 0.5, {}), verdicts)
+    found = agreement(EyeEvaluator(network, 0.5, {}), verdicts)
     assert found == {"broken_caught": 0.5, "good_passed": 0.5, "broken_caught_sure": 0.5, "good_passed_sure": 1.0}
     with pytest.raises(FaceFusionError, match="weights abc"):
         about = {
             "weights": "abc",
             "steps": 1,
             "guidance_scale": 4.0,
-            "late_guidance": 2.0,
+            "low_noise_guidance": 2.0,
             "self_scale": 4.0,
             "seed": 0,
         }
@@ -204,36 +204,40 @@ def test_missing_measures_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
     with pytest.raises(ModelNotFoundError, match="avatars-train traits"):
         load_traits(tmp_path)
     with pytest.raises(ModelNotFoundError, match="avatars-train drawing"):
-        load_eye_judge(tmp_path)
-    assert load_measures(load_judges(), tmp_path) is None and "avatars-train traits" in caplog.text
+        load_eye_evaluator(tmp_path)
+    assert load_measures(load_evaluators(), tmp_path) is None and "avatars-train traits" in caplog.text
 
 
 def test_shipped_measures_are_small_and_know_true_renders() -> None:
     assert sum(path.stat().st_size for path in SHIPPED.glob("*.safetensors")) < 5_000_000
-    measures = load_measures(load_judges())
+    measures = load_measures(load_evaluators())
     assert measures is not None
     scenes = [portraits.portrait_scene("test", 500 + k, 1) for k in range(48)]
     images = torch.cat([render(scenes[start : start + 16]).images for start in range(0, 48, 16)])
     own = measures.look(images, [Look.of_scene(scene) for scene in scenes])
     strange = measures.look(images, [Look.of_scene(scene) for scene in scenes[1:] + scenes[:1]])
-    shares = [np.mean([trait_share({"traits": seen.shown}) for seen in found]) for found in (own, strange)]
-    assert shares[0] > 0.85 and shares[1] < 0.6
+    fractions = [np.mean([trait_fraction({"traits": seen.shown}) for seen in found]) for found in (own, strange)]
+    assert fractions[0] > 0.85 and fractions[1] < 0.6
     assert np.mean([seen.eyes for seen in own]) > 0.88, "some eyes of the first world do not show"
-    wrong = damage.damaged(images, torch.cat([locate(measures.judges, images)]), torch.Generator().manual_seed(0))
+    wrong = damage.damaged(images, torch.cat([locate(measures.evaluators, images)]), torch.Generator().manual_seed(0))
     assert np.mean([seen.eyes for seen in measures.look(wrong, [Look.of_scene(scenes[0])])]) < 0.4
 
 
-def test_shipped_judge_of_eyes_agrees_with_verdicts_by_eye(capsys: pytest.CaptureFixture[str]) -> None:
+def test_shipped_evaluator_of_eyes_agrees_with_verdicts_by_eye(capsys: pytest.CaptureFixture[str]) -> None:
     """On 100 pictures of weights that it never learned from, some with a verdict that is not sure."""
-    verdicts, judge = read_verdicts(VERDICTS), load_eye_judge()
+    verdicts, evaluator = read_verdicts(VERDICTS), load_eye_evaluator()
     assert len(verdicts) == 100 and int((~verdicts.good).sum()) >= 30
     assert {p["method"] for p in verdicts.about["pictures"]} == {"none", "adapter", "both-mirrored"}
-    shares = agreement(judge, verdicts)
-    assert shares["broken_caught_sure"] >= 0.82 and shares["broken_caught"] >= 0.62 and shares["good_passed"] >= 0.9
-    assert renders_passed(judge, 96)[0] >= 0.96
+    fractions = agreement(evaluator, verdicts)
+    assert (
+        fractions["broken_caught_sure"] >= 0.82
+        and fractions["broken_caught"] >= 0.62
+        and fractions["good_passed"] >= 0.9
+    )
+    assert renders_passed(evaluator, 96)[0] >= 0.96
     assert main(["avatars-evaluate", "eyes", str(VERDICTS), "--renders", "8", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["shares"]["broken_caught"] == shares["broken_caught"] and result["drawn_anew"] is False
+    assert result["fractions"]["broken_caught"] == fractions["broken_caught"] and result["drawn_anew"] is False
 
 
 # --- Figures and choice --------------------------------------------------------------------------------------------
@@ -251,28 +255,28 @@ def test_kid_of_equal_and_of_other_distributions() -> None:
     assert np.isnan(kid(same, np.zeros(60), truth, people).mean)
 
 
-def test_closed_share_has_an_interval_over_people() -> None:
+def test_normalised_similarity_has_an_interval_over_people() -> None:
     people = np.repeat(np.arange(20), 2)
     rng = np.random.default_rng(1)
     person = rng.normal(size=20)[people] * 0.1
-    found = bootstrap_closed((0.6 + person, people), (0.2 + person, people), (1.0 + person, people))
+    found = bootstrap_normalised((0.6 + person, people), (0.2 + person, people), (1.0 + person, people))
     assert found.mean == pytest.approx(0.5) and found.low == pytest.approx(0.5) and found.high == pytest.approx(0.5)
-    loose = bootstrap_closed((0.6 + 3 * person, people), (0.2 + person, people), (1.0 + person, people))
+    loose = bootstrap_normalised((0.6 + 3 * person, people), (0.2 + person, people), (1.0 + person, people))
     assert loose.low < loose.mean < loose.high
     one = np.zeros(4)
-    assert np.isnan(bootstrap_closed((one + 1, one), (one, one), (one + 2, one)).low)
+    assert np.isnan(bootstrap_normalised((one + 1, one), (one, one), (one + 2, one)).low)
 
 
 def test_measures_are_summed_up() -> None:
-    def rows(*shares: float) -> list[dict]:
+    def rows(*fractions: float) -> list[dict]:
         return [
             {"person": k, "eyes": k % 2 == 0, "traits": {t: i < 10 * share for i, t in enumerate(TRAITS[:10])}}
-            for k, share in enumerate(shares)
+            for k, share in enumerate(fractions)
         ]
 
     found = summarise_measures(rows(0.5, 0.7), rows(0.2, 0.2), rows(1.0, 1.0))
-    assert found["eyes"]["mean"] == 0.5 and found["traits"]["share"]["mean"] == pytest.approx(0.6)
-    assert found["traits"]["closed"]["mean"] == pytest.approx(0.5)
+    assert found["eyes"]["mean"] == 0.5 and found["traits"]["fraction"]["mean"] == pytest.approx(0.6)
+    assert found["traits"]["normalised"]["mean"] == pytest.approx(0.5)
     assert found["traits"]["by_trait"][TRAITS[0]] == 1 and found["traits"]["by_trait"][TRAITS[6]] == 0.5
     rng = np.random.default_rng(0)
     seen = [Seen({}, True, rng.normal(size=4), rng.normal(size=4)) for _ in range(6)]
@@ -282,9 +286,9 @@ def test_measures_are_summed_up() -> None:
 
 def table(eyes: float, traits: float, *published: float) -> dict:
     names = [f"r{k}" for k in range(len(published))]
-    similarity = {name: {"closed": share} for name, share in zip(names, published, strict=True)}
-    mine = {"drawing": {"eyes": {"mean": eyes}}, "traits": {"closed": {"mean": traits}}}
-    own = {"avatar recogniser": {"closed": 1.0}}
+    similarity = {name: {"normalised": share} for name, share in zip(names, published, strict=True)}
+    mine = {"drawing": {"eyes": {"mean": eyes}}, "traits": {"normalised": {"mean": traits}}}
+    own = {"avatar recogniser": {"normalised": 1.0}}
     return {
         "published": names,
         "methods": {

@@ -406,46 +406,50 @@ def test_every_stage_is_recorded(model):
     assert records.keys() == {"vae", "clip", "unet", "controlnet"} and records["unet"]["samples"] == 8
 
 
-def test_the_recogniser_of_trainings_learns_who_is_who_and_is_not_the_judge(tmp_path):
-    from face_fusion_pipeline.avatars.evaluation.judges import load_judges
-    from face_fusion_pipeline.avatars.training.recogniser import (
-        RecogniserTask,
-        TrainingRecogniser,
-        load_training_recogniser,
+def test_the_face_embedder_of_trainings_learns_who_is_who_and_is_not_the_evaluator(tmp_path):
+    from face_fusion_pipeline.avatars.evaluation.evaluators import load_evaluators
+    from face_fusion_pipeline.avatars.training.face_embedder import (
+        FaceEmbedderTask,
+        TrainingEmbedder,
+        load_training_embedder,
     )
 
     dataset = tmp_path / "data"
     for split in ("train", "validation"):
         write(dataset / split, split, 10, size=SIZE, progress=False)
     words = ["--data", str(dataset), "--out", str(tmp_path), "--batch-size", "2", "--threads", "1", "--lr", "1e-3"]
-    assert main(["avatars-train", "recogniser", *words, "--steps", "20", "--warmup", "2", "--ema-decay", "0.5"]) == 0
-    first, last = (json.loads(line) for line in (tmp_path / "logs/recogniser/metrics.jsonl").read_text().splitlines())
+    assert (
+        main(["avatars-train", "face-embedder", *words, "--steps", "20", "--warmup", "2", "--ema-decay", "0.5"]) == 0
+    )
+    first, last = (
+        json.loads(line) for line in (tmp_path / "logs/face-embedder/metrics.jsonl").read_text().splitlines()
+    )
     assert first["loss"] > 0 and 0 <= last["validation_auc_head"] <= 1
-    trained, fresh, images = load_training_recogniser(tmp_path), TrainingRecogniser(), load_avatars(dataset, "train")
-    task = RecogniserTask(copy.deepcopy(trained), images, images)
+    trained, fresh, images = load_training_embedder(tmp_path), TrainingEmbedder(), load_avatars(dataset, "train")
+    task = FaceEmbedderTask(copy.deepcopy(trained), images, images)
     batch = task.batch(torch.arange(task.size), torch.Generator().manual_seed(0), 0.0)
     found = batch["head"].shape[0] // 2
     assert found == task.size > 1 and batch["landmarks5"].shape == (2 * found, 5, 2)
-    assert task(batch)[0] < RecogniserTask(fresh, images, images)(batch)[0]
+    assert task(batch)[0] < FaceEmbedderTask(fresh, images, images)(batch)[0]
     assert {task.pair([7, 8, 9], draw / 6) for draw in range(6)} == {
         (a, b) for a in (7, 8, 9) for b in (7, 8, 9) if a != b
     }
-    with pytest.raises(ModelNotFoundError, match="avatars-train recogniser"):
-        load_training_recogniser(tmp_path / "nowhere")
-    assert type(load_training_recogniser()) is not type(load_judges().recogniser), "what trains does not judge"
+    with pytest.raises(ModelNotFoundError, match="avatars-train face-embedder"):
+        load_training_embedder(tmp_path / "nowhere")
+    assert type(load_training_embedder()) is not type(load_evaluators().recogniser), "what trains does not evaluate"
 
 
-def test_the_shipped_recogniser_of_trainings_tells_unseen_people_apart(tmp_path):
-    from face_fusion_pipeline.avatars.training.recogniser import RecogniserTask, load_training_recogniser
+def test_the_shipped_face_embedder_of_trainings_tells_unseen_people_apart(tmp_path):
+    from face_fusion_pipeline.avatars.training.face_embedder import FaceEmbedderTask, load_training_embedder
 
     unseen = render_avatars(tmp_path, "test", 100, "cpu")
-    task = RecogniserTask(load_training_recogniser(), unseen, unseen)
+    task = FaceEmbedderTask(load_training_embedder(), unseen, unseen)
     with torch.no_grad():
         measured = task.eval().sample(tmp_path / "nothing.png")
         # A cosine of the whole is the mean of those of its towers, each of which counts the same.
         points = torch.tensor([[[48.0, 60], [80, 60], [64, 72], [52, 86], [76, 86]]]).repeat(2, 1, 1)
-        whole = task.recogniser(unseen.pixels[:2] / 255, points)
-        towers = [task.recogniser.look(name, unseen.pixels[:2] / 255, points) for name in task.recogniser.towers]
+        whole = task.embedder(unseen.pixels[:2] / 255, points)
+        towers = [task.embedder.look(name, unseen.pixels[:2] / 255, points) for name in task.embedder.towers]
     assert measured["validation_auc_head"] > 0.98 and measured["validation_auc_features"] > 0.98
     cosine = torch.nn.functional.cosine_similarity
     torch.testing.assert_close(cosine(*whole, dim=0), torch.stack([a @ b for a, b in towers]).mean())

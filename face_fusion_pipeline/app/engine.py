@@ -208,13 +208,13 @@ class Engine:
     def _denoise(self, form: Form, faces: dict[str, Any], on_step: Callable[[float], None]) -> Any:
         import torch
 
-        from ..late_guidance import LateGuidance
+        from ..guidance_interval import GuidanceInterval
 
-        late = form.guidance_in_clear_half and LateGuidance(form.guidance_in_clear_half)
+        interval = form.guidance_in_low_noise_half and GuidanceInterval(form.guidance_in_low_noise_half)
 
         def after_step(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step((step + 1) / pipe.num_timesteps)
-            return late(pipe, step, timestep, tensors) if late else tensors
+            return interval(pipe, step, timestep, tensors) if interval else tensors
 
         width, height = self.size(form.shape)
         control = {} if form.control is None else {"control_image": form.control}
@@ -256,7 +256,7 @@ class Engine:
             "face_boxes_source": source,
             "steps": form.steps,
             "guidance": form.guidance,
-            "late_guidance": form.guidance_in_clear_half,
+            "low_noise_guidance": form.guidance_in_low_noise_half,
             "watermark": self.watermark,
             "control": None if form.control is None else "depth of the layout picture",
         }

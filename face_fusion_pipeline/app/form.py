@@ -86,7 +86,7 @@ class Form:
         boxes: person's number -> face box XYXY in [0, 1] of the picture's width and height; may be empty.
         control: picture whose depth is to be followed, an RGB image, or None.
         layout_size: (width, height) of the picture that the boxes were drawn on, or None.
-        late_guidance: whether guidance is halved in the clear half of the timesteps.
+        low_noise_guidance: whether guidance is halved in the low-noise half of the timesteps.
         compare: whether each picture is made without faces, too.
     """
 
@@ -98,7 +98,7 @@ class Form:
     count: int = 2
     steps: int = 25
     guidance: float = 5.0
-    late_guidance: bool = False
+    low_noise_guidance: bool = False
     compare: bool = False
     boxes: dict[int, Box] | None = None
     control: Any = None
@@ -110,9 +110,9 @@ class Form:
         return self.layout_size if self.control is None else self.control.size
 
     @property
-    def guidance_in_clear_half(self) -> float | None:
+    def guidance_in_low_noise_half(self) -> float | None:
         """Half of the guidance, if that was asked for and is guidance still; None: as before."""
-        return self.guidance / 2 if self.late_guidance and self.guidance > 2 else None
+        return self.guidance / 2 if self.low_noise_guidance and self.guidance > 2 else None
 
     @property
     def full_prompt(self) -> str:

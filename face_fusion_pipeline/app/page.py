@@ -74,7 +74,7 @@ class Widgets:
     negative_prompt: gr.Textbox
     steps: gr.Slider
     guidance: gr.Slider
-    late_guidance: gr.Checkbox
+    low_noise_guidance: gr.Checkbox
     compare: gr.Checkbox
     places_section: gr.Accordion
     more_section: gr.Accordion
@@ -244,10 +244,10 @@ def _more(widgets: dict[str, Any], messages: dict[str, gr.HTML], steps: int, def
                 min_width=160,
             )
         messages["steps"], messages["guidance"] = _message("steps"), _message("guidance")
-        widgets["late_guidance"] = gr.Checkbox(
-            defaults.late_guidance is not None,
-            label="Half the guidance in the later steps",
-            info="details less overdrawn; suits the avatars",
+        widgets["low_noise_guidance"] = gr.Checkbox(
+            defaults.low_noise_guidance is not None,
+            label="Half the guidance at low noise",
+            info="in the later steps, so that details are less overdrawn; suits the avatars",
         )
         widgets["compare"] = gr.Checkbox(
             False, label="Also without a face", info="in the contact sheet, from the same seed; takes twice the time"

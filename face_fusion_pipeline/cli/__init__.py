@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..face_errors import FaceFusionError
 from ..files.atomic import check_writable
-from ._arguments import Number
+from ._arguments import Number, todays_words
 
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     with own_lines():
         try:
-            args = build_parser().parse_args(argv)
+            args = build_parser().parse_args(todays_words(sys.argv[1:] if argv is None else argv))
         except SystemExit as stop:  # --help or a bad argument
             return int(stop.code or 0)
         return _run(args)

@@ -1,11 +1,14 @@
 """Types and actions of the commands' options: every number is checked here, before anything is loaded."""
 
 import argparse
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+
+logger = logging.getLogger(__name__)
 
 MANY = 10**9  # no count of steps, pictures or pixels is larger
 OPEN = 10**6  # upper ends from here on only keep infinity out: `--help` does not name them
@@ -101,3 +104,34 @@ class Gather(argparse.Action):
         before = [] if before is self.default or before is None else before
         added = values if isinstance(values, list) else [values]
         setattr(namespace, self.dest, [*before, *added])
+
+
+# What words of a command line were called earlier: options of any command, and the second word after the first.
+EARLIER_OPTIONS = {
+    "--late-guidance": "--low-noise-guidance",
+    "--min-face-share": "--min-face-fraction",
+    "--share": "--fraction",
+    "--judges": "--evaluators",
+    "--judge-recogniser": "--evaluator",
+    "--condition-recogniser": "--condition-embedder",
+    "--identity-recogniser": "--identity-embedder",
+}
+EARLIER_ACTIONS = {
+    ("avatars-evaluate", "train-judges"): "train-evaluators",
+    ("avatars-train", "recogniser"): "face-embedder",
+}
+
+
+def todays_words(words: Sequence[str]) -> list[str]:
+    """A command line in the names of today; a line of warning for each that has changed."""
+    found = list(words)
+    if tuple(found[:2]) in EARLIER_ACTIONS:
+        action = EARLIER_ACTIONS[found[0], found[1]]
+        logger.warning("%s is called %s now", found[1], action)
+        found[1] = action
+    for place, word in enumerate(found):
+        option, equals, value = word.partition("=")
+        if option in EARLIER_OPTIONS:
+            logger.warning("%s is called %s now", option, EARLIER_OPTIONS[option])
+            found[place] = EARLIER_OPTIONS[option] + equals + value
+    return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..face_errors import FaceFusionError
 from ..generation.arguments import add_version_arguments
 from ._arguments import COUNT, DECAY, FRACTION, POSITIVE, POWER, RATE, SEED, STEPS, Gather, real, whole
+from ._train_studio import CONDITIONERS, add_studio_arguments, check_studio_arguments
 from .prepare import add_selection_arguments, add_source_arguments, check_selection, given_words
 
 
@@ -32,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_version_arguments(parser)
     parser.add_argument(
         "--seed", type=SEED, default=0, help="equal seeds give equal weights, on any number of processes"
+    )
+
+    parser.add_argument(
+        "--conditioner", choices=CONDITIONERS, default=CONDITIONERS[0], help="what is trained: the system's weights"
     )
 
     length = parser.add_argument_group("length and speed")
@@ -66,9 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--init-adapter", type=Path, metavar="PATH", help="start from this file or folder")
     what.add_argument("--reference-timestep", type=whole(0, 999), default=0, help="noise level of the reference pass")
     what.add_argument("--token-count-bias", action="store_true", help="log(text tokens / face tokens) on face logits")
-    what.add_argument("--text-dropout", type=FRACTION, default=0.05, help="share of examples without their prompt")
-    what.add_argument("--face-dropout", type=FRACTION, default=0.05, help="share without their face")
-    what.add_argument("--both-dropout", type=FRACTION, default=0.05, help="share without both")
+    what.add_argument("--text-dropout", type=FRACTION, default=0.05, help="fraction of examples without their prompt")
+    what.add_argument("--face-dropout", type=FRACTION, default=0.05, help="fraction without their face")
+    what.add_argument("--both-dropout", type=FRACTION, default=0.05, help="fraction without both")
     what.add_argument("--timestep-power", type=POWER, default=1.0, help="below 1: noisy steps more often")
     what.add_argument("--snr-gamma", type=POSITIVE, help="min-SNR weighting of the loss, for example 5")
     what.add_argument("--snr-keep-noisy", action="store_true", help="with v-prediction: noisy steps at full weight")
@@ -76,12 +81,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--identity-loss-weight", type=real(), default=0.0, help="weight of the predicted face's likeness"
     )
-    what.add_argument("--identity-recogniser", metavar="NAME", help="'avatars', or MODULE:FUNCTION that returns one")
+    what.add_argument("--identity-embedder", metavar="NAME", help="'avatars', or MODULE:FUNCTION that returns one")
     what.add_argument(
-        "--identity-loss-from", type=FRACTION, default=0.0, help="share of the timesteps that are too clear to have it"
+        "--identity-loss-from",
+        type=FRACTION,
+        default=0.0,
+        help="fraction of the timesteps that are at too little noise to have it",
     )
     what.add_argument(
-        "--identity-loss-until", type=FRACTION, default=0.25, help="share of the timesteps up to which they have it"
+        "--identity-loss-until", type=FRACTION, default=0.25, help="fraction of the timesteps up to which they have it"
     )
     what.add_argument(
         "--identity-loss-jitter",
@@ -117,6 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     look.add_argument("--push-to-hub", action="store_true")
     look.add_argument("--hub-model-id", metavar="OWNER/NAME", help="default: the name of OUT")
     look.add_argument("--hub-private-repo", action="store_true")
+    add_studio_arguments(parser)
     add_source_arguments(parser)
     add_selection_arguments(parser)
 
@@ -129,10 +138,11 @@ def command_line(args: argparse.Namespace) -> list[str]:
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
     check_selection(args)
+    check_studio_arguments(args)
     if args.text_dropout + args.face_dropout + args.both_dropout > 1:
         raise FaceFusionError("--text-dropout, --face-dropout and --both-dropout add up to more than 1")
-    if (args.identity_loss_weight > 0) != (args.identity_recogniser is not None):
-        raise FaceFusionError("--identity-loss-weight and --identity-recogniser go together")
+    if (args.identity_loss_weight > 0) != (args.identity_embedder is not None):
+        raise FaceFusionError("--identity-loss-weight and --identity-embedder go together")
     if args.identity_loss_from >= args.identity_loss_until and args.identity_loss_weight:
         raise FaceFusionError(
             f"--identity-loss-from {args.identity_loss_from} leaves nothing below --identity-loss-until "

@@ -57,17 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--identity-loss-weight",
         type=real(),
         default=0.0,
-        help="of the likeness that the recogniser of trainings sees, which is not one that measures (default: 0)",
+        help="of the likeness that the face embedder of trainings sees, which is not one that measures (default: 0)",
     )
     budget.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
     budget.add_argument(
         "--keep-references", action="store_true", help="hold what the UNet makes of all references in memory"
     )
     budget.add_argument(
-        "--condition-recogniser",
+        "--condition-embedder",
         metavar="NAME",
-        help="what ip-adapter-faceid is given: a folder of judges, or NAME=FILE.onnx (default: the recogniser of "
-        "trainings)",
+        help="what ip-adapter-faceid is given: a folder of evaluators, or NAME=FILE.onnx (default: the face embedder "
+        "of trainings)",
     )
 
     measure = parser.add_argument_group("measurement")
@@ -85,10 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="points of the scale curve",
     )
     measure.add_argument(
-        "--judge-recogniser",
+        "--evaluator",
         metavar="NAME",
-        help="who measures likeness: a folder of judges, or NAME=FILE.onnx (default: the package's); where a variant "
-        "is conditioned on a recogniser it must be another one",
+        help="who measures likeness: a folder of evaluators, or NAME=FILE.onnx (default: the package's); where a "
+        "variant is conditioned on a face embedder it must be another one",
     )
 
 
@@ -127,12 +127,12 @@ def run(args: argparse.Namespace) -> int:
         args.data,
         args.out,
         budget,
-        args.condition_recogniser,
+        args.condition_embedder,
         args.keep_references,
         start=args.init_adapter,
         teacher=args.teacher,
     )
-    laboratory = Laboratory(trainer, sampling, tuple(args.seeds), args.judge_recogniser)
+    laboratory = Laboratory(trainer, sampling, tuple(args.seeds), args.evaluator)
     for name in QUESTIONS if "all" in args.questions else args.questions:
         question = QUESTIONS[name].among(args.variants) if args.variants else QUESTIONS[name]
         if question.axis == "scale" and args.scales:

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     savings.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
 
     recognition = actions.add_parser("recognition", help="do tools made for photographs accept avatars?")
-    _add_judges(recognition)
+    _add_evaluators(recognition)
     recognition.add_argument("--identities", type=COUNT, default=100, help="test people (default: 100)")
     recognition.add_argument("--portraits", type=COUNT, default=4, help="portraits of each (default: 4)")
     recognition.add_argument("--seed", type=SEED, default=0, help="of people, prompts and noise")
@@ -87,9 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     recognition.add_argument("--world", type=whole(1, 2), help="world of the avatars (default: the model's)")
 
-    train = actions.add_parser("train-judges", help="train the classifiers and the recogniser that measure avatars")
+    train = actions.add_parser(
+        "train-evaluators", help="train the classifiers and the recogniser that measure avatars"
+    )
     train.add_argument("--data", type=Path, required=True, help="dataset folder with train and validation")
-    train.add_argument("--out", type=Path, required=True, help="folder for the judges")
+    train.add_argument("--out", type=Path, required=True, help="folder for the evaluators")
     train.add_argument("--steps", type=COUNT, default=1200, help="batches (default: 1200)")
     train.add_argument(
         "--only",
@@ -99,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("locator", "scene", "expression", "recogniser", "depth"),
         help="train only these and keep the others that are in --out (locator, scene, expression, recogniser, depth)",
     )
-    train.add_argument("--start", type=Path, metavar="DIR", help="judges to go on from (default: begin anew)")
+    train.add_argument("--start", type=Path, metavar="DIR", help="evaluators to go on from (default: begin anew)")
     train.add_argument("--limit", type=COUNT, default=20000, help="images to use at most (default: 20000)")
     train.add_argument("--seed", type=SEED, default=0, help="of people, prompts and noise")
 
@@ -113,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", choices=METHODS, default="both-mirrored", help="of the tables (default: both-mirrored)"
     )
 
-    eyes = actions.add_parser("eyes", help="does the judge of eyes agree with verdicts given by eye?")
+    eyes = actions.add_parser("eyes", help="does the evaluator of eyes agree with verdicts given by eye?")
     eyes.add_argument(
         "verdicts", type=Path, metavar="FILE", help="FILE.json and FILE.webp, as tests/data/eye_verdicts"
     )
@@ -135,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     if "device" in args:
-        usable_device(args.device)  # known before judges and models are loaded
+        usable_device(args.device)  # known before evaluators and models are loaded
     actions = {
         "table": _table,
         "model": _model,
@@ -144,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
         "morph": _morph,
         "savings": _savings,
         "recognition": _recognition,
-        "train-judges": _train,
+        "train-evaluators": _train,
         "choose": _choose,
         "eyes": _eyes,
     }
@@ -160,10 +162,10 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance-scale",
         type=GUIDANCE,
-        help=f"default: {AVATAR_DEFAULTS.guidance_scale:g}, and {AVATAR_DEFAULTS.late_guidance:g} in the clear half",
+        help=f"default: {AVATAR_DEFAULTS.guidance_scale:g}, and {AVATAR_DEFAULTS.low_noise_guidance:g} at low noise",
     )
     parser.add_argument(
-        "--late-guidance", type=GUIDED, help="guidance in the clear half of the timesteps (default: as before)"
+        "--low-noise-guidance", type=GUIDED, help="guidance in the low-noise half of the timesteps (default: the same)"
     )
     parser.add_argument("--seed", type=SEED, default=0, help="of people, prompts and noise")
     parser.add_argument("--batch", type=COUNT, default=4, help="prompts denoised together (default: 4)")
@@ -173,8 +175,8 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="dataset whose captions are not to be asked, or avatars:N for so many scenes that were rendered",
     )
-    parser.add_argument("--judges", type=Path, help="folder of judges (default: those in the package)")
-    _add_judges(parser)
+    parser.add_argument("--evaluators", type=Path, help="folder of evaluators (default: those in the package)")
+    _add_evaluators(parser)
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
@@ -182,7 +184,7 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=STRENGTH, default=1.0, help="face scale of the adapter (default: 1)")
 
 
-def _add_judges(parser: argparse.ArgumentParser) -> None:
+def _add_evaluators(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recognisers", type=Path, metavar="DIR", help="folder of face recognisers as .onnx files")
     parser.add_argument("--recogniser", action="append", default=[], metavar="NAME=FILE.onnx[:PREPROCESSING]",
                         help="one recogniser; preprocessing: arcface (default), imagenet or raw")  # fmt: skip
@@ -206,12 +208,12 @@ def _detector(args: argparse.Namespace) -> FaceDetector | None:
 
 
 def _panel(args: argparse.Namespace) -> Panel:
-    from ..avatars.evaluation.judges import SHIPPED, load_judges
+    from ..avatars.evaluation.evaluators import SHIPPED, load_evaluators
     from ..avatars.evaluation.scoring import Panel
     from ..evaluation.recognisers import load_recognisers
 
     recognisers = load_recognisers(args.recogniser, args.recognisers)
-    return Panel(load_judges(args.judges or SHIPPED), recognisers, _detector(args))
+    return Panel(load_evaluators(args.evaluators or SHIPPED), recognisers, _detector(args))
 
 
 def _model_folder(args: argparse.Namespace) -> str:
@@ -221,8 +223,9 @@ def _model_folder(args: argparse.Namespace) -> str:
 def _settings(args: argparse.Namespace, **more: Any) -> Settings:
     from ..evaluation.generation import Settings
 
-    guidance, late = guidance_scales(args.guidance_scale, args.late_guidance, AVATAR_DEFAULTS, name="--guidance-scale")
-    common = {"steps": args.steps, "guidance_scale": guidance, "late_guidance": late}
+    asked = args.guidance_scale, args.low_noise_guidance
+    guidance, low_noise = guidance_scales(*asked, AVATAR_DEFAULTS, name="--guidance-scale")
+    common = {"steps": args.steps, "guidance_scale": guidance, "low_noise_guidance": low_noise}
     return Settings.of(_model_folder(args), **common, seed=args.seed, batch=args.batch, **more)
 
 
@@ -277,7 +280,7 @@ def _table(args: argparse.Namespace) -> tuple[dict, str]:
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
     panel = _panel(args)
-    panel.measures = load_measures(panel.judges)
+    panel.measures = load_measures(panel.evaluators)
     result = compare(pipeline_of(settings, args.device), trials, methods, panel, settings, args.out)
     return result, as_markdown(result, panel.names)
 
@@ -296,7 +299,7 @@ def _model(args: argparse.Namespace) -> tuple[dict, str]:
 
 
 def _people(args: argparse.Namespace) -> tuple[dict, str]:
-    from ..avatars.evaluation.judges import SHIPPED, load_judges
+    from ..avatars.evaluation.evaluators import SHIPPED, load_evaluators
     from ..avatars.evaluation.people_table import as_markdown, compare_people
     from ..avatars.evaluation.trials import plan_trials
     from ..evaluation.generation import pipeline_of
@@ -306,14 +309,14 @@ def _people(args: argparse.Namespace) -> tuple[dict, str]:
     trials = plan_trials(
         args.identities, args.prompts, seed=args.seed, people=args.people, exclude=exclude, style="photo"
     )
-    judges = load_judges(args.judges or SHIPPED)
-    result = compare_people(pipeline_of(settings, args.device), trials, judges, settings, args.out)
+    evaluators = load_evaluators(args.evaluators or SHIPPED)
+    result = compare_people(pipeline_of(settings, args.device), trials, evaluators, settings, args.out)
     return result, as_markdown(result)
 
 
 def _depth(args: argparse.Namespace) -> tuple[dict, str]:
     from ..avatars.evaluation.depth_table import as_markdown, compare_depth
-    from ..avatars.evaluation.judges import SHIPPED, load_judges
+    from ..avatars.evaluation.evaluators import SHIPPED, load_evaluators
     from ..avatars.evaluation.trials import plan_trials
     from ..evaluation.generation import pipeline_of
 
@@ -321,13 +324,13 @@ def _depth(args: argparse.Namespace) -> tuple[dict, str]:
     settings = _settings(args, adapter=_adapter(args), controlnet=controlnet, face_scale=args.scale)
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
-    judges = load_judges(args.judges or SHIPPED)
-    result = compare_depth(pipeline_of(settings, args.device), trials, judges, settings, args.out)
+    evaluators = load_evaluators(args.evaluators or SHIPPED)
+    result = compare_depth(pipeline_of(settings, args.device), trials, evaluators, settings, args.out)
     return result, as_markdown(result)
 
 
 def _morph(args: argparse.Namespace) -> tuple[dict, str]:
-    from ..avatars.evaluation.judges import SHIPPED, load_judges
+    from ..avatars.evaluation.evaluators import SHIPPED, load_evaluators
     from ..avatars.evaluation.morph_table import as_markdown, compare_morphs
     from ..avatars.evaluation.trials import plan_trials
     from ..evaluation.generation import pipeline_of
@@ -336,13 +339,13 @@ def _morph(args: argparse.Namespace) -> tuple[dict, str]:
     trials = plan_trials(
         args.identities, 1, seed=args.seed, exclude=_training_captions(args.training_data), style="photo"
     )
-    judges = load_judges(args.judges or SHIPPED)
-    result = compare_morphs(pipeline_of(settings, args.device), trials, judges, settings, args.out)
+    evaluators = load_evaluators(args.evaluators or SHIPPED)
+    result = compare_morphs(pipeline_of(settings, args.device), trials, evaluators, settings, args.out)
     return result, as_markdown(result)
 
 
 def _savings(args: argparse.Namespace) -> tuple[dict, str]:
-    from ..avatars.evaluation.judges import SHIPPED, load_judges
+    from ..avatars.evaluation.evaluators import SHIPPED, load_evaluators
     from ..avatars.evaluation.savings_table import as_markdown, compare_savings
     from ..avatars.evaluation.trials import plan_trials
     from ..evaluation.generation import pipeline_of
@@ -353,18 +356,18 @@ def _savings(args: argparse.Namespace) -> tuple[dict, str]:
         raise FaceFusionError("no adapter beside the model, name one with --adapter")
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
-    judges = load_judges(args.judges or SHIPPED)
-    result = compare_savings(pipeline_of(settings, args.device), trials, judges, settings, args.out)
+    evaluators = load_evaluators(args.evaluators or SHIPPED)
+    result = compare_savings(pipeline_of(settings, args.device), trials, evaluators, settings, args.out)
     return result, as_markdown(result)
 
 
 def _recognition(args: argparse.Namespace) -> tuple[dict, str]:
-    from ..avatars.evaluation.judges import load_judges
+    from ..avatars.evaluation.evaluators import load_evaluators
     from ..avatars.evaluation.recognition import measure_recognition
     from ..evaluation.recognisers import load_recognisers
     from ..evaluation.reports import markdown_table
 
-    recognisers: list[Recogniser] = [*load_recognisers(args.recogniser, args.recognisers), load_judges()]
+    recognisers: list[Recogniser] = [*load_recognisers(args.recogniser, args.recognisers), load_evaluators()]
     asked = {name: getattr(args, name) for name in ("identities", "portraits", "seed", "size", "world")}
     result = measure_recognition(recognisers, _detector(args), **asked)
     detected = result.get("auc_detected", {})
@@ -379,15 +382,15 @@ def _recognition(args: argparse.Namespace) -> tuple[dict, str]:
 
 
 def _train(args: argparse.Namespace) -> tuple[dict, str]:
-    from ..avatars.evaluation.judge_training import train_judges
+    from ..avatars.evaluation.evaluator_training import train_evaluators
     from ..evaluation.reports import markdown_table
 
     only: dict[str, Any] = {"only": args.only} if args.only else {}
     only |= {"start": args.start}
-    result = train_judges(args.data, args.out, steps=args.steps, limit=args.limit, seed=args.seed, **only)
+    result = train_evaluators(args.data, args.out, steps=args.steps, limit=args.limit, seed=args.seed, **only)
     rows = [[f"{trait} right", value] for trait, value in result["accuracy"].items()]
     rows += [["landmark error, pixels", result["landmark_error_pixels"]], ["recogniser AUC", result["recogniser_auc"]]]
-    return result, markdown_table(["judges on held-out people", "value"], rows)
+    return result, markdown_table(["evaluators on held-out people", "value"], rows)
 
 
 def _choose(args: argparse.Namespace) -> tuple[dict, str]:
@@ -412,7 +415,7 @@ def _eyes(args: argparse.Namespace) -> tuple[dict, str]:
     from ..evaluation.reports import markdown_table
 
     result = measure_agreement(args.verdicts, args.model, args.out, device=args.device, renders=args.renders)
-    rows = [[name.replace("_", " "), f"{100 * value:.1f} %"] for name, value in result["shares"].items()]
+    rows = [[name.replace("_", " "), f"{100 * value:.1f} %"] for name, value in result["fractions"].items()]
     return result, markdown_table(
-        ["share", "value"], rows
+        ["fraction", "value"], rows
     ) + f"\n{result['good']} good and {result['broken']} broken.\n"

@@ -19,18 +19,23 @@ if TYPE_CHECKING:
     from ..avatars.training.presets import Preset
     from ..training.loop import LoopOptions, Task
 
-HELP = "train a part of the avatar model (vae, clip, unet, controlnet), a recogniser, or a measure (traits, drawing)"
+HELP = (
+    "train a part of the avatar model (vae, clip, unet, controlnet, prior), a face embedder, or a measure (traits, "
+    "drawing)"
+)
 MEASURES = ("traits", "drawing")
-STAGES = ("vae", "clip", "unet", "controlnet", "recogniser", *MEASURES)
+STAGES = ("vae", "clip", "unet", "controlnet", "prior", "face-embedder", *MEASURES)
 PORTRAITS = {"train": 24000, "validation": 2000}  # that measures learn from, and are tried on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Train one part and write it into a diffusers folder. Order: vae, clip, unet, controlnet. A run that was "
+        "Train one part and write it into a diffusers folder. Order: vae, clip, unet, controlnet; after clip also the "
+        "prior, which makes embeddings of pictures from text, for FaceStudio. A run that was "
         "killed goes on from its last checkpoint when the same command is given again. Face Fusion weights for the "
-        "result are trained as for any other checkpoint: `face-fusion prepare` and `face-fusion train`. A recogniser "
-        "is no part of the model: it can be asked for in the training of Face Fusion weights (identity loss). Traits "
+        "result are trained as for any other checkpoint: `face-fusion prepare` and `face-fusion train`. A face "
+        "embedder is no part of the model: "
+        "it can be asked for in the training of Face Fusion weights (identity loss). Traits "
         "and drawing are measures of `face-fusion avatars-evaluate table`: they learn from portraits of their own, "
         "which --data keeps."
     )
@@ -220,23 +225,35 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
         given = {"face_weight": args.face_loss_weight, "timestep_power": args.timestep_power}
         given = {name: value for name, value in given.items() if value is not None}
         return UnetTask(unet, frozen, data, validation, **given)
-    if args.stage == "recogniser":
-        from ..avatars.training.recogniser import RecogniserTask, TrainingRecogniser, load_training_recogniser
+    if args.stage == "prior":
+        from diffusers import PriorTransformer
 
-        return RecogniserTask(load_training_recogniser(source) if source else TrainingRecogniser(), data, validation)
+        from ..avatars.training.prior import PriorTask, create_prior
+        from ..avatars.training.tokenizer import load_tokenizer
+        from ..evaluation.clip_score import is_pipeline_folder, load_clip
+
+        if not is_pipeline_folder(args.out):
+            raise FaceFusionError(f"{args.out / 'clip_score'} does not exist: train the stage `clip` first")
+        clip = load_clip(args.out).to(process_group().device)
+        prior = PriorTransformer.from_pretrained(source / "prior") if source else create_prior(clip, **preset.network)
+        return PriorTask(prior, clip, load_tokenizer(args.out), data, validation)
+    if args.stage == "face-embedder":
+        from ..avatars.training.face_embedder import FaceEmbedderTask, TrainingEmbedder, load_training_embedder
+
+        return FaceEmbedderTask(load_training_embedder(source) if source else TrainingEmbedder(), data, validation)
     if args.stage == "traits":
         from ..avatars.measures.traits import TraitNetwork, load_traits
         from ..avatars.measures.traits_training import TraitsTask
 
         return TraitsTask(load_traits(source).network if source else TraitNetwork(), data, validation, args.world)
     if args.stage == "drawing":
-        from ..avatars.measures.drawing import EyeNetwork, load_eye_judge
+        from ..avatars.measures.drawing import EyeNetwork, load_eye_evaluator
         from ..avatars.measures.drawing_training import DrawingTask
         from ..avatars.measures.verdicts import SHIPPED, read_verdicts
 
         usual = args.verdicts is None and (args.size or 128) == 128 and (args.world or 1) == 1
         verdicts = read_verdicts(args.verdicts or SHIPPED) if args.verdicts or usual else None
-        network = load_eye_judge(source).network if source else EyeNetwork()
+        network = load_eye_evaluator(source).network if source else EyeNetwork()
         return DrawingTask(network, data, validation, verdicts, args.world)
     from ..avatars.training.controlnet import ControlNetTask, create_controlnet, load_controlnet_for
     from ..avatars.training.unet import load_frozen, load_unet

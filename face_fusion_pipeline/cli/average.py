@@ -18,13 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("first", type=Path, help="adapter file, or folder that `face-fusion train` wrote")
     parser.add_argument("second", type=Path, help="of a training that went on from the first (--init-adapter)")
-    parser.add_argument("--share", type=FRACTION, default=0.5, help="of the second")
+    parser.add_argument("--fraction", type=FRACTION, default=0.5, help="of the second")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
 
 
 def run(args: argparse.Namespace) -> int:
     from ..training.averaging import average_adapters
 
-    average_adapters(args.first, args.second, args.share, args.out)
+    average_adapters(args.first, args.second, args.fraction, args.out)
     print(args.out)
     return 0

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-identities", type=COUNT, metavar="N", help="only the first N people")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     _add_generation(parser.add_argument_group("generation"))
-    _add_judges(parser.add_argument_group("what looks at the pictures"))
+    _add_evaluators(parser.add_argument_group("what looks at the pictures"))
 
 
 def _add_generation(group: Any) -> None:
@@ -77,7 +77,9 @@ def _add_generation(group: Any) -> None:
         type=GUIDANCE,
         help="classifier-free guidance; 1 is off; default: as the model recommends (the avatars: 4, then 2), else 5",
     )
-    group.add_argument("--late-guidance", type=GUIDED, help="in the clear half of the timesteps; default: as before")
+    group.add_argument(
+        "--low-noise-guidance", type=GUIDED, help="in the low-noise half of the timesteps; default: the same"
+    )
     group.add_argument("--scale", type=STRENGTH, default=1.0, help="strength of the face with the adapter")
     group.add_argument("--training-free-scale", type=STRENGTH, default=1.0, help="strength of the face without it")
     group.add_argument("--self-scale", type=STRENGTH, default=4.0, help="strength at the self-attention, times these")
@@ -87,7 +89,7 @@ def _add_generation(group: Any) -> None:
     group.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
 
 
-def _add_judges(group: Any) -> None:
+def _add_evaluators(group: Any) -> None:
     group.add_argument(
         "--recogniser",
         action="append",
@@ -99,8 +101,8 @@ def _add_judges(group: Any) -> None:
     group.add_argument("--recognisers", type=Path, metavar="DIR", help="folder of recognisers as .onnx files")
     group.add_argument("--expression", type=Path, metavar="FILE.onnx", help="classifier of expressions, 112x112 crops")
     group.add_argument("--clip", metavar="DIR_OR_HUB_ID", help="CLIP; default: the model's own, else one in the cache")
-    group.add_argument("--judges", nargs="?", type=Path, const=Path(), metavar="DIR",
-                       help="the judges of avatars; on by themselves with an avatar model")  # fmt: skip
+    group.add_argument("--evaluators", nargs="?", type=Path, const=Path(), metavar="DIR",
+                       help="the evaluators of avatars; on by themselves with an avatar model")  # fmt: skip
     group.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
     group.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
 
@@ -145,7 +147,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.model is not None and args.prompts is not None:
         check_model(args.model)
     defaults = None if args.prompts is None else defaults_beside(args.model)
-    args.guidance, args.late_guidance = guidance_scales(args.guidance, args.late_guidance, defaults)
+    args.guidance, args.low_noise_guidance = guidance_scales(args.guidance, args.low_noise_guidance, defaults)
 
 
 def _settings(args: argparse.Namespace, model: str) -> Settings:
@@ -159,7 +161,7 @@ def _settings(args: argparse.Namespace, model: str) -> Settings:
         dtype=args.dtype,
         steps=args.steps,
         guidance_scale=args.guidance,
-        late_guidance=args.late_guidance,
+        low_noise_guidance=args.low_noise_guidance,
         face_scale=args.scale,
         training_free_scale=args.training_free_scale,
         self_scale=args.self_scale,
@@ -202,14 +204,14 @@ def _pictures(args: argparse.Namespace, people: list[Person], settings: Settings
 def _panel(
     args: argparse.Namespace, people: list[Person], model: str | None, device: Any
 ) -> tuple[PicturePanel, dict[str, str]]:
-    """All that looks at the pictures; a model of avatars brings its CLIP and the judges of avatars along."""
-    from ..avatars.evaluation.judges import SHIPPED, load_judges
+    """All that looks at the pictures; a model of avatars brings its CLIP and the evaluators of avatars along."""
+    from ..avatars.evaluation.evaluators import SHIPPED, load_evaluators
     from ..evaluation.clip_score import is_pipeline_folder
     from ..evaluation.picture_panel import load_panel
     from ..face_detectors import load_detector
 
     avatars = model is not None and is_pipeline_folder(Path(model))
-    judges = SHIPPED if args.judges == Path() or (avatars and args.judges is None) else args.judges
+    evaluators = SHIPPED if args.evaluators == Path() or (avatars and args.evaluators is None) else args.evaluators
     return load_panel(
         {person.name: person for person in people},
         load_detector(args.detector, args.detector_model),
@@ -217,7 +219,7 @@ def _panel(
         folder=args.recognisers,
         expression=args.expression,
         clip=args.clip or (model if avatars else None),
-        judges=load_judges(judges) if judges is not None else None,
+        evaluators=load_evaluators(evaluators) if evaluators is not None else None,
         device=device,
     )
 

@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="classifier-free guidance, 1 is off; default: as the model recommends (the avatars: 4, then 2), else 5",
     )
     parser.add_argument(
-        "--late-guidance", type=GUIDED, help="guidance in the clear half of the timesteps; default: as before"
+        "--low-noise-guidance", type=GUIDED, help="guidance in the low-noise half of the timesteps; default: the same"
     )
     parser.add_argument(
         "--num-images", type=whole(1, MAX_IMAGES), default=4, help="number of pictures for each prompt"
@@ -208,7 +208,7 @@ def set_defaults(args: argparse.Namespace) -> None:
     args.face = [photo for face in args.face for photo in photos_in(face)]
     args.height, args.width = args.height or args.width, args.width or args.height
     defaults = defaults_beside(args.model, args.revision, args.model_config, args.steps)
-    args.guidance, args.late_guidance = guidance_scales(args.guidance, args.late_guidance, defaults)
+    args.guidance, args.low_noise_guidance = guidance_scales(args.guidance, args.low_noise_guidance, defaults)
     if args.steps is None:
         args.steps = (defaults and defaults.num_inference_steps) or 25
     if args.mirror is None:
@@ -249,10 +249,10 @@ def warn(pipe: Any, args: argparse.Namespace) -> None:
 
 def denoising(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of a pipeline's call: how it denoises."""
-    from ..late_guidance import LateGuidance
+    from ..guidance_interval import GuidanceInterval
 
-    late = args.late_guidance and LateGuidance(args.late_guidance)
-    return {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "callback_on_step_end": late}
+    interval = args.low_noise_guidance and GuidanceInterval(args.low_noise_guidance)
+    return {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "callback_on_step_end": interval}
 
 
 def read_faces(args: argparse.Namespace) -> "list[FacePhoto] | Any":
@@ -387,7 +387,7 @@ def settings_of(args: argparse.Namespace, pipe: Any, identity: Any) -> dict[str,
         "face_mode": identity.mode,
         "steps": args.steps,
         "guidance": args.guidance,
-        "late_guidance": args.late_guidance,
+        "low_noise_guidance": args.low_noise_guidance,
         "refine_faces": args.refine_faces,
         "mirror": args.mirror,
         "watermark": args.watermark,

@@ -74,7 +74,7 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--min-face", type=real(1), help="least height of the face (default: --resolution / 8)")
     chosen.add_argument("--min-sharpness", type=real(), default=10.0, help="0 takes blurred faces too")
     chosen.add_argument(
-        "--min-face-share", type=real(0.01, 1), default=0.15, help="faces that are smaller are cropped closer"
+        "--min-face-fraction", type=real(0.01, 1), default=0.15, help="faces that are smaller are cropped closer"
     )
     chosen.add_argument("--caption", default="a photo of a person", help="of photos that have none")
     chosen.add_argument(
@@ -216,7 +216,7 @@ def prepare_options(args: argparse.Namespace, default_resolution: int) -> Prepar
         min_side=args.min_side or resolution // 2,
         min_face=args.min_face or resolution / 8,
         min_sharpness=args.min_sharpness,
-        min_face_share=args.min_face_share,
+        min_face_fraction=args.min_face_fraction,
         caption=args.caption,
     )
     return PrepareOptions(selection, args.detector, args.detector_model, args.workers)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..generation.arguments import add_version_arguments, check_version
 from ._train_options import add_arguments, check_arguments, command_line, resume
+from ._train_studio import create_studio_task
 from .prepare import (
     add_selection_arguments,
     add_source_arguments,
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     base = load(args.model, args)
     folder = prepared_folder(args, base)
     task = create_task(args, base, folder)
+    base.schedule = replace(base.schedule, alphas=base.schedule.alphas.to(base.unet.device))  # read in every step
     options = loop_options(args, task.size, processes.num_processes)
     earlier = args.init_adapter.parent if args.init_adapter and args.init_adapter.is_file() else args.init_adapter
     record = train(task, options, args.out, source=earlier)
@@ -122,11 +124,14 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
     import torch
 
     from ..training.latent_cache import cache_folders
-    from ..training.objective import load_identity_recogniser
+    from ..training.objective import load_face_embedder
     from ..training.pairs import Pairs, split_people
     from ..training.preparation import read_rows
     from ..training.task import FaceFusionOptions, FaceFusionTask
 
+    frozen = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision(args), torch.float32)
+    if args.conditioner == "face-studio":
+        return create_studio_task(args, base, folder, frozen)
     cache = cache_folders(folder, base, args.augmentations)
     people, aside = split_people(read_rows(folder), args.validation_people, args.seed)
     pairs, held_out = Pairs(folder, cache, people), Pairs(folder, cache, aside) if aside else None
@@ -146,11 +151,10 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
         keep_references=args.keep_references,
         gradient_checkpointing=args.gradient_checkpointing,
     )
-    recogniser = load_identity_recogniser(args.identity_recogniser) if args.identity_recogniser else None
+    embedder = load_face_embedder(args.identity_embedder) if args.identity_embedder else None
     samples = create_samples(args, base, adapter, folder, held_out) if args.validation_prompt else None
-    task = FaceFusionTask(base, adapter, pairs, held_out, options, recogniser, samples)
-    base.cast({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision(args), torch.float32))
-    base.schedule = replace(base.schedule, alphas=base.schedule.alphas.to(base.unet.device))  # read in every step
+    task = FaceFusionTask(base, adapter, pairs, held_out, options, embedder, samples)
+    base.cast(frozen)
     if base.unet.device.type == "cuda":  # the layout in which tensor cores convolve
         base.unet.to(memory_format=torch.channels_last)
     needed = set(task.modules())

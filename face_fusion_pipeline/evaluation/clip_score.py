@@ -24,7 +24,7 @@ CLIP_ID = "openai/clip-vit-large-patch14"
 
 
 class ClipScore:
-    """A CLIP as judge of prompts.
+    """A CLIP as evaluator of prompts.
 
     Args:
         model: folder or Hub id of a CLIP; or a model folder with `image_encoder/` and `clip_score/`, such as the

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..face_errors import FaceFusionError
+from ..face_defaults import EARLIER_NAMES
+from ..face_errors import FaceFusionError, renamed
 from ..face_images import with_mirrored
 from ..face_self_attention import SelfAttentionReference
 from ..files.atomic import write_text
@@ -22,7 +23,7 @@ from ..files.texts import read_json
 from ..generation.contact_sheet import save_png
 from ..generation.loading import load_pipeline
 from ..generation.provenance import DISCLOSURE, SOURCE_TYPE
-from ..late_guidance import LateGuidance
+from ..guidance_interval import GuidanceInterval
 from .image_files import to_pil
 from .pictures import Picture
 
@@ -37,7 +38,7 @@ _LATER = {
     "controlnet": None,
     "dtype": "float32",
     "cut_out": TRUE_BOX,
-    "late_guidance": None,
+    "low_noise_guidance": None,
     "self_scale": 1.0,
 }  # settings that older folders do not name
 
@@ -57,7 +58,7 @@ class Settings:
     controlnet: str | None = None
     dtype: str = "float32"
     cut_out: CutOut = TRUE_BOX  # of references that are avatars
-    late_guidance: float | None = None  # guidance in the clear half of the timesteps; None: as before
+    low_noise_guidance: float | None = None  # guidance in the low-noise half of the timesteps; None: as before
     self_scale: float = SelfAttentionReference.scale  # of training-free and both, at the self-attention
     weights_hash: str | None = None  # of local files, which may be trained on under the same name
 
@@ -71,16 +72,16 @@ class Settings:
     @property
     def call(self) -> dict[str, Any]:
         """Arguments of a pipeline: how it denoises."""
-        late = self.late_guidance and LateGuidance(self.late_guidance)
-        guidance = {"guidance_scale": self.guidance_scale, "callback_on_step_end": late}
+        interval = self.low_noise_guidance and GuidanceInterval(self.low_noise_guidance)
+        guidance = {"guidance_scale": self.guidance_scale, "callback_on_step_end": interval}
         return {"num_inference_steps": self.steps, **guidance}
 
 
 def denoising(settings: Mapping[str, Any]) -> str:
     """How pictures of these settings, as a report has them, were denoised: the words under its table."""
-    late = settings.get("late_guidance")
+    low_noise = settings.get("low_noise_guidance")
     words = f"{settings['steps']} steps, guidance {settings['guidance_scale']}"
-    return words if late is None else f"{words} ({late} in the clear half)"
+    return words if low_noise is None else f"{words} ({low_noise} in the low-noise half)"
 
 
 def needs_adapter(method: str) -> bool:
@@ -120,7 +121,9 @@ def keep_settings(out: Path, settings: Settings) -> None:
     """
     path, now = out / "settings.json", asdict(settings)
     earlier = read_json(path, "choose an empty folder") if path.is_file() else now
-    if not isinstance(earlier, dict) or _LATER | earlier | {"batch": settings.batch} != now:
+    if isinstance(earlier, dict):
+        earlier = _LATER | renamed(earlier, EARLIER_NAMES, path)
+    if not isinstance(earlier, dict) or earlier | {"batch": settings.batch} != now:
         raise FaceFusionError(f"{out} holds images made with other settings ({path}): choose an empty folder")
     write_text(path, json.dumps(now, indent=1) + "\n")
 

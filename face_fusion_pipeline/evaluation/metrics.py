@@ -78,12 +78,12 @@ def bootstrap_mean(
     return Estimate(float(mean), float(min(low, mean)), float(max(high, mean)), len(values))
 
 
-def closed_share(value: float, floor: float, ceiling: float) -> float:
+def normalised_similarity(value: float, floor: float, ceiling: float) -> float:
     """How much of the way from `floor` to `ceiling` `value` has come: 0 at the floor, 1 at the ceiling."""
     return (value - floor) / (ceiling - floor) if ceiling != floor else float("nan")
 
 
-def bootstrap_closed(
+def bootstrap_normalised(
     value: tuple[np.ndarray, np.ndarray],
     floor: tuple[np.ndarray, np.ndarray],
     ceiling: tuple[np.ndarray, np.ndarray],
@@ -92,16 +92,16 @@ def bootstrap_closed(
     draws: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    """`closed_share` of three means with a bootstrap interval; each is given as values (N,) and their groups (N,).
+    """`normalised_similarity` of three means with a bootstrap interval; each is values (N,) and their groups (N,).
 
     A draw takes the same whole groups (identities) of all three. Groups that one of them lacks are left out of the
     interval, which has no ends (NaN) where fewer than two are left.
     """
     parts = [(np.asarray(values, np.float64), np.asarray(groups)) for values, groups in (value, floor, ceiling)]
-    share = closed_share(*(float(values.mean()) for values, _ in parts))
+    mean = normalised_similarity(*(float(values.mean()) for values, _ in parts))
     names = sorted(set.intersection(*(set(groups.tolist()) for _, groups in parts)))
     if len(names) < 2:
-        return Estimate(share, float("nan"), float("nan"), len(parts[0][0]))
+        return Estimate(mean, float("nan"), float("nan"), len(parts[0][0]))
     picks = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
     means = []
     for values, groups in parts:
@@ -109,11 +109,11 @@ def bootstrap_closed(
         counts = np.array([(groups == name).sum() for name in names])
         means.append(sums[picks].sum(1) / counts[picks].sum(1))
     apart = means[2] - means[1]
-    shares = np.divide(means[0] - means[1], apart, out=np.full(draws, np.nan), where=apart != 0)
-    if np.isnan(shares).all():
-        return Estimate(share, float("nan"), float("nan"), len(parts[0][0]))
-    low, high = np.nanquantile(shares, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(share, float(min(low, share)), float(max(high, share)), len(parts[0][0]))
+    found = np.divide(means[0] - means[1], apart, out=np.full(draws, np.nan), where=apart != 0)
+    if np.isnan(found).all():
+        return Estimate(mean, float("nan"), float("nan"), len(parts[0][0]))
+    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(mean, float(min(low, mean)), float(max(high, mean)), len(parts[0][0]))
 
 
 def copy_paste_score(generated: np.ndarray, reference: np.ndarray, other: np.ndarray) -> float:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from huggingface_hub import try_to_load_from_cache
 
 from ..face_detectors import YUNET_WAYS, FaceDetector
-from ..face_errors import ModelNotFoundError
+from ..face_errors import ModelNotFoundError, also_named
 from .clip_score import CLIP_ID, ClipScore
 from .faces import FaceFinder, Locator
 from .observation import Classifier, Observer
@@ -32,7 +32,7 @@ LANDMARKS = f"the detector gives no landmarks, as YuNet does: {YUNET_WAYS}"
 COMPARED = "face recognition, pose, expression, PSNR and SSIM"
 
 
-class Judges(Locator, Recogniser, Protocol):
+class Evaluators(Locator, Recogniser, Protocol):
     """Networks for one kind of picture, such as rendered avatars, that recognise, give landmarks and expressions."""
 
     path: Path | None  # of their weights
@@ -43,6 +43,7 @@ class Judges(Locator, Recogniser, Protocol):
         ...
 
 
+@also_named(judges="evaluators")
 def load_panel(
     people: dict[str, Person],
     detector: FaceDetector,
@@ -51,7 +52,7 @@ def load_panel(
     folder: Path | None = None,
     expression: Path | None = None,
     clip: str | None = None,
-    judges: Judges | None = None,
+    evaluators: Evaluators | None = None,
     device: Any = "cpu",
 ) -> tuple[PicturePanel, dict[str, str]]:
     """The panel, and what is left out with the reason.
@@ -61,29 +62,29 @@ def load_panel(
         folder: of further recognisers as ONNX files.
         expression: an ONNX classifier of aligned 112 x 112 crops.
         clip: folder or Hub id; None takes CLIP_ID if it is in the cache.
-        judges: for pictures of their kind; `avatars.evaluation.judges.load_judges` gives those of avatars.
+        evaluators: for pictures of their kind; `avatars.evaluation.evaluators.load_evaluators` gives those of avatars.
 
     Raises FaceFusionError for a bad specification, ModelNotFoundError for a file that is not there.
     """
     known, missing = _recognisers(list(recognisers), folder)
-    known += [judges] if judges is not None else []
+    known += [evaluators] if evaluators is not None else []
     present = {recogniser.name for recogniser in known}
     left_out = {name: way for name, way in PAPER.items() if name not in present} | missing
-    classifier = judges.expressions if judges is not None else None
+    classifier = evaluators.expressions if evaluators is not None else None
     if expression is not None:
         classifier = OnnxRecogniser(expression, preprocessing="arcface")
     if classifier is None:
         left_out["expression"] = EXPRESSION
-    if detector.name == "haar" and judges is None:
+    if detector.name == "haar" and evaluators is None:
         left_out[COMPARED] = LANDMARKS
     if not any(person.others for person in people.values()):
         left_out["Sim(GT), copy-paste"] = "nobody in --identities has a second photo"
     score = _clip(clip, left_out, device)
     files = [r.path for r in known if isinstance(r, OnnxRecogniser)]
     files += [expression] if expression is not None else []
-    files += [judges.path] if judges is not None and judges.path is not None else []
+    files += [evaluators.path] if evaluators is not None and evaluators.path is not None else []
     mark = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-    return PicturePanel(people, Observer(FaceFinder(detector, judges), known, classifier), score, mark), left_out
+    return PicturePanel(people, Observer(FaceFinder(detector, evaluators), known, classifier), score, mark), left_out
 
 
 def _recognisers(specs: list[str], folder: Path | None) -> tuple[list[Recogniser], dict[str, str]]:

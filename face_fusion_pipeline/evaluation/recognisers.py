@@ -1,95 +1,21 @@
-"""Face recognisers trained on photographs: from ONNX files, insightface or deepface."""
+"""Further face recognisers: those of the package deepface, and several at once from names and folders."""
 
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..face_alignment import align_faces
 from ..face_errors import FaceFusionError, ModelNotFoundError
-from .alignment import align_faces
+from ..face_recognisers import OnnxRecogniser
 
 
-class Recogniser(Protocol):
-    """Anything that turns images and five landmarks into embeddings that cosine similarity compares."""
-
-    name: str
-
-    def embed(self, images: torch.Tensor, landmarks: torch.Tensor) -> np.ndarray:
-        """Images (B, 3, H, W) in [0, 1] and landmarks (B, 5, 2) in pixels to embeddings (B, D)."""
-        ...
-
-
-def _imagenet(crops: torch.Tensor) -> torch.Tensor:
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return (crops - mean[:, None, None]) / std[:, None, None]
-
-
-# What a network expects of RGB crops in [0, 1].
-PREPROCESSING = {"imagenet": _imagenet, "raw": lambda crops: crops * 255, "arcface": lambda crops: crops * 2 - 1}
-_KNOWN_FILES = {"mobilefacenet_foamliu": "imagenet", "mobileface_v2": "raw"}
-CROP_SIZE = 112
-
-
-class OnnxRecogniser:
-    """A face recogniser of 112 x 112 aligned RGB crops in an ONNX file.
-
-    `preprocessing` is a key of `PREPROCESSING`; by default that of a known file name, else "arcface".
-    Raises FaceFusionError for a file that takes other inputs, ModelNotFoundError for none.
-    """
-
-    def __init__(self, path: str | Path, *, name: str | None = None, preprocessing: str | None = None) -> None:
-        self.path = path = Path(path)
-        if not path.is_file():
-            raise ModelNotFoundError(f"no recogniser file {path}")
-        self.name = name or path.stem
-        preprocessing = preprocessing or _KNOWN_FILES.get(path.stem, "arcface")
-        if preprocessing not in PREPROCESSING:
-            raise FaceFusionError(f"unknown preprocessing {preprocessing!r}: choose from {', '.join(PREPROCESSING)}")
-        self._prepare = PREPROCESSING[preprocessing]
-        self._session = _open_session(path)
-        self._input = self._session.get_inputs()[0]
-        if list(self._input.shape)[1:] != [3, CROP_SIZE, CROP_SIZE]:
-            raise FaceFusionError(f"{path} takes {self._input.shape}, not N x 3 x {CROP_SIZE} x {CROP_SIZE} crops")
-
-    def embed(self, images: torch.Tensor, landmarks: torch.Tensor) -> np.ndarray:
-        crops = self._prepare(align_faces(images.float(), landmarks.float(), CROP_SIZE)).numpy()
-        # One at a time: many published files fix the batch size to 1.
-        rows = [self._session.run(None, {self._input.name: crop[None]})[0][0] for crop in crops]
-        return np.stack(rows) if rows else np.zeros((0, 1), np.float32)
-
-
-def _open_session(path: Path) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise FaceFusionError("recognisers in ONNX files need onnxruntime: pip install onnxruntime") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def insightface_recogniser(pack: str = "buffalo_l") -> OnnxRecogniser:
-    """The ArcFace network of an insightface model pack. Its models are for non-commercial research only.
-
-    Raises ModelNotFoundError where the package is not installed, or the pack is neither there nor can be fetched.
-    """
-    try:  # by name: a written import would make diffusers demand the package of everybody
-        analysis: Any = importlib.import_module("insightface.app").FaceAnalysis
-        path = analysis(pack, allowed_modules=["detection", "recognition"]).models["recognition"].model_file
-    except ImportError as error:
-        raise ModelNotFoundError(
-            "insightface is not installed: pip install 'face-fusion-pipeline[insightface]'"
-        ) from error
-    except Exception as error:  # offline it raises anything from ConnectionError to a bare AssertionError
-        raise ModelNotFoundError(
-            f"insightface could not load {pack} ({type(error).__name__}: {error}): go online once"
-        ) from error
-    return OnnxRecogniser(path, name="ArcFace", preprocessing="arcface")
+logger = logging.getLogger(__name__)
 
 
 class DeepFaceRecogniser:
@@ -134,6 +60,6 @@ def load_recognisers(specs: list[str], folder: str | Path | None = None) -> list
         for path in sorted(Path(folder).glob("*.onnx")):
             try:
                 found.append(OnnxRecogniser(path))
-            except FaceFusionError:  # a detector or another network lies in the same folder
-                continue
+            except FaceFusionError as error:  # a detector or another network lies in the same folder
+                logger.info("left out: %s", error)
     return found

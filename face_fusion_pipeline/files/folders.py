@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import ntpath
 import os
 import posixpath
 from pathlib import Path
+
+
+logger = logging.getLogger(__name__)
 
 
 # Made by notebooks, network disks and operating systems beside what people put there.
@@ -38,6 +42,14 @@ def is_litter(name: str) -> bool:
 def is_output(folder: Path) -> bool:
     """Whether a command of this package wrote the folder."""
     return any(all((folder / name).exists() for name in names) for names in OUTPUTS)
+
+
+def present(folder: Path, name: str, earlier: str) -> Path:
+    """`folder / name`, or a file there that goes by its `earlier` name, with a line of warning."""
+    if (folder / name).is_file() or not (folder / earlier).is_file():
+        return folder / name
+    logger.warning("%s: %s is called %s now", folder, earlier, name)
+    return folder / earlier
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -90,17 +90,17 @@ def _check_index(file: Path) -> None:
 
 
 def guidance_scales(
-    guidance: float | None, late: float | None, defaults: FaceDefaults | None = None, *, name: str = "--guidance"
+    guidance: float | None, low_noise: float | None, defaults: FaceDefaults | None = None, *, name: str = "--guidance"
 ) -> tuple[float, float | None]:
-    """Guidance, and that of the clear half of the timesteps, or None: as before.
+    """Guidance, and that of the low-noise half of the timesteps, or None: as before.
 
     Where nothing was asked for, it is what the model recommends, else 5; guidance that was asked for is that of all
-    steps. Raises [`FaceFusionError`] for late guidance where there is none before.
+    steps. Raises [`FaceFusionError`] for guidance at low noise where there is none before.
     """
     if guidance is None:
         defaults = defaults or FaceDefaults()
         guidance = 5.0 if defaults.guidance_scale is None else defaults.guidance_scale
-        late = defaults.late_guidance if late is None else late
-    if late is not None and not guidance > 1:
-        raise FaceFusionError(f"--late-guidance goes with {name} above 1, got {guidance}")
-    return guidance, late
+        low_noise = defaults.low_noise_guidance if low_noise is None else low_noise
+    if low_noise is not None and not guidance > 1:
+        raise FaceFusionError(f"--low-noise-guidance goes with {name} above 1, got {guidance}")
+    return guidance, low_noise

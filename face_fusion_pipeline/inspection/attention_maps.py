@@ -29,7 +29,7 @@ class FaceMaps:
     """What the queries of one image see of its people at one layer and step, averaged over heads.
 
     Attributes:
-        mass: `(people, h, w)` in [0, 1], the share of each query's attention that goes to each person's face; the
+        mass: `(people, h, w)` in [0, 1], the fraction of each query's attention that goes to each person's face; the
             rest goes to the text (at an `attn1`: to the image itself).
         reference: box name -> for each person `(n_refs, h_f, w_f)`, the mean attention of the queries in the box to
             every cell of the references; 0 where a cell has no key. It sums to the mean mass in the box.

@@ -1,1 +1,1 @@
-"""Training a face adapter on photos: prepare data, pair them, learn, judge, keep. `loop` trains any task."""
+"""Training a face adapter on photos: prepare data, pair them, learn, evaluate, keep. `loop` trains any task."""

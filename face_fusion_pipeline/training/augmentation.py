@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 
-TURN, SHRINK, GROW, SHIFT = 15.0, 0.85, 1.15, 0.06  # degrees; scale from, to; share of the side
+TURN, SHRINK, GROW, SHIFT = 15.0, 0.85, 1.15, 0.06  # degrees; scale from, to; fraction of the side
 COLOUR = 0.25  # largest change of brightness, contrast and saturation
-# The head in a crop of 1.6 face heights, as shares of its side; hair, ears and chin are in.
+# The head in a crop of 1.6 face heights, as fractions of its side; hair, ears and chin are in.
 HEAD = (0.17, 0.04, 0.83, 0.9)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
-from ..face_errors import AdapterMismatchError, FaceFusionError
+from ..face_errors import AdapterMismatchError, FaceFusionError, also_named
 from ..face_file_checks import check_tensors
 from ..face_files import read_tensors, save_tensors
 from ..files.atomic import replacing
@@ -20,19 +20,20 @@ from ..unet_family import same_fingerprint
 from .run_records import RECORD, read_records
 
 
-def average_adapters(first: Path, second: Path, share: float, out: Path) -> None:
-    """Write (1 − share) · first + share · second to the folder `out`, with the record of the second's training.
+@also_named(share="fraction")
+def average_adapters(first: Path, second: Path, fraction: float, out: Path) -> None:
+    """Write (1 − fraction) · first + fraction · second to the folder `out`, with the record of the second's training.
 
     Args:
         first, second: adapter files, or folders that `face-fusion train` wrote.
-        share: from 0 to 1.
+        fraction: from 0 to 1.
 
     Raises:
         AdapterMismatchError: they belong to different bases, or to different kinds of reference.
-        FaceFusionError: `out` is one of them, or `share` is no share. ModelNotFoundError: one is not there.
+        FaceFusionError: `out` is one of them, or `fraction` is no fraction. ModelNotFoundError: one is not there.
     """
-    if not 0 <= share <= 1:
-        raise FaceFusionError(f"the share of the second must be from 0 to 1, got {share}")
+    if not 0 <= fraction <= 1:
+        raise FaceFusionError(f"the fraction of the second must be from 0 to 1, got {fraction}")
     files = [path / ADAPTER_WEIGHTS_NAME if path.is_dir() else path for path in (first, second)]
     target = out / ADAPTER_WEIGHTS_NAME
     if target.resolve() in [file.resolve() for file in files]:
@@ -46,8 +47,8 @@ def average_adapters(first: Path, second: Path, share: float, out: Path) -> None
         raise AdapterMismatchError(f"{files[0]} and {files[1]} have different layers")
     for file, read in zip(files, (a, b), strict=True):
         check_tensors(read, str(file), AdapterMismatchError)
-    mean = {key: ((1 - share) * a[key].float() + share * b[key].float()).to(a[key].dtype) for key in a}
-    records = averaged_records(files[0].with_name(RECORD), files[1].with_name(RECORD), share)
+    mean = {key: ((1 - fraction) * a[key].float() + fraction * b[key].float()).to(a[key].dtype) for key in a}
+    records = averaged_records(files[0].with_name(RECORD), files[1].with_name(RECORD), fraction)
     with replacing(target) as weights, replacing(out / RECORD) as record:  # both, or neither
         save_tensors(weights, mean, one.to_strings())
         record.write_text(json.dumps(records, indent=2) + "\n")
@@ -55,14 +56,14 @@ def average_adapters(first: Path, second: Path, share: float, out: Path) -> None
         (out / RECORD).unlink()
 
 
-def averaged_records(first: Path, second: Path, share: float) -> dict[str, Any]:
+def averaged_records(first: Path, second: Path, fraction: float) -> dict[str, Any]:
     """The records of the second training, which say what its weights were averaged with.
 
     Raises [`FaceFusionError`] where one is damaged.
     """
     records = read_records(second)
     for training in records.values():
-        averaged = {"share": share, "with": _described(read_records(first))}
+        averaged = {"fraction": fraction, "with": _described(read_records(first))}
         before = {"before": training["averaged"]} if "averaged" in training else {}
         training["averaged"] = averaged | before
     return records

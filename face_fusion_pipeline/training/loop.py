@@ -302,8 +302,8 @@ def train(
         indices = data_order(options.seed, step, options.batch_size, task.size)
         rows = torch.arange(options.batch_size)[accelerator.process_index :: accelerator.num_processes]
         generator = seeded(options.seed, step, f"noise {accelerator.process_index}", accelerator.device)
-        for share in rows.chunk(options.accumulation):
-            part = Part(options.seed, step, options.batch_size, share, indices[share])
+        for part_rows in rows.chunk(options.accumulation):
+            part = Part(options.seed, step, options.batch_size, part_rows, indices[part_rows])
             with accelerator.accumulate(prepared):
                 loss, extra = prepared(task.part(part, generator, done))
                 accelerator.backward(loss)
@@ -452,11 +452,11 @@ class Metrics:
     def restart_clock(self) -> None:
         self.clock, self.counted_from = time.monotonic(), self.count
 
-    def add(self, loss: Tensor, extra: dict[str, Tensor], share: float = 1.0) -> None:
-        """Count values of one part of a step, the `share` of it."""
+    def add(self, loss: Tensor, extra: dict[str, Tensor], fraction: float = 1.0) -> None:
+        """Count values of one part of a step, the `fraction` of it."""
         for key, value in {"loss": loss, **extra}.items():
-            self.sums[key] = self.sums.get(key, 0) + value.detach().float() * share
-        self.count += share
+            self.sums[key] = self.sums.get(key, 0) + value.detach().float() * fraction
+        self.count += fraction
 
     @property
     def finite(self) -> bool:

@@ -9,11 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..face_studio import FORMAT as STUDIO_FORMAT
 from ..files.atomic import write_text
 from ..files.texts import read_log
 from ..publishing.card import render_card
 from .preparation import data_key, read_report
 from .run_records import RECORD, add_record
+from .studio_card import studio_card
 from .task import FaceFusionTask
 
 
@@ -44,7 +46,8 @@ def write_card(
         "command": shlex.join(map(public_name, command)),
     }
     add_record(out / RECORD, task.name, record)
-    write_text(out / "README.md", card(record, last_validation(out / "logs" / task.name / "metrics.jsonl")))
+    validation = last_validation(out / "logs" / task.name / "metrics.jsonl")
+    write_text(out / "README.md", card(record, validation))
 
 
 def public_name(word: str) -> str:
@@ -67,10 +70,13 @@ def last_validation(metrics: Path) -> dict[str, float]:
 def card(record: dict[str, Any], validation: dict[str, float]) -> str:
     """The text of the card."""
     options, data, adapter, base = record["options"], record["data"], record["adapter"], record["base"]
+    studio = adapter["format"] == STUDIO_FORMAT
+    trained = "FaceStudio's Linear and LoRA" if studio else "`to_k_face`, `to_v_face` of all cross-attentions"
+    described = f"tokens {adapter['tokens']}, mask {adapter['picture_mask']}" if studio else options_of(adapter)
     skipped = ", ".join(f"{reason} {number}" for reason, number in data["skipped"].items()) or "none"
     rows = {
-        "base": f"{base} (`{adapter['base_family']}`, {options_of(adapter)})",
-        "trained": f"{record['trained_parameters']:,} parameters: `to_k_face`, `to_v_face` of all cross-attentions",
+        "base": f"{base} (`{adapter['base_family']}`, {described})",
+        "trained": f"{record['trained_parameters']:,} parameters: {trained}",
         "photos": f"{data['kept']} of {data['read']}, of {data['people']} people; skipped: {skipped}",
         "pairs": f"{data['paired_with_another_photo']} with another photo of the same person, "
         f"{data['paired_with_itself']} with an altered crop of the same photo",
@@ -81,15 +87,16 @@ def card(record: dict[str, Any], validation: dict[str, float]) -> str:
         "machine": f"{record['processes']} × {record['machine']}, {record['date'][:10]}",
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     }
+    table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
+    if studio:
+        return studio_card(record, validation, "\n".join([*table, "", "```bash", record["command"], "```"]))
     losses = "; ".join(
         f"{kind} face {validation[key]:.4f}"
         for kind in ("right", "wrong", "no")
         if (key := f"validation_loss_{kind}_face") in validation
     )
     training = [
-        "| | |",
-        "| --- | --- |",
-        *(f"| {name} | {value} |" for name, value in rows.items()),
+        *table,
         "",
         "The command, with paths reduced to their last part; everything else is in `training.json`:",
         "",

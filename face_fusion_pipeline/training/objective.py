@@ -20,10 +20,10 @@ from ..face_layout import BOX_ENLARGE
 from .loop import TrainingError
 
 
-RECOGNISERS = {"avatars": "face_fusion_pipeline.avatars.training.recogniser:load_training_recogniser"}
+EMBEDDERS = {"avatars": "face_fusion_pipeline.avatars.training.face_embedder:load_training_embedder"}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # Images (B, 3, H, W) in [0, 1] and landmarks5 (B, 5, 2) in their pixels -> embeddings (B, D), differentiable.
-Recogniser = Callable[[Tensor, Tensor], Tensor]
+FaceEmbedder = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -134,17 +134,17 @@ def weighted_error(predicted: Tensor, target: Tensor, faces: Tensor, face_weight
     return (mask * (predicted.float() - target.float()).square()).mean(dim=(1, 2, 3))
 
 
-def unlikeness(recogniser: Recogniser, pictures: Tensor, truth: Tensor, landmarks5: Tensor) -> Tensor:
+def identity_distance(embedder: FaceEmbedder, pictures: Tensor, truth: Tensor, landmarks5: Tensor) -> Tensor:
     """1 − cosine (B,) between the embeddings of `pictures` and of `truth`, both (B, 3, H, W) about [0, 1]."""
     with torch.no_grad():
-        goal = recogniser(truth.clamp(0, 1), landmarks5)
-    return 1 - F.cosine_similarity(recogniser(pictures, landmarks5).float(), goal.float(), dim=-1)
+        goal = embedder(truth.clamp(0, 1), landmarks5)
+    return 1 - F.cosine_similarity(embedder(pictures, landmarks5).float(), goal.float(), dim=-1)
 
 
 def jittered(landmarks5: Tensor, draws: Tensor, strength: float) -> Tensor:
     """Landmarks (B, 5, 2) turned, enlarged and moved about their middle, by `draws` (B, 4) in [0, 1].
 
-    At strength 1 by up to 12 degrees, a fourth, and a tenth of their extent. A recogniser that looks at faces a little
+    At strength 1 by up to 12 degrees, a fourth, and a tenth of their extent. An embedder that looks at faces a little
     differently each time is harder to please with a pattern that is no face.
     """
     turn, zoom, *aside = (strength * (2 * draws - 1)).to(landmarks5).unbind(1)
@@ -156,21 +156,21 @@ def jittered(landmarks5: Tensor, draws: Tensor, strength: float) -> Tensor:
     return middle + (landmarks5 - middle) @ rotation.mT + (0.1 * extent[:, None] * torch.stack(aside, -1))[:, None]
 
 
-def load_identity_recogniser(name: str) -> Any:
-    """That of an identity loss: `avatars`, or `MODULE:FUNCTION`, a function that returns a [`Recogniser`].
+def load_face_embedder(name: str) -> Any:
+    """That of an identity loss: `avatars`, or `MODULE:FUNCTION`, a function that returns a [`FaceEmbedder`].
 
     An nn.Module is frozen and moves with the training. Raises [`TrainingError`] if there is none.
     """
-    module, colon, function = RECOGNISERS.get(name, name).partition(":")
+    module, colon, function = EMBEDDERS.get(name, name).partition(":")
     try:
         if not colon:
             raise ValueError("it has no colon")
-        recogniser = getattr(importlib.import_module(module), function)()
+        embedder = getattr(importlib.import_module(module), function)()
     except Exception as error:  # whatever another module does
         raise TrainingError(
-            f"no face recogniser {name!r} ({error}): give 'avatars', or MODULE:FUNCTION, a function without arguments "
+            f"no face embedder {name!r} ({error}): give 'avatars', or MODULE:FUNCTION, a function without arguments "
             "that returns a callable of images and landmarks"
         ) from error
-    if isinstance(recogniser, torch.nn.Module):
-        recogniser.requires_grad_(False).eval()
-    return recogniser
+    if isinstance(embedder, torch.nn.Module):
+        embedder.requires_grad_(False).eval()
+    return embedder

@@ -23,12 +23,12 @@ import cv2
 from tqdm import tqdm
 
 from ..face_detectors import FaceDetector, load_detector
-from ..face_errors import FaceFusionError
+from ..face_errors import FaceFusionError, renamed
 from ..face_images import CROP_ENLARGE
 from ..files.atomic import write_text
 from ..files.texts import UnreadableFileError, read_json, read_json_lines
 from .photos import BrokenShardError, DataError, Fault, Photo, Piece
-from .selection import REASONS, RefusedPhotoError, SelectionOptions, differences, select
+from .selection import EARLIER_NAMES, REASONS, RefusedPhotoError, SelectionOptions, differences, select
 
 
 METADATA, SKIPPED, REPORT = "metadata.jsonl", "skipped.jsonl", "report.json"
@@ -101,6 +101,8 @@ def prepare(pieces: Iterable[Piece], out: Path, options: PrepareOptions, progres
 
 def _stamp(path: Path, settings: dict[str, Any]) -> None:
     found = read_json(path, "name another folder for --out") if path.is_file() else settings
+    if isinstance(found, dict):
+        found = renamed(found, EARLIER_NAMES, path)
     if not isinstance(found, dict) or found != settings:
         found = found if isinstance(found, dict) else {}
         changed = next(key for key in {**settings, **found} if settings.get(key) != found.get(key))

@@ -10,7 +10,14 @@ import numpy as np
 from PIL import Image
 
 from ..face_detectors import Face, FaceDetector, faces_on_picture
-from ..face_errors import FaceFusionError, FaceTooSmallError, NoFaceError, SeveralFacesError, UnreadableImageError
+from ..face_errors import (
+    FaceFusionError,
+    FaceTooSmallError,
+    NoFaceError,
+    SeveralFacesError,
+    UnreadableImageError,
+    also_named,
+)
 from ..face_images import CROP_ENLARGE, crop_box, crop_face, find_upright, load_image
 from .photos import Box, Fault, Photo
 
@@ -19,6 +26,9 @@ SHARPNESS_SIZE = 112  # pixels of face height at which sharpness is measured
 THUMBNAIL = 8  # pixels a side of what tells copies of a photo
 # Where eyes, nose and mouth corners lie in a face box (x, y), if the detector does not tell: medians on photographs.
 LANDMARKS_IN_BOX = ((0.27, 0.38), (0.73, 0.38), (0.5, 0.58), (0.3, 0.73), (0.7, 0.73))
+
+
+EARLIER_NAMES = {"min_face_share": "min_face_fraction"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class SelectionOptions:
         min_side: least width and height of a photo in pixels.
         min_face: least height of the face in the photo, pixels.
         min_sharpness: least [`sharpness`] of the face; 0 takes blurred ones too.
-        min_face_share: least height of the face over the side of the training image: far faces are cropped closer.
+        min_face_fraction: least height of the face over the side of the training image: far faces are cropped closer.
         caption: caption of a photo that has none.
     """
 
@@ -40,8 +50,11 @@ class SelectionOptions:
     min_side: int = 256
     min_face: float = 64
     min_sharpness: float = 10.0
-    min_face_share: float = 0.15
+    min_face_fraction: float = 0.15
     caption: str = "a photo of a person"
+
+
+SelectionOptions.__init__ = also_named(**EARLIER_NAMES)(SelectionOptions.__init__)  # type: ignore[method-assign]
 
 
 class RefusedPhotoError(FaceFusionError):
@@ -93,7 +106,7 @@ def select(photo: Photo, options: SelectionOptions, detector: Callable[[], FaceD
     image = load_image(photo.content)
     photo = possible(photo, image.size)
     image, face = find(photo, image, options, detector)
-    left, top, side = training_square(face, image.size, options.min_face_share)
+    left, top, side = training_square(face, image.size, options.min_face_fraction)
     scale = options.resolution / side
     placed = face.moved(scale, -left * scale, -top * scale)
     if photo.reference is None:
@@ -155,14 +168,14 @@ def reference_crop(path: object, options: SelectionOptions, detector: Callable[[
     return crop_face(image, face.box, CROP_ENLARGE, options.reference_resolution)
 
 
-def training_square(face: Face, size: tuple[int, int], min_face_share: float) -> tuple[int, int, int]:
+def training_square(face: Face, size: tuple[int, int], min_face_fraction: float) -> tuple[int, int, int]:
     """(left, top, side) of the largest square in an image of `size` (width, height) that has the face in its middle.
 
-    As near to the middle as the image allows; closer where the face would be less than `min_face_share` of the side.
+    As near to the middle as the image allows; closer where the face would be below `min_face_fraction` of the side.
     """
     side = min(size)
-    if face.height < min_face_share * side:
-        side = max(1, min(side, round(face.height / min_face_share)))
+    if face.height < min_face_fraction * side:
+        side = max(1, min(side, round(face.height / min_face_fraction)))
     x, y = (face.box[0] + face.box[2]) / 2, (face.box[1] + face.box[3]) / 2
     left, top = (round(min(max(c - side / 2, 0), whole - side)) for c, whole in zip((x, y), size, strict=True))
     return left, top, side

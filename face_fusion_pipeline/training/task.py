@@ -28,18 +28,27 @@ from ..face_adapter import (
     face_fused_unet,
     save_adapter,
 )
+from ..face_errors import also_named
 from ..face_layout import layer_sizes
 from ..reference_pass import capture_hidden_states, noise_latents
 from .base_model import BaseModel
 from .kernels import plain_attention_on_cpu
 from .loop import Batch, Part, Task, seeded
-from .objective import Recogniser, face_mask, face_places, jittered, spread_timesteps, unlikeness, weighted_error
+from .objective import (
+    FaceEmbedder,
+    face_mask,
+    face_places,
+    identity_distance,
+    jittered,
+    spread_timesteps,
+    weighted_error,
+)
 from .pairs import Pairs, Reference
 from .recomputation import enable_recomputation
 from .samples import Samples
 
 
-STATE = "state "  # prefix of the kept hidden states in a batch
+STATE = "state "  # prefix of the cached features in a batch
 AT_ONCE = 8  # images of a validation pass, or references, computed together
 
 
@@ -48,15 +57,15 @@ class FaceFusionOptions:
     """What is learned, and from what.
 
     Attributes:
-        text_dropout, face_dropout, both_dropout: shares of examples without prompt, without face, without both.
+        text_dropout, face_dropout, both_dropout: fractions of examples without prompt, without face, without both.
         timestep_power: see `spread_timesteps`; below 1 noisy steps, which know least of the person, come more often.
         snr_gamma, keep_noisy: see `NoiseSchedule.weight`.
         face_loss_weight: weight of the error in latent cells of the face, 1 elsewhere.
-        identity_loss_weight: weight of the [`unlikeness`] of the one-step prediction, where it is taken.
-        identity_loss_from, identity_loss_until: it is taken between these shares of all timesteps; below who is shown
-            is settled, above one step does not show a face.
+        identity_loss_weight: weight of the identity loss, the [`identity_distance`] of the one-step prediction.
+        identity_loss_from, identity_loss_until: it is taken between these fractions of all timesteps; below who is
+            shown is settled, above one step does not show a face.
         identity_loss_jitter: see `jittered`.
-        keep_references: compute the reference pass once for all references and keep it in memory as float16.
+        keep_references: compute the reference pass once for all references and keep its float16 features in memory.
         gradient_checkpointing: less memory, more time.
     """
 
@@ -76,7 +85,7 @@ class FaceFusionOptions:
 
 
 @dataclass
-class KeptStates:
+class FeatureCache:
     """What the UNet makes of all references: layer name -> float16 (references, N_f, C), and the row of each."""
 
     rows: dict[Reference, int] = field(default_factory=dict)
@@ -88,15 +97,16 @@ class FaceFusionTask(Task):
 
     Args:
         train, validation: targets with their references; `validation` may be None.
-        recogniser: for the identity loss.
+        embedder: for the identity loss.
         samples: pictures to generate now and then.
         teacher: weights for the same base and the same kind of reference. What they predict is learned.
-        kept: where `keep_references` keeps, to share it with other tasks of the same base.
+        feature_cache: where `keep_references` keeps them, for other tasks of the same base to use it too.
     """
 
     name = "face-fusion"
     published_as = "adapter"
 
+    @also_named(recogniser="embedder", kept="feature_cache")
     def __init__(
         self,
         base: BaseModel,
@@ -104,10 +114,10 @@ class FaceFusionTask(Task):
         train: Pairs,
         validation: Pairs | None = None,
         options: FaceFusionOptions | None = None,
-        recogniser: Recogniser | None = None,
+        embedder: FaceEmbedder | None = None,
         samples: Samples | None = None,
         teacher: FaceFusionAdapter | None = None,
-        kept: KeptStates | None = None,
+        feature_cache: FeatureCache | None = None,
     ) -> None:
         super().__init__()
         self.options = options or FaceFusionOptions()
@@ -119,9 +129,9 @@ class FaceFusionTask(Task):
         needs_decoder = samples is not None or self.options.identity_loss_weight > 0
         self.vae = base.vae if needs_decoder else None  # what is a part of the task moves to its device
         self.text_encoders = torch.nn.ModuleList(base.text_encoders if samples is not None else [])
-        self.recogniser = recogniser
+        self.embedder = embedder
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
-        self.kept = kept or KeptStates()
+        self.feature_cache = feature_cache or FeatureCache()
         if self.options.gradient_checkpointing:
             enable_recomputation(self.unet)
 
@@ -193,31 +203,31 @@ class FaceFusionTask(Task):
         """The targets `rows` (B,) of `pairs` and their references, on the CPU."""
         batch = pairs.batch(rows)
         if pairs is self.pairs and self.options.keep_references:
-            return batch | {STATE + name: state for name, state in self.kept_states(references).items()}
+            return batch | {STATE + name: state for name, state in self.cached_features(references).items()}
         return batch | {"reference": pairs.reference_latents(references)}
 
-    def kept_states(self, references: list[Reference]) -> dict[str, Tensor]:
+    def cached_features(self, references: list[Reference]) -> dict[str, Tensor]:
         """Layer name -> float16 (B, N_f, C) of these references, on the CPU; all are computed at the first call."""
-        if not all(reference in self.kept.rows for reference in references):
-            self.keep_all()
-        chosen = torch.tensor([self.kept.rows[reference] for reference in references])
-        return {name: state[chosen] for name, state in self.kept.states.items()}
+        if not all(reference in self.feature_cache.rows for reference in references):
+            self.cache_all()
+        chosen = torch.tensor([self.feature_cache.rows[reference] for reference in references])
+        return {name: state[chosen] for name, state in self.feature_cache.states.items()}
 
     @torch.no_grad()
-    def keep_all(self) -> None:
-        """Compute the states of all references that are not kept yet."""
-        missing = [reference for reference in self.pairs.all_references() if reference not in self.kept.rows]
-        known, states = len(self.kept.rows), dict[str, Tensor]()
+    def cache_all(self) -> None:
+        """Compute the features of all references that are not cached yet."""
+        missing = [reference for reference in self.pairs.all_references() if reference not in self.feature_cache.rows]
+        known, states = len(self.feature_cache.rows), dict[str, Tensor]()
         for start in range(0, len(missing), AT_ONCE):
             latents = self.pairs.reference_latents(missing[start : start + AT_ONCE])
             for name, state in self.reference_states(latents.to(self.device)).items():
                 if name not in states:  # room for all at once: there may be gigabytes
                     states[name] = torch.empty(known + len(missing), *state.shape[1:], dtype=torch.float16)
                     if known:
-                        states[name][:known] = self.kept.states[name]
+                        states[name][:known] = self.feature_cache.states[name]
                 states[name][known + start :][: len(state)] = state.cpu()
-        self.kept.states |= states
-        self.kept.rows |= {reference: known + row for row, reference in enumerate(missing)}
+        self.feature_cache.states |= states
+        self.feature_cache.rows |= {reference: known + row for row, reference in enumerate(missing)}
 
     @property
     def reference_timestep(self) -> int:
@@ -255,7 +265,7 @@ class FaceFusionTask(Task):
         faces = face_mask(batch["boxes"], self.side(latents), latents.shape[-1])
         error = weighted_error(predicted, target, faces, self.options.face_loss_weight)
         loss = (schedule.weight(timesteps, self.options.snr_gamma, self.options.keep_noisy) * error).mean()
-        if self.recogniser is None or not self.options.identity_loss_weight or not self.training:
+        if self.embedder is None or not self.options.identity_loss_weight or not self.training:
             return loss, {}
         likeness = self.identity_loss(batch, noisy, predicted)
         return loss + self.options.identity_loss_weight * likeness, {"identity_loss": likeness}
@@ -286,25 +296,25 @@ class FaceFusionTask(Task):
         return {height * width: face_places(boxes, others, side, height) for height, width in sizes}
 
     def identity_tokens(self, batch: Batch) -> dict[str, Tensor]:
-        """The reference states of a batch, kept or computed now: layer name -> (B, 1, N_f, C)."""
+        """The reference states of a batch, cached or computed now: layer name -> (B, 1, N_f, C)."""
         states = {key.removeprefix(STATE): state.float() for key, state in batch.items() if key.startswith(STATE)}
         states = states or self.reference_states(batch["reference"])
         return {name: state.unsqueeze(1) for name, state in states.items()}  # one reference each
 
     def identity_loss(self, batch: Batch, noisy: Tensor, predicted: Tensor) -> Tensor:
-        """Mean over the batch of the unlikeness of the predicted pictures, 0 for those that are too noisy yet."""
-        assert self.recogniser is not None
+        """Mean over the batch of the predicted pictures' [`identity_distance`], 0 for those that are too noisy yet."""
+        assert self.embedder is not None
         rows = batch["recognised"]
         if not len(rows):
             return predicted.sum() * 0
-        shares = batch["timesteps"][rows] / len(self.base.schedule)
-        counts = (shares >= self.options.identity_loss_from) & (shares < self.options.identity_loss_until)
+        noise = batch["timesteps"][rows] / len(self.base.schedule)
+        counts = (noise >= self.options.identity_loss_from) & (noise < self.options.identity_loss_until)
         counts &= batch["has_face"][rows]
         latents = self.base.schedule.one_step(noisy[rows], predicted[rows], batch["timesteps"][rows])
         with torch.no_grad():
             truth = self.base.decode(batch["latents"][rows])
         landmarks5 = jittered(batch["landmarks5"][rows], batch["looks"][rows], self.options.identity_loss_jitter)
-        found = unlikeness(self.recogniser, self.base.decode(latents), truth, landmarks5)
+        found = identity_distance(self.embedder, self.base.decode(latents), truth, landmarks5)
         return (found * counts).sum() / len(noisy)
 
     # --- Validation and result -----------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from ...training.pairs import Pairs
 from ...training.preparation import read_report
 from ...training.sources import DataError
 from .added_attention import AddedFaceAttnProcessor
-from .encoders import ImageEncoder, Photo, RecogniserEncoder, TokenEncoder, load_conditioner
+from .encoders import FaceEmbedderEncoder, ImageEncoder, Photo, TokenEncoder, load_conditioner
 from .variants import Variant, chosen_layers
 
 
@@ -83,12 +83,12 @@ class Conditioning(Protocol):
         ...
 
 
-def create_conditioning(base: BaseModel, variant: Variant, data: Path, recogniser: str | None = None) -> Conditioning:
+def create_conditioning(base: BaseModel, variant: Variant, data: Path, embedder: str | None = None) -> Conditioning:
     """A new conditioning for `base`; torch's random state decides its random weights.
 
     Args:
         data: the prepared folder, for crop and resolution of its references.
-        recogniser: of the variant that takes one, see `encoders.load_conditioner`.
+        embedder: of the variant that takes one, see `encoders.load_conditioner`.
 
     Raises:
         FaceFusionError: SDXL, or the base has no image encoder.
@@ -97,8 +97,8 @@ def create_conditioning(base: BaseModel, variant: Variant, data: Path, recognise
         raise DataError(f"{base.name} is a Stable Diffusion XL: ablations are made for 1.x and 2.x")
     if variant.encoder == "unet":
         return UNetFeatures(base, variant, data)
-    if variant.encoder == "recogniser":
-        return EncoderTokens(base.unet, RecogniserEncoder(load_conditioner(recogniser)), data, "embedding")
+    if variant.encoder == "face embedder":
+        return EncoderTokens(base.unet, FaceEmbedderEncoder(load_conditioner(embedder)), data, "embedding")
     model = getattr(base.pipeline, "image_encoder", None)
     patches = variant.encoder == "clip patches"
     encoder = ImageEncoder(model, getattr(base.pipeline, "feature_extractor", None), patches=patches)
@@ -191,14 +191,14 @@ def with_layers(adapter: FaceFusionAdapter, names: list[str]) -> FaceFusionAdapt
     return kept.to(next(adapter.parameters()))
 
 
-def central_cells(count: int, share: float) -> Tensor:
-    """Indices of those cells of a square grid of `count` whose centres lie in its central square of side `share`.
+def central_cells(count: int, fraction: float) -> Tensor:
+    """Indices of those cells of a square grid of `count` whose centres lie in its central square of side `fraction`.
 
     A face crop is the box's longer side enlarged: its box lies in the middle, 1 / enlargement of it wide.
     """
     side = math.isqrt(count)
     centres = (torch.arange(side) + 0.5) / side
-    inside = (centres - 0.5).abs() <= share / 2
+    inside = (centres - 0.5).abs() <= fraction / 2
     return (inside[:, None] & inside[None]).flatten().nonzero()[:, 0]
 
 

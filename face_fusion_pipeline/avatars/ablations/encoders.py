@@ -1,4 +1,4 @@
-"""Encoders that know nothing of the UNet: an image encoder and a face recogniser, frozen. Photos in, tokens out."""
+"""Encoders that know nothing of the UNet: an image encoder and a face embedder, frozen. Photos in, tokens out."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from ...evaluation.image_files import from_pil
 from ...evaluation.recognisers import Recogniser, load_recognisers
 from ...face_errors import FaceFusionError
-from ..evaluation.judges import SHIPPED, load_judges
-from ..training.recogniser import load_training_recogniser
+from ..evaluation.evaluators import SHIPPED, load_evaluators
+from ..training.face_embedder import load_training_embedder
 
 
 @dataclass(frozen=True)
@@ -70,41 +70,41 @@ class ImageEncoder:
         return tokens.float().cpu()
 
 
-class RecogniserEncoder:
-    """The embedding, of unit length, of a face recogniser on the aligned face: what IP-Adapter FaceID starts from."""
+class FaceEmbedderEncoder:
+    """The embedding, of unit length, of a face embedder on the aligned face: what IP-Adapter FaceID starts from."""
 
-    def __init__(self, recogniser: Recogniser) -> None:
-        self.recogniser = recogniser
-        self.width: int = probe(recogniser).shape[-1]
+    def __init__(self, embedder: Recogniser) -> None:
+        self.embedder = embedder
+        self.width: int = probe(embedder).shape[-1]
 
     def __call__(self, photos: list[Photo]) -> Tensor:
         found = [
-            self.recogniser.embed(from_pil(photo.picture)[None], photo.landmarks5[None]) for photo in photos
+            self.embedder.embed(from_pil(photo.picture)[None], photo.landmarks5[None]) for photo in photos
         ]  # one by one: pictures may differ in size
         return F.normalize(torch.from_numpy(np.concatenate(found)).float(), dim=-1)[:, None]
 
 
-def load_judging_recogniser(spec: str | None) -> Recogniser:
-    """A folder of judges (see `avatars-evaluate train-judges`), `NAME=FILE.onnx[:PREPROCESSING]`, or None: ours.
+def load_evaluator(spec: str | None) -> Recogniser:
+    """From a folder of `avatars-evaluate train-evaluators`, from `NAME=FILE.onnx[:PREPROCESSING]`, or None: ours.
 
     Raises:
         FaceFusionError: nothing of the kind is there.
     """
     if spec is not None and "=" in spec:
         return load_recognisers([spec])[0]
-    judges = load_judges(spec or SHIPPED)
+    evaluators = load_evaluators(spec or SHIPPED)
     if spec is not None:
-        judges.name = f"avatar recogniser {Path(spec).name}"
-    return judges
+        evaluators.name = f"avatar recogniser {Path(spec).name}"
+    return evaluators
 
 
-class TrainingEmbedder:
-    """The recogniser of trainings, which measures nothing, as a [`Recogniser`]."""
+class OfTrainings:
+    """The face embedder of trainings, which measures nothing, as a [`Recogniser`]."""
 
-    name = "recogniser of trainings"
+    name = "recogniser of trainings"  # as the settings of earlier runs have it
 
     def __init__(self) -> None:
-        self.network = load_training_recogniser()
+        self.network = load_training_embedder()
 
     @torch.no_grad()
     def embed(self, images: Tensor, landmarks: Tensor) -> np.ndarray:
@@ -112,8 +112,8 @@ class TrainingEmbedder:
 
 
 def load_conditioner(spec: str | None) -> Recogniser:
-    """Who says what `ip-adapter-faceid` is given: the recogniser of trainings, or see [`load_judging_recogniser`]."""
-    return TrainingEmbedder() if spec is None else load_judging_recogniser(spec)
+    """Who says what `ip-adapter-faceid` is given: the face embedder of trainings, or see [`load_evaluator`]."""
+    return OfTrainings() if spec is None else load_evaluator(spec)
 
 
 def probe(recogniser: Recogniser) -> np.ndarray:
@@ -123,11 +123,11 @@ def probe(recogniser: Recogniser) -> np.ndarray:
     return recogniser.embed(image, landmarks)[0]
 
 
-def check_independent(condition: Recogniser, judge: Recogniser) -> None:
-    """Raise [`FaceFusionError`] if who conditions is who judges: such a table would measure itself."""
-    a, b = probe(condition), probe(judge)
+def check_independent(condition: Recogniser, evaluator: Recogniser) -> None:
+    """Raise [`FaceFusionError`] if who conditions is who evaluates: such a table would measure itself."""
+    a, b = probe(condition), probe(evaluator)
     if a.shape == b.shape and np.allclose(a, b, rtol=1e-3, atol=1e-4):
         raise FaceFusionError(
-            f"{judge.name} cannot judge pictures that were conditioned on its own embeddings: give another "
-            "--judge-recogniser, a folder of `face-fusion avatars-evaluate train-judges --seed 1` or NAME=FILE.onnx"
+            f"{evaluator.name} cannot evaluate pictures that were conditioned on its own embeddings: give another "
+            "--evaluator, a folder of `face-fusion avatars-evaluate train-evaluators --seed 1` or NAME=FILE.onnx"
         )

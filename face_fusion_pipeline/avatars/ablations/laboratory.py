@@ -10,7 +10,7 @@ from typing import Any
 
 from ...evaluation.reports import circumstances
 from ...face_adapter import adapter_fingerprint
-from ...face_errors import FaceFusionError
+from ...face_errors import FaceFusionError, renamed
 from ...files.atomic import write_text
 from ...files.texts import read_json
 from ...training.initial_weights import continued_adapter
@@ -18,9 +18,9 @@ from ...training.loop import digest
 from ...training.preparation import data_key, read_rows
 from ...unet_family import unet_fingerprint
 from ..evaluation.avatar_table import CEILING, FLOOR
-from ..evaluation.judges import load_judges
+from ..evaluation.evaluators import load_evaluators
 from ..evaluation.trials import Trial
-from .encoders import check_independent, load_conditioner, load_judging_recogniser
+from .encoders import check_independent, load_conditioner, load_evaluator
 from .pictures import Sampling, make_pictures
 from .questions import Condition, Question
 from .scoring import Row, Scorer
@@ -30,7 +30,7 @@ from .variants import NO_FACE, VARIANTS
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: who judged, which variant, seed and condition; its rows, and the record of its training."""
+    """A finished run: who evaluated, which variant, seed and condition; its rows, and the record of its training."""
 
     variant: str
     seed: int
@@ -44,23 +44,23 @@ class Laboratory:
     """Answers questions in `trainer.out`: weights, pictures and results lie there, and nothing is made twice.
 
     Args:
-        judge: the recogniser that measures likeness, see `encoders.load_judging_recogniser`.
+        evaluator: the recogniser that measures likeness, see `encoders.load_evaluator`.
     """
 
     trainer: Trainer
     sampling: Sampling
     seeds: tuple[int, ...]
-    judge: str | None = None
+    evaluator: str | None = None
 
     def answer(self, question: Question) -> list[Run]:
         """Train, generate and score what is missing; returns all runs of the question.
 
         Raises:
-            FaceFusionError: the folder holds runs with other settings, or the recogniser would judge itself.
+            FaceFusionError: the folder holds runs with other settings, or the recogniser would evaluate itself.
         """
-        scorer = Scorer(load_judges(), load_judging_recogniser(self.judge), self.sampling.seed)
-        if question.needs_second_recogniser:
-            check_independent(load_conditioner(self.trainer.recogniser), scorer.recogniser)
+        scorer = Scorer(load_evaluators(), load_evaluator(self.evaluator), self.sampling.seed)
+        if question.needs_second_embedder:
+            check_independent(load_conditioner(self.trainer.embedder), scorer.recogniser)
         self.keep_settings()
         runs = list(self._bounds(question, scorer))
         for name in (NO_FACE, *question.variants):
@@ -81,7 +81,7 @@ class Laboratory:
             "start": self._fingerprint(self.trainer.start),
             "teacher": self._fingerprint(self.trainer.teacher),
             "sampling": {key: value for key, value in asdict(self.sampling).items() if key != "batch"},
-            "condition_recogniser": load_conditioner(self.trainer.recogniser).name,
+            "condition_embedder": load_conditioner(self.trainer.embedder).name,
         }
 
     def _fingerprint(self, path: Path | None) -> str | None:
@@ -91,7 +91,9 @@ class Laboratory:
     def keep_settings(self) -> None:
         path, settings = self.trainer.out / "settings.json", self.settings()
         if path.is_file():
-            known = read_json(path, "choose another --out")
+            known = renamed(
+                read_json(path, "choose another --out"), {"condition_recogniser": "condition_embedder"}, path
+            )
             changed = [key for key in settings if known.get(key) != settings[key]]
             if changed:
                 raise FaceFusionError(

@@ -18,7 +18,7 @@ from ...evaluation.image_files import to_pil, write_image
 from ...face_images import crop_face
 from ...training.base_model import BaseModel
 from .. import render, sample_scene
-from ..evaluation.judges import IMAGE_SIZE
+from ..evaluation.evaluators import IMAGE_SIZE
 from ..evaluation.people_table import members, true_boxes
 from ..evaluation.trial_pictures import image_path
 from ..evaluation.trials import NEAR_FRONTAL, Trial, plan_trials

@@ -40,9 +40,9 @@ class Question:
     axis: str | None = None
 
     @property
-    def needs_second_recogniser(self) -> bool:
-        """Whether a variant is conditioned on a recogniser, which then must not judge."""
-        return any(VARIANTS[name].encoder == "recogniser" for name in self.variants)
+    def needs_second_embedder(self) -> bool:
+        """Whether a variant is conditioned on a face embedder, which then must not evaluate."""
+        return any(VARIANTS[name].encoder == "face embedder" for name in self.variants)
 
     def among(self, names: Sequence[str]) -> Question:
         """The same question of these of its variants only."""

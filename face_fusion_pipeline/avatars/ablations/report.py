@@ -12,7 +12,7 @@ from ...evaluation.reports import circumstances, markdown_table
 from ...face_errors import FaceFusionError
 from ...files.atomic import replacing, write_text
 from ..evaluation.avatar_table import CEILING, FLOOR
-from .encoders import load_judging_recogniser
+from .encoders import load_evaluator
 from .laboratory import Laboratory, Run
 from .questions import TOKENS, Condition, Question
 from .summary import (
@@ -21,9 +21,9 @@ from .summary import (
     Cell,
     Cells,
     as_json,
-    closed,
     difference,
     equal_accuracy,
+    normalised,
     seed_noise,
     summarise,
 )
@@ -41,16 +41,16 @@ WORDS = {
 def write_answer(question: Question, runs: list[Run], laboratory: Laboratory, out: Path) -> str:
     """Write `NAME.json`, `NAME.md` and, for a curve, `NAME.png` to `out`; returns the Markdown."""
     cells = summarise(runs)
-    judge, settings = load_judging_recogniser(laboratory.judge).name, laboratory.settings()
+    evaluator, settings = load_evaluator(laboratory.evaluator).name, laboratory.settings()
     text = "\n".join(
         [
             table(question, cells),
-            f"{foot(settings, judge, laboratory.seeds, laboratory.trainer)}\n",
+            f"{foot(settings, evaluator, laboratory.seeds, laboratory.trainer)}\n",
             *(f"* {sentence}" for sentence in sentences(question, cells)),
         ]
     )
     out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"question": question.name, "judge": judge, **settings, **circumstances()}
+    result: dict[str, Any] = {"question": question.name, "evaluator": evaluator, **settings, **circumstances()}
     write_text(out / f"{question.name}.json", json.dumps(result | {"cells": as_json(cells)}, indent=1) + "\n")
     write_text(out / f"{question.name}.md", text + "\n")
     if question.axis is not None:
@@ -66,7 +66,7 @@ def baseline(question: Question, cells: Cells, cell: Cell) -> Cell:
 
 def table(question: Question, cells: Cells) -> str:
     axis = [question.axis] if question.axis else []
-    header = ["method", *axis, "likeness ↑", "± seeds", "closed ↑", f"− {METHOD}", "accuracy ↑", "± seeds",
+    header = ["method", *axis, "likeness ↑", "± seeds", "normalised ↑", f"− {METHOD}", "accuracy ↑", "± seeds",
               "to the reference", "traits copied ↓", "trained parameters", "rate", "s a step"]  # fmt: skip
     rows = []
     for cell in cells.values():
@@ -77,7 +77,14 @@ def table(question: Question, cells: Cells) -> str:
         compared = None if other is cell else difference(cell, other)
         likeness, accuracy, reference, copied = cell.figures.values()
         rows.append(
-            [cell.variant, *place, likeness, cell.spread["likeness"], f"{100 * closed(cells, cell):.0f} %", compared]
+            [
+                cell.variant,
+                *place,
+                likeness,
+                cell.spread["likeness"],
+                f"{100 * normalised(cells, cell):.0f} %",
+                compared,
+            ]
             + [accuracy, cell.spread["accuracy"], reference, copied, cell.parameters or None]
             + [f"{cell.rate:g}" if cell.parameters else None, cell.seconds]
         )
@@ -99,7 +106,7 @@ def axis_value(question: Question, cell: Cell) -> str:
     return "–" if without else f"{getattr(cell.condition, question.axis or ''):g}"
 
 
-def foot(settings: dict[str, Any], judge: str, seeds: tuple[int, ...], trainer: Trainer | None = None) -> str:
+def foot(settings: dict[str, Any], evaluator: str, seeds: tuple[int, ...], trainer: Trainer | None = None) -> str:
     """The circumstances, for the line under a table."""
     budget, sampling, now = settings["budget"], settings["sampling"], circumstances()
     weight = budget["identity_loss_weight"]
@@ -114,8 +121,8 @@ def foot(settings: dict[str, Any], judge: str, seeds: tuple[int, ...], trainer: 
     return (
         f"{training}; {sampling['identities']} people that no training saw, "
         f"{sampling['prompts']} prompts each, {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}; "
-        f"likeness by {judge}; model {settings['model']}; {now['machine']}, {now['date']}. Brackets: 95 % bootstrap "
-        "interval over people."
+        f"likeness by {evaluator}; model {settings['model']}; {now['machine']}, {now['date']}. Brackets: 95 % "
+        "bootstrap interval over people."
     )
 
 
@@ -156,12 +163,12 @@ def is_variant(cell: Cell) -> bool:
 
 
 def _equal_accuracy_sentence(cells: Cells, level: float) -> str:
-    found, share = equal_accuracy(cells, level), f"{100 * level:.0f} %"
+    found, percent = equal_accuracy(cells, level), f"{100 * level:.0f} %"
     if found is None:
-        return f"At {share} of the accuracy without a face no comparison is possible: a side never reaches it."
+        return f"At {percent} of the accuracy without a face no comparison is possible: a side never reaches it."
     verdict = "holds" if found.high <= EXPECTED_RATIO else "does not hold" if found.low > EXPECTED_RATIO else "is open"
     return (
-        f"At {share} of the accuracy without a face, {METHOD} (scale {found.method.condition.scale:g}) is at "
+        f"At {percent} of the accuracy without a face, {METHOD} (scale {found.method.condition.scale:g}) is at "
         f"{found.ratio:.2f} [{found.low:.2f}, {found.high:.2f}] times the distance of {found.tokens.variant} (scale "
         f"{found.tokens.condition.scale:g}): the expectation of at most {EXPECTED_RATIO} {verdict}."
     )

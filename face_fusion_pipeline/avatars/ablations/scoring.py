@@ -12,7 +12,7 @@ from ...evaluation.image_files import from_pil, read_image
 from ...evaluation.metrics import cosine_similarity
 from ...evaluation.recognisers import Recogniser
 from ..evaluation.avatar_table import ASKED, CEILING, FLOOR
-from ..evaluation.judges import IMAGE_SIZE, Judges
+from ..evaluation.evaluators import IMAGE_SIZE, Evaluators
 from ..evaluation.people_table import members, portrait_crops, true_boxes
 from ..evaluation.trials import Trial, portraits, true_renders
 from .pictures import reference_photos
@@ -23,16 +23,16 @@ COPYABLE = ("expression", "clothing", "background")
 
 
 class Scorer:
-    """Scores pictures with the package's judges; `recogniser` says who it is. Each person is embedded once."""
+    """Scores pictures with the package's evaluators; `recogniser` says who it is. Each person is embedded once."""
 
-    def __init__(self, judges: Judges, recogniser: Recogniser, seed: int = 0) -> None:
-        self.judges, self.recogniser, self.seed = judges, recogniser, seed
+    def __init__(self, evaluators: Evaluators, recogniser: Recogniser, seed: int = 0) -> None:
+        self.evaluators, self.recogniser, self.seed = evaluators, recogniser, seed
         self.known: dict[int, dict[str, Any]] = {}
         self.boxes: dict[Trial, list[list[float]]] = {}
 
     def embed(self, images: torch.Tensor) -> np.ndarray:
         """Embeddings (B, D) of images (B, 3, 128, 128); landmarks are found, in true and generated ones alike."""
-        return self.recogniser.embed(images, self.judges.locate(images))
+        return self.recogniser.embed(images, self.evaluators.locate(images))
 
     def person(self, number: int) -> dict[str, Any]:
         """What is known of a person: embeddings of the reference and of another photo, and the reference's traits."""
@@ -40,7 +40,7 @@ class Scorer:
             reference = from_pil(reference_photos(number, 1, self.seed)[0].picture)
             images = torch.stack([reference, portraits(number, seed=self.seed).other])
             reference_embedding, other = self.embed(images)
-            said = self.judges.describe(images[:1])
+            said = self.evaluators.describe(images[:1])
             self.known[number] = {"reference": reference_embedding, "other": other, "said": said}
         return self.known[number]
 
@@ -60,7 +60,7 @@ class Scorer:
         }
 
     def _rows(self, trial: Trial, image: torch.Tensor) -> list[Row]:
-        said, wanted = self.judges.describe(image[None]), trial.wanted
+        said, wanted = self.evaluators.describe(image[None]), trial.wanted
         if trial not in self.boxes:
             self.boxes[trial] = true_boxes(trial)
         people, boxes = members(trial), self.boxes[trial]

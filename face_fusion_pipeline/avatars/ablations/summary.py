@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...evaluation.metrics import Estimate, bootstrap_mean, closed_share
+from ...evaluation.metrics import Estimate, bootstrap_mean, normalised_similarity
 from ..evaluation.avatar_table import CEILING, FLOOR
 from .laboratory import Run
 from .questions import TOKENS, Condition
@@ -98,11 +98,11 @@ def _cell(runs: list[Run]) -> Cell:
     )
 
 
-def closed(cells: Cells, cell: Cell) -> float:
-    """Share of the way from somebody else's true render to the person's own, at the same number of people."""
+def normalised(cells: Cells, cell: Cell) -> float:
+    """The likeness, normalised: 0 is somebody else's true render, 1 the person's own, at the same number of people."""
     at = Condition(people=cell.condition.people)
     floor, ceiling = (cells[name, at].figures["likeness"].mean for name in (FLOOR, CEILING))
-    return closed_share(cell.figures["likeness"].mean, floor, ceiling)
+    return normalised_similarity(cell.figures["likeness"].mean, floor, ceiling)
 
 
 def difference(cell: Cell, baseline: Cell, measure: str = "likeness") -> Estimate:
@@ -173,7 +173,7 @@ def as_json(cells: Cells) -> list[dict[str, Any]]:
             "condition": vars(cell.condition),
             "seeds": cell.seeds,
             **{name: vars(estimate) | {"spread": cell.spread[name]} for name, estimate in cell.figures.items()},
-            "closed": closed(cells, cell),
+            "normalised": normalised(cells, cell),
             "face_height": cell.face_height,
             "trained_parameters": cell.parameters,
             "learning_rate": cell.rate,

@@ -20,11 +20,11 @@ from ...training.base_model import BaseModel
 from ...training.initial_weights import continued_adapter
 from ...training.latent_cache import Cache, encode
 from ...training.loop import Batch, LoopOptions, train
-from ...training.objective import Recogniser, load_identity_recogniser
+from ...training.objective import FaceEmbedder, load_face_embedder
 from ...training.pairs import Pairs, Reference, split_people
 from ...training.preparation import has_partner, read_report, read_rows
 from ...training.run_records import read_records
-from ...training.task import FaceFusionOptions, FaceFusionTask, KeptStates
+from ...training.task import FaceFusionOptions, FaceFusionTask, FeatureCache
 from .conditioning import Conditioning, UNetFeatures, create_conditioning, with_layers
 from .variants import Variant
 
@@ -42,7 +42,7 @@ class Budget:
     """What every variant gets; `rates` are the learning rates of those variants that need another.
 
     Args:
-        identity_loss_weight: above 0 the recogniser of trainings (not one that measures) says at all but the
+        identity_loss_weight: above 0 the face embedder of trainings (not one that measures) says at all but the
             noisiest steps whether it is the person, as in the training of the embedded weights.
     """
 
@@ -72,8 +72,8 @@ class Budget:
 class VariantTask(FaceFusionTask):
     """The training task with another conditioning in the place of Face Fusion's.
 
-    A variant that goes by the clean reference in the UNet shares its pass with the teacher and, with `kept`, with the
-    other variants.
+    A variant that goes by the clean reference in the UNet shares its pass with the teacher and, by `feature_cache`,
+    with the other variants.
     """
 
     name = "ablation"
@@ -85,11 +85,11 @@ class VariantTask(FaceFusionTask):
         train: Pairs,
         validation: Pairs | None = None,
         options: FaceFusionOptions | None = None,
-        recogniser: Recogniser | None = None,
+        embedder: FaceEmbedder | None = None,
         **more: Any,
     ) -> None:
         adapter: Any = conditioning.adapter
-        super().__init__(base, adapter, train, validation, options, recogniser, **more)
+        super().__init__(base, adapter, train, validation, options, embedder, **more)
         self.conditioning = conditioning
 
     @property
@@ -128,7 +128,7 @@ class Trainer:
     """Trains variants for `base` on the prepared folder `data`; the weights lie in `out/VARIANT/seed-N/`.
 
     Args:
-        recogniser: of the variant that is conditioned on one, see `encoders.load_conditioner`.
+        embedder: of the variant that is conditioned on one, see `encoders.load_conditioner`.
         keep_references: see `FaceFusionOptions`.
         start: a file or folder with the weights of an adapter that all variants begin with; without steps of
             training they are used as they are.
@@ -139,11 +139,11 @@ class Trainer:
     data: Path
     out: Path
     budget: Budget
-    recogniser: str | None = None
+    embedder: str | None = None
     keep_references: bool = False
     start: Path | None = None
     teacher: Path | None = None
-    kept: KeptStates = field(default_factory=KeptStates)
+    feature_cache: FeatureCache = field(default_factory=FeatureCache)
 
     @cached_property
     def teaching(self) -> FaceFusionAdapter | None:
@@ -170,7 +170,7 @@ class Trainer:
         if variant.encoder == "none":
             return None, {}
         torch.manual_seed(seed)
-        conditioning = create_conditioning(self.base, variant, self.data, self.recogniser)
+        conditioning = create_conditioning(self.base, variant, self.data, self.embedder)
         if not variant.trained:
             return conditioning, {}
         if self.start is not None:
@@ -232,8 +232,15 @@ class Trainer:
         held_out = Pairs(self.data, self.cache, aside) if aside else None
         weight = self.budget.identity_loss_weight
         options = replace(LOSS, keep_references=self.keep_references, identity_loss_weight=weight)
-        recogniser = load_identity_recogniser("avatars") if weight else None
+        embedder = load_face_embedder("avatars") if weight else None
         task = VariantTask(
-            self.base, conditioning, pairs, held_out, options, recogniser, teacher=self.teaching, kept=self.kept
+            self.base,
+            conditioning,
+            pairs,
+            held_out,
+            options,
+            embedder,
+            teacher=self.teaching,
+            feature_cache=self.feature_cache,
         )
         train(task, self.budget.loop(variant, seed), folder)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 
-Encoder = Literal["none", "unet", "clip", "clip patches", "recogniser"]
+Encoder = Literal["none", "unet", "clip", "clip patches", "face embedder"]
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Variant:
     Attributes:
         about: what is special about it, in a few words.
         encoder: what turns the reference into tokens: nothing, the UNet (its hidden states), an image encoder (its
-            embedding, IP-Adapter, or its patch tokens, IP-Adapter Plus), or a face recogniser (its embedding, FaceID).
+            embedding, IP-Adapter, or its patch tokens, IP-Adapter Plus), or a face embedder (its embedding, FaceID).
         attention: "joint", one softmax over text and face, or "added", a second attention whose result is added.
             Tokens of another encoder than the UNet are always added, by diffusers' own IP-Adapter.
         trained: False uses the projections of the self-attention as they are.
         init: initial weights of `create_adapter`.
-        reference_noise: noise level of the reference as a share of all timesteps.
+        reference_noise: noise level of the reference as a fraction of all timesteps.
         region: keys of the whole crop, or only of the part of it where the face box lies.
         layers: which cross-attention layers see the face, see [`chosen_layers`].
         same_photo: the reference in training is the target photo itself.
@@ -54,7 +54,7 @@ VARIANTS = {
         Variant("added-attention", "UNet features, a second attention added", attention="added"),
         Variant("ip-adapter", "tokens of the image encoder's embedding", encoder="clip", attention="added"),
         Variant("ip-adapter-plus", "tokens of its patches", encoder="clip patches", attention="added"),
-        Variant("ip-adapter-faceid", "tokens of a recogniser's embedding", encoder="recogniser", attention="added"),
+        Variant("ip-adapter-faceid", "tokens of a recogniser's embedding", encoder="face embedder", attention="added"),
         Variant("training-free", "keys and values of the self-attention", trained=False),
         Variant("noised-reference", "reference at a quarter of the timesteps", reference_noise=0.25),
         Variant("init-zero-v", "values start at zero", init="zero_v"),

@@ -1,1 +1,1 @@
-"""Judges of avatars, and the tables of what the pipelines draw of them."""
+"""Evaluators of avatars, and the tables of what the pipelines draw of them."""

@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 
 from ...evaluation.generation import MIRRORED, Settings, denoising
 from ...evaluation.image_files import read_image, to_pil, write_image
-from ...evaluation.metrics import bootstrap_closed, bootstrap_mean
+from ...evaluation.metrics import bootstrap_mean, bootstrap_normalised
 from ...evaluation.reports import circumstances, contact_sheet, markdown_table, write_report
 from ...files.atomic import write_text
 from ..measures.figures import distances, row_of, summarise_measures
 from ..measures.looks import Look
 from ..measures.panel import Seen
-from .judges import IMAGE_SIZE
+from .evaluators import IMAGE_SIZE
 from .renders import at_size
 from .scoring import Panel
 from .trial_pictures import generate, image_path
@@ -34,9 +34,9 @@ ASKED = ("expression", "clothing", "background", "people")
 CEILING, FLOOR = "true render", "somebody else"
 DRAWING = ("eyes well drawn ↑", "head KID ↓", "eye KID ↓", "traits ↑")
 LEGEND = (
-    "Eyes well drawn: both, by a judge that passes 99 % of true renders whose eyes show. KID: 1000 × that of heads "
-    "and of eyes to true renders of the same scenes. Traits: of a person's, the share of the way from "
-    f"“{FLOOR}” to “{CEILING}”. "
+    "Eyes well drawn: both, by an evaluator that passes 99 % of true renders whose eyes show. KID: 1000 × that of "
+    "heads and of eyes to true renders of the same scenes. Traits: the fraction shown of a person's, "
+    f"normalised: 0 % is “{FLOOR}”, 100 % “{CEILING}”. "
 )
 SHEET_ROWS = 8
 
@@ -70,7 +70,7 @@ def compare(
 
 
 def summarise(rows: list[dict], methods: list[str], recognisers: list[str], *, seed: int = 0) -> dict[str, Any]:
-    """Per method: similarity and closed share by recogniser, accuracy by trait, missing faces; with intervals.
+    """Per method: similarity, raw and normalised, by recogniser, accuracy by trait, missing faces; with intervals.
 
     Where the rows have them also how well eyes are drawn, and traits shown (`measures.figures`).
     """
@@ -86,9 +86,9 @@ def summarise(rows: list[dict], methods: list[str], recognisers: list[str], *, s
         likeness = {}
         for name in recognisers:
             three = (similarities(those, name) for those in (mine, floor, ceiling))
-            closed = bootstrap_closed(*three, seed=seed)
+            between = bootstrap_normalised(*three, seed=seed)
             estimate = bootstrap_mean(*similarities(mine, name), seed=seed)
-            ends = {"closed": closed.mean, "closed_low": closed.low, "closed_high": closed.high}
+            ends = {"normalised": between.mean, "normalised_low": between.low, "normalised_high": between.high}
             likeness[name] = {**asdict(estimate), **ends}
         accuracy = {t: float(np.mean([row["said"][t] == row["wanted"][t] for row in mine])) for t in ASKED}
         obeyed = np.array([np.mean([row["said"][t] == row["wanted"][t] for t in ASKED]) for row in mine])
@@ -115,10 +115,10 @@ def as_markdown(result: dict[str, Any], recognisers: list[str]) -> str:
         row: list[Any] = [method]
         if measured:
             drawing = figures["drawing"]
-            row += [_share(drawing["eyes"]), *(_distance(drawing.get(f"kid_{part}")) for part in ("head", "eye"))]
-            row.append(_share(figures["traits"]["closed"]))
-        row += [_share(figures["similarity"][name], "closed") for name in recognisers]
-        row.append(_share(figures["obedience"]))
+            row += [_percent(drawing["eyes"]), *(_distance(drawing.get(f"kid_{part}")) for part in ("head", "eye"))]
+            row.append(_percent(figures["traits"]["normalised"]))
+        row += [_percent(figures["similarity"][name], "normalised") for name in recognisers]
+        row.append(_percent(figures["obedience"]))
         rows.append([*row, None if figures["no_face"] is None else f"{100 * figures['no_face']:.1f} %"])
     parts = [markdown_table([*header, "obedience ↑", "no face ↓"], rows)]
     details = []
@@ -138,13 +138,13 @@ def as_markdown(result: dict[str, Any], recognisers: list[str]) -> str:
         f"{denoising(s)}, face scale {s['face_scale']} "
         f"(training-free {s['training_free_scale']}), seed {s['seed']}; {result['machine']}, {result['date']}.\n"
         f"{cut_out}In brackets: 95 % bootstrap intervals over people. {LEGEND if measured else ''}"
-        f"Recognisers: share of the way from “{FLOOR}” to “{CEILING}” of the cosine to another render of the person. "
-        "Obedience: mean accuracy of what the prompt asks for, by judges trained on renders.\n"
+        f"Recognisers: normalised similarity to another render of the person, 0 % “{FLOOR}”, 100 % “{CEILING}”. "
+        "Obedience: mean accuracy of what the prompt asks for, by evaluators trained on renders.\n"
     )
     return "\n".join(parts)
 
 
-def _share(estimate: dict[str, Any], key: str = "mean") -> str:
+def _percent(estimate: dict[str, Any], key: str = "mean") -> str:
     low, high = ("low", "high") if key == "mean" else (f"{key}_low", f"{key}_high")
     mean, *ends = (f"{100 * estimate[end]:.0f}" for end in (key, low, high))
     return f"{mean} % [{', '.join(ends)}]" if estimate[low] == estimate[low] else f"{mean} %"

@@ -25,7 +25,7 @@ from ...evaluation.reports import circumstances, contact_sheet, markdown_table, 
 from ...face_depth import depth_image
 from ...files.atomic import write_text
 from .. import Scene, render
-from .judges import IMAGE_SIZE, Judges
+from .evaluators import IMAGE_SIZE, Evaluators
 from .renders import depth_cells
 from .trial_pictures import image_path, trial_image
 from .trials import Trial, portraits, true_renders, with_others
@@ -43,7 +43,7 @@ class Method:
 
     Args:
         inside: how strong it is inside the face box; None is no ControlNet.
-        until: share of the steps after which it is off.
+        until: fraction of the steps after which it is off.
         poser: who is in the depth map.
     """
 
@@ -67,7 +67,12 @@ METHODS = (
 
 
 def compare_depth(
-    pipe: Any, trials: list[Trial], judges: Judges, settings: Settings, out: Path, methods: Sequence[Method] = METHODS
+    pipe: Any,
+    trials: list[Trial],
+    evaluators: Evaluators,
+    settings: Settings,
+    out: Path,
+    methods: Sequence[Method] = METHODS,
 ) -> dict[str, Any]:
     """Generate, score, write `rows.jsonl`, `depth.json`, `depth.md` and `sheet.png` to `out`; returns the result.
 
@@ -79,7 +84,7 @@ def compare_depth(
         face = pipe.encode_face(portraits(trial.person, seed=settings.seed).face) if missing else None
         for method in missing:
             write_image(image_path(out, trial, slug(method)), _image(pipe, trial, method, face, settings))
-    rows = _score(trials, judges, settings, out, methods)
+    rows = _score(trials, evaluators, settings, out, methods)
     write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     names = [*(method.name for method in methods), POSED, STRANGER]
     result = {
@@ -127,8 +132,9 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"face scale {s['face_scale']}, seed {s['seed']}; {result['machine']}, "
         f"{result['date']}.\nInside: `control_face_scale`, the ControlNet's strength in the face box; half of both: "
         "that and `control_guidance_end=0.5`. The depth map is that of the scene with somebody else in it, in one row "
-        "with the person. Depth error: mean absolute difference between it and the depth that a judge sees in the "
-        "picture, both from 0 to 1. Landmark error: mean distance of five landmarks from those of the scene, over the "
+        "with the person. Depth error: mean absolute difference between it and the depth that an evaluator sees in "
+        "the picture, both from 0 to 1. "
+        "Landmark error: mean distance of five landmarks from those of the scene, over the "
         "distance of its eyes. Own person: avatar recogniser, cosine to another portrait. 95 % bootstrap intervals "
         "over people.\n"
     )
@@ -151,13 +157,13 @@ def _image(pipe: Any, trial: Trial, method: Method, face: Any, settings: Setting
 
 
 def _score(
-    trials: list[Trial], judges: Judges, settings: Settings, out: Path, methods: Sequence[Method]
+    trials: list[Trial], evaluators: Evaluators, settings: Settings, out: Path, methods: Sequence[Method]
 ) -> list[dict]:
     posed, strange = true_renders(trials, person_shift=POSER), true_renders(trials[1:] + trials[:1])
     rows = []
     for i, trial in enumerate(tqdm(trials, desc="scores", unit="trial")):
         other = portraits(trial.person, seed=settings.seed).other[None]
-        known = judges.embed(other, judges.locate(other))
+        known = evaluators.embed(other, evaluators.locate(other))
         names = [*(method.name for method in methods), POSED, STRANGER]
         posers = [*(method.poser for method in methods), POSER, POSER]
         asked = {poser: render([posing_scene(trial, poser)]) for poser in set(posers)}
@@ -167,10 +173,10 @@ def _score(
         eyes = (landmarks[:, 1] - landmarks[:, 0]).norm(dim=-1)
         generated = [read_image(image_path(out, trial, slug(method)), IMAGE_SIZE) for method in methods]
         images = torch.stack([*generated, posed[i], strange[i]])
-        found = judges.locate(images)
-        depth_errors = (judges.nearness(images) - depth).abs().mean(dim=(1, 2)).tolist()
+        found = evaluators.locate(images)
+        depth_errors = (evaluators.nearness(images) - depth).abs().mean(dim=(1, 2)).tolist()
         landmark_errors = ((found - landmarks).norm(dim=-1).mean(dim=1) / eyes).tolist()
-        similarity = cosine_similarity(judges.embed(images, found), np.repeat(known, len(images), 0)).tolist()
+        similarity = cosine_similarity(evaluators.embed(images, found), np.repeat(known, len(images), 0)).tolist()
         for name, near, place, own in zip(names, depth_errors, landmark_errors, similarity, strict=True):
             row = {"trial": trial.key, "person": trial.person, "method": name}
             rows.append({**row, "depth_error": near, "landmark_error": place, "similarity": own})

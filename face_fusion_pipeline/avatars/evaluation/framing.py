@@ -1,4 +1,4 @@
-"""A face in any picture, framed as avatar portraits are framed: as the judges know faces."""
+"""A face in any picture, framed as avatar portraits are framed: as the evaluators know faces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...evaluation.image_files import from_pil, to_pil
 from ...face_images import crop_box
 
 
-IMAGE_SIZE = 128  # pixels a side of what the judges see
+IMAGE_SIZE = 128  # pixels a side of what the evaluators see
 FACE_HEIGHT = 52.0  # pixels of a face box in an avatar portrait, the median of the dataset
 
 

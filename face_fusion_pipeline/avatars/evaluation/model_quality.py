@@ -15,21 +15,21 @@ from ...evaluation.image_files import read_image
 from ...evaluation.metrics import psnr
 from ...evaluation.reports import circumstances, markdown_table, write_report
 from ...unet_family import encode_latents
-from .judges import IMAGE_SIZE, TRAITS
+from .evaluators import IMAGE_SIZE, TRAITS
 from .scoring import Panel
 from .trial_pictures import generate, image_path
 from .trials import Trial, plan_trials, true_renders
 
 
 GOALS = {"psnr": 30.0, "expression": 0.85, "clothing": 0.95, "background": 0.95, "people": 0.90, "no_face": 0.05}
-SHARES = {1: 0.6, 2: 0.2, 3: 0.2}  # of prompts, by number of people
+FRACTIONS = {1: 0.6, 2: 0.2, 3: 0.2}  # of prompts, by number of people
 
 
 def quality_trials(prompts: int, *, seed: int = 0, exclude: Collection[str] = ()) -> list[Trial]:
     """Unseen prompts in every style, with one to three people."""
     trials = []
-    for people, share in SHARES.items():
-        count = max(1, round(prompts * share))
+    for people, fraction in FRACTIONS.items():
+        count = max(1, round(prompts * fraction))
         trials += plan_trials(count, 1, seed=seed + people, people=people, exclude=exclude)
     return trials
 
@@ -85,7 +85,7 @@ def _obedience(rows: list[dict]) -> dict[str, float | None]:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    """One row a figure: generated, true renders (what the judges can see at best), goal."""
+    """One row a figure: generated, true renders (what the evaluators can see at best), goal."""
     rows: list[list[Any]] = [["VAE reconstruction, dB ↑", f"{result['psnr']:.1f}", None, f"{GOALS['psnr']:.0f}"]]
     for figure in (*TRAITS, "no_face"):
         values = [result[kind][figure] for kind in ("generated", "true render")] + [GOALS.get(figure)]

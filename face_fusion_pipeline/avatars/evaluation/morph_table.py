@@ -22,17 +22,22 @@ from ...evaluation.metrics import Estimate, bootstrap_mean, cosine_similarity
 from ...evaluation.reports import circumstances, contact_sheet, markdown_table, write_report
 from ...face_errors import FaceFusionError
 from ...files.atomic import write_text
-from .judges import IMAGE_SIZE, Judges
+from .evaluators import IMAGE_SIZE, Evaluators
 from .trial_pictures import image_path, trial_image
 from .trials import Trial, portraits
 
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the second person
+FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the second person
 SHEET_ROWS = 6
 
 
 def compare_morphs(
-    pipe: Any, trials: list[Trial], judges: Judges, settings: Settings, out: Path, shares: Sequence[float] = SHARES
+    pipe: Any,
+    trials: list[Trial],
+    evaluators: Evaluators,
+    settings: Settings,
+    out: Path,
+    fractions: Sequence[float] = FRACTIONS,
 ) -> dict[str, Any]:
     """Generate, score, write `rows.jsonl`, `morph.json`, `morph.md` and `sheet.png` to `out`; returns the result.
 
@@ -41,35 +46,40 @@ def compare_morphs(
     keep_settings(out, settings)
     pairs = [(trial, _next(trials, i)) for i, trial in enumerate(trials)]
     for trial, second in tqdm(pairs, desc="images", unit="trial"):
-        missing = [share for share in shares if not image_path(out, trial, slug(share)).is_file()]
+        missing = [fraction for fraction in fractions if not image_path(out, trial, slug(fraction)).is_file()]
         faces = [portraits(person, seed=settings.seed).face for person in (trial.person, second)]
         both = pipe.encode_face(faces) if missing else None
-        for share in missing:
-            write_image(image_path(out, trial, slug(share)), _image(pipe, trial, both, share, settings))
+        for fraction in missing:
+            write_image(image_path(out, trial, slug(fraction)), _image(pipe, trial, both, fraction, settings))
     rows = []
     for trial, second in tqdm(pairs, desc="scores", unit="trial"):
         others = torch.stack([portraits(person, seed=settings.seed).other for person in (trial.person, second)])
-        known = judges.embed(others, judges.locate(others))
-        images = torch.stack([read_image(image_path(out, trial, slug(share)), IMAGE_SIZE) for share in shares])
-        similarity = cosine_similarity(judges.embed(images, judges.locate(images))[:, None], known[None])
-        for share, (first_like, second_like) in zip(shares, similarity.tolist(), strict=True):
-            row = {"trial": trial.key, "person": trial.person, "second": second, "share": share}
+        known = evaluators.embed(others, evaluators.locate(others))
+        images = torch.stack(
+            [read_image(image_path(out, trial, slug(fraction)), IMAGE_SIZE) for fraction in fractions]
+        )
+        similarity = cosine_similarity(evaluators.embed(images, evaluators.locate(images))[:, None], known[None])
+        for fraction, (first_like, second_like) in zip(fractions, similarity.tolist(), strict=True):
+            row = {"trial": trial.key, "person": trial.person, "second": second, "fraction": fraction}
             rows.append({**row, "to_first": first_like, "to_second": second_like})
     write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     result = {
         "settings": asdict(settings),
         "pairs": len(trials),
         **circumstances(),
-        "shares": {str(share): summarise([r for r in rows if r["share"] == share], settings.seed) for share in shares},
+        "fractions": {
+            str(fraction): summarise([r for r in rows if r["fraction"] == fraction], settings.seed)
+            for fraction in fractions
+        },
     }
     write_report(out, "morph", result, as_markdown(result))
-    write_image(out / "sheet.png", _sheet(pairs, shares, settings, out))
+    write_image(out / "sheet.png", _sheet(pairs, fractions, settings, out))
     return result
 
 
-def slug(share: float) -> str:
-    """A share in file names."""
-    return f"share{round(100 * share):03d}"
+def slug(fraction: float) -> str:
+    """A fraction in file names."""
+    return f"share{round(100 * fraction):03d}"
 
 
 def summarise(rows: list[dict], seed: int) -> dict[str, Any]:
@@ -84,8 +94,8 @@ def summarise(rows: list[dict], seed: int) -> dict[str, Any]:
 def as_markdown(result: dict[str, Any]) -> str:
     """The table with its legend."""
     rows = [
-        [f"{float(share):.0%}", str(Estimate(**found["to_first"])), str(Estimate(**found["to_second"]))]
-        for share, found in result["shares"].items()
+        [f"{float(fraction):.0%}", str(Estimate(**found["to_first"])), str(Estimate(**found["to_second"]))]
+        for fraction, found in result["fractions"].items()
     ]
     s = result["settings"]
     return (
@@ -106,15 +116,15 @@ def _next(trials: list[Trial], index: int) -> int:
     return others[0]
 
 
-def _image(pipe: Any, trial: Trial, both: Any, share: float, settings: Settings) -> torch.Tensor:
-    weights = [1 - share, share]
+def _image(pipe: Any, trial: Trial, both: Any, fraction: float, settings: Settings) -> torch.Tensor:
+    weights = [1 - fraction, fraction]
     return trial_image(pipe, trial, settings, face_image=both, face_weights=weights, face_scale=settings.face_scale)
 
 
-def _sheet(pairs: list[tuple[Trial, int]], shares: Sequence[float], settings: Settings, out: Path) -> Image.Image:
+def _sheet(pairs: list[tuple[Trial, int]], fractions: Sequence[float], settings: Settings, out: Path) -> Image.Image:
     rows = []
     for trial, second in pairs[:: max(1, len(pairs) // SHEET_ROWS)][:SHEET_ROWS]:
         first_face, second_face = (portraits(person, seed=settings.seed).face for person in (trial.person, second))
-        pictures = [to_pil(read_image(image_path(out, trial, slug(share)))) for share in shares]
+        pictures = [to_pil(read_image(image_path(out, trial, slug(fraction)))) for fraction in fractions]
         rows.append((trial.text, [first_face, *pictures, second_face]))
-    return contact_sheet(["first", *(f"{share:.0%} second" for share in shares), "second"], rows)
+    return contact_sheet(["first", *(f"{fraction:.0%} second" for fraction in fractions), "second"], rows)

@@ -25,8 +25,8 @@ from ...evaluation.reports import circumstances, contact_sheet, markdown_table, 
 from ...files.atomic import write_text
 from .. import render
 from ..world.caption import caption
+from .evaluators import IMAGE_SIZE, Evaluators
 from .framing import portrait_crops
-from .judges import IMAGE_SIZE, Judges
 from .trial_pictures import image_path, trial_image
 from .trials import Trial, portraits, true_renders
 
@@ -62,7 +62,12 @@ METHODS = (
 
 
 def compare_people(
-    pipe: Any, trials: list[Trial], judges: Judges, settings: Settings, out: Path, methods: Sequence[Method] = METHODS
+    pipe: Any,
+    trials: list[Trial],
+    evaluators: Evaluators,
+    settings: Settings,
+    out: Path,
+    methods: Sequence[Method] = METHODS,
 ) -> dict[str, Any]:
     """Generate, score, write `rows.jsonl`, `people.json`, `people.md` and `sheet.png` to `out`; returns the result."""
     keep_settings(out, settings)
@@ -77,13 +82,13 @@ def compare_people(
             else:
                 first = to_pil(read_image(image_path(out, trial, slug(method.refines))))
                 write_image(path, _drawn_again(pipe, trial, first, people, places, settings))
-    rows = _score(trials, boxes, judges, settings, out, methods)
+    rows = _score(trials, boxes, evaluators, settings, out, methods)
     write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     names = [*(method.name for method in methods), CEILING, FLOOR]
     result = {
         "settings": asdict(settings),
         "people": len(trials[0].scene.people),
-        "most": most_people(judges),
+        "most": most_people(evaluators),
         "images_per_method": len(trials),
         **circumstances(),
         "methods": {name: summarise([row for row in rows if row["method"] == name], settings.seed) for name in names},
@@ -104,9 +109,9 @@ def members(trial: Trial) -> list[int]:
     return [trial.person + i for i in range(len(trial.scene.people))]
 
 
-def most_people(judges: Judges) -> int:
-    """The largest number of people that the judges can count."""
-    return max(map(int, judges.labels["people"]))
+def most_people(evaluators: Evaluators) -> int:
+    """The largest number of people that the evaluators can count."""
+    return max(map(int, evaluators.labels["people"]))
 
 
 def true_boxes(trial: Trial) -> list[list[float]]:
@@ -115,8 +120,8 @@ def true_boxes(trial: Trial) -> list[list[float]]:
 
 
 def summarise(rows: list[dict], seed: int) -> dict[str, Any]:
-    """Similarity to the own person and to the neighbours (mean and interval), shares of pictures with all people and
-    with more; the latter is NaN where nobody counted so far."""
+    """Similarity to the own person and to the neighbours (mean and interval), fractions of pictures with all people
+    and with more; the latter is NaN where nobody counted so far."""
     groups = np.array([row["person"] for row in rows])
     own, neighbour = (
         asdict(bootstrap_mean(np.array([row[key] for row in rows]), groups, seed=seed)) for key in ("own", "neighbour")
@@ -155,7 +160,7 @@ def as_markdown(result: dict[str, Any]) -> str:
             str(Estimate(**f["own"])),
             str(Estimate(**f["neighbour"])),
             f["leakage"],
-            *(share if np.isnan(share) else f"{100 * share:.1f} %" for share in (f["all_present"], f["doubled"])),
+            *(part if np.isnan(part) else f"{100 * part:.1f} %" for part in (f["all_present"], f["doubled"])),
         ]
         for name, f in result["methods"].items()
     ]
@@ -167,10 +172,10 @@ def as_markdown(result: dict[str, Any]) -> str:
         + f"\n{result['images_per_method']} pictures of {result['people']} people a method, people that no training "
         f"saw, {denoising(s)}, face scale {s['face_scale']}, seed {s['seed']}; "
         f"{result['machine']}, {result['date']}.\nSimilarity: avatar recogniser, cosine to another portrait, with a "
-        "95 % bootstrap interval over people; of somebody else: mean over everybody whom a face is not. Leakage: "
-        "share of the way from the floor to the own similarity that the neighbour's has come. All present, doubled: "
-        f"pictures in which the judge counts as many people as asked for, and more; it counts to {result['most']}. "
-        "Faces drawn again: the pictures of nearest, none after `refine_faces`.\n"
+        "95 % bootstrap interval over people; of somebody else: mean over everybody whom a face is not. Leakage: the "
+        "neighbour's similarity, normalised: 0 % is the floor, 100 % the own similarity. All present, doubled: "
+        f"pictures in which the evaluator counts as many people as asked for, and more; it counts to "
+        f"{result['most']}. Faces drawn again: the pictures of nearest, none after `refine_faces`.\n"
     )
 
 
@@ -207,7 +212,7 @@ def _drawn_again(
 def _score(
     trials: list[Trial],
     boxes: list[list[list[float]]],
-    judges: Judges,
+    evaluators: Evaluators,
     settings: Settings,
     out: Path,
     methods: Sequence[Method],
@@ -216,15 +221,15 @@ def _score(
     truth, strangers = true_renders(trials), true_renders(trials, person_shift=count)
     everybody = sorted({person for trial in trials for person in members(trial)})
     others = torch.stack([portraits(person, seed=settings.seed).other for person in everybody])
-    known = dict(zip(everybody, judges.embed(others, judges.locate(others)), strict=True))
+    known = dict(zip(everybody, evaluators.embed(others, evaluators.locate(others)), strict=True))
     rows = []
     for i, (trial, places) in enumerate(zip(tqdm(trials, desc="scores", unit="trial"), boxes, strict=True)):
         images = [read_image(image_path(out, trial, slug(m.name)), IMAGE_SIZE) for m in methods]
         images += [truth[i], strangers[i]]
-        counts = judges.describe(torch.stack(images))["people"]
+        counts = evaluators.describe(torch.stack(images))["people"]
         for name, image, people in zip([*(m.name for m in methods), CEILING, FLOOR], images, counts, strict=True):
             crops = portrait_crops(image, places)
-            found = judges.embed(crops, judges.locate(crops))
+            found = evaluators.embed(crops, evaluators.locate(crops))
             for k, person in enumerate(members(trial)):
                 like = {p: float(cosine_similarity(found[k], known[p])) for p in everybody}
                 if name == FLOOR:  # against everybody whom this face is not: one stranger alone says little
@@ -232,7 +237,7 @@ def _score(
                 else:
                     own, neighbour = like[person], _mean([like[p] for p in members(trial) if p != person])
                 row: dict[str, Any] = {"trial": trial.key, "person": trial.person, "place": k, "method": name}
-                row |= presence(int(people), count, most_people(judges))
+                row |= presence(int(people), count, most_people(evaluators))
                 rows.append({**row, "own": own, "neighbour": neighbour})
     return rows
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ...evaluation.image_files import to_pil
-from ...evaluation.metrics import box_iou, closed_share, verification_auc
+from ...evaluation.metrics import box_iou, normalised_similarity, verification_auc
 from ...evaluation.recognisers import Recogniser
 from ...face_detectors import FaceDetector
 from ...face_images import detect_faces
@@ -34,9 +34,9 @@ def measure_recognition(
     """AUC of same against different people, over near-frontal photographs with any expression, light and clothes.
 
     Faces are aligned by the true landmarks ("auc") and by the detector's ("auc_detected", the true ones where it
-    finds none). "coarse": what is left of likeness when one of two pictures has a quarter of the resolution, as share
-    of the way from different people to the same one; it says how fine the differences are that a recogniser goes by.
-    For the detector: share of faces found, share of those with IoU >= 0.5 against the true box, mean IoU.
+    finds none). "coarse": what is left of likeness when one of two pictures has a quarter of the resolution,
+    normalised: 0 is different people, 1 the same one. It says how fine the differences are that a recogniser goes by.
+    For the detector: fraction of faces found, fraction of those with IoU >= 0.5 against the true box, mean IoU.
     `size` is in pixels, `world` as for `sample_identity`.
     """
     rng = np.random.default_rng(seed)
@@ -89,4 +89,4 @@ def kept(sharp: np.ndarray, blurred: np.ndarray, people: np.ndarray) -> float:
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
     clear = cosines(sharp)
-    return closed_share(cosines(blurred)[others].mean(), clear[strangers].mean(), clear[others].mean())
+    return normalised_similarity(cosines(blurred)[others].mean(), clear[strangers].mean(), clear[others].mean())

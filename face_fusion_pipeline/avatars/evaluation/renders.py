@@ -1,4 +1,4 @@
-"""Pictures made coarser: as a small generator blurs them, as a judge of depth sees them."""
+"""Pictures made coarser: as a small generator blurs them, as an evaluator of depth sees them."""
 
 from __future__ import annotations
 

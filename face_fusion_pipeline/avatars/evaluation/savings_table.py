@@ -23,7 +23,7 @@ from ...evaluation.metrics import Estimate, bootstrap_mean, cosine_similarity
 from ...evaluation.reports import circumstances, contact_sheet, markdown_table, write_report
 from ...face_attention import attention_layers
 from ...files.atomic import write_text
-from .judges import IMAGE_SIZE, Judges
+from .evaluators import IMAGE_SIZE, Evaluators
 from .people_table import true_boxes
 from .trial_pictures import image_path, trial_image
 from .trials import Trial, portraits
@@ -37,7 +37,7 @@ class Saving:
     """A way to spend less.
 
     Attributes:
-        side: side of the reference, as a share of the side of the model's own pictures.
+        side: side of the reference, as a fraction of the side of the model's own pictures.
         call: arguments of the pipeline's call.
         finest: whether the layers with the most queries, the outermost ones of the UNet, see the face.
         in_box: only queries in the face box of the true render's scene see it (`face_boxes`).
@@ -64,7 +64,12 @@ SAVINGS = (
 
 
 def compare_savings(
-    pipe: Any, trials: list[Trial], judges: Judges, settings: Settings, out: Path, savings: Sequence[Saving] = SAVINGS
+    pipe: Any,
+    trials: list[Trial],
+    evaluators: Evaluators,
+    settings: Settings,
+    out: Path,
+    savings: Sequence[Saving] = SAVINGS,
 ) -> dict[str, Any]:
     """Generate, score, write `rows.jsonl`, `savings.json`, `savings.md` and `sheet.png` to `out`; returns the result.
 
@@ -81,8 +86,8 @@ def compare_savings(
         other = portraits(trial.person, seed=settings.seed).other[None]
         paths = [image_path(out, trial, slug(saving.name)) for saving in savings]
         images = torch.stack([read_image(path, IMAGE_SIZE) for path in paths])
-        known = judges.embed(other, judges.locate(other))
-        similarity = cosine_similarity(judges.embed(images, judges.locate(images)), known)
+        known = evaluators.embed(other, evaluators.locate(other))
+        similarity = cosine_similarity(evaluators.embed(images, evaluators.locate(images)), known)
         for saving, value in zip(savings, similarity.tolist(), strict=True):
             row = {"trial": trial.key, "person": trial.person, "saving": saving.name, "similarity": value}
             rows.append({**row, "difference": value - similarity[0]})

@@ -1,4 +1,4 @@
-"""What the judges say about images, one row an image."""
+"""What the evaluators say about images, one row an image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...evaluation.metrics import cosine_similarity
 from ...evaluation.recognisers import Recogniser
 from ...face_detectors import FaceDetector
 from ...face_images import detect_faces
-from .judges import Judges
+from .evaluators import Evaluators
 from .trials import Portraits, Trial
 
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Panel:
-    """All judges of an evaluation: the shipped ones, recognisers trained on photographs, a detector if any.
+    """All evaluators of an evaluation: the shipped ones, recognisers trained on photographs, a detector if any.
 
     `measures` say which traits a picture shows and whether its eyes are well drawn.
     """
 
-    judges: Judges
+    evaluators: Evaluators
     recognisers: Sequence[Recogniser] = ()
     detector: FaceDetector | None = None
     measures: Measures | None = None
@@ -37,12 +37,12 @@ class Panel:
     @property
     def names(self) -> list[str]:
         """Names of all recognisers, those trained on photographs first."""
-        return [r.name for r in (*self.recognisers, self.judges)]
+        return [r.name for r in (*self.recognisers, self.evaluators)]
 
     def embed(self, images: torch.Tensor) -> dict[str, Any]:
         """Embeddings (B, D) by recogniser; landmarks come from the locator for every image, true or generated."""
-        landmarks = self.judges.locate(images)
-        return {r.name: r.embed(images, landmarks) for r in (*self.recognisers, self.judges)}
+        landmarks = self.evaluators.locate(images)
+        return {r.name: r.embed(images, landmarks) for r in (*self.recognisers, self.evaluators)}
 
     def finds_face(self, image: torch.Tensor) -> bool | None:
         """Whether the detector sees a face; None without a detector."""
@@ -52,7 +52,7 @@ class Panel:
         self, trial: Trial, images: torch.Tensor, methods: Sequence[str], person: Portraits | None
     ) -> list[dict]:
         """One row per image of a trial (an image per method): what is seen, similarity to `person.other`."""
-        said = self.judges.describe(images)
+        said = self.evaluators.describe(images)
         similarity: dict[str, Any] = {}
         if person is not None:
             if person.person not in self.others:

@@ -21,7 +21,7 @@ from ...face_detectors import DetectorName
 from ...face_errors import FaceTooSmallError, NoFaceError
 from ...face_images import crop_face, prepare_face
 from .. import SPLITS, Scene, caption, render, sample_identity, sample_scene
-from .judges import IMAGE_SIZE, decidable
+from .evaluators import IMAGE_SIZE, decidable
 
 
 FIRST_TEST_IDENTITY = SPLITS["test"].start
@@ -31,7 +31,7 @@ _SCENE_SEEDS = 1 << 40  # far from the scene seeds of any dataset
 
 @dataclass(frozen=True)
 class Trial:
-    """One prompt for one person: the scene that the caption describes, and what the judges should see in it."""
+    """One prompt for one person: the scene that the caption describes, and what the evaluators should see in it."""
 
     person: int
     number: int

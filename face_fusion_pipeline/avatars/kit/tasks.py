@@ -36,7 +36,7 @@ def empty_tokens(frozen: Frozen) -> Tensor:
 
 
 class BaseTask(UnetTask):
-    """Trains UNet and text encoder; the shares of plain, full and no captions are fixed."""
+    """Trains UNet and text encoder; the fractions of plain, full and no captions are fixed."""
 
     def __init__(
         self, unet: UNet2DConditionModel, frozen: Frozen, train: SceneTensors, held_out: SceneTensors, key: str

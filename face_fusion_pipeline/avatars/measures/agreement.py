@@ -1,4 +1,4 @@
-"""Does the judge of eyes see what one sees? On true renders, and on pictures that it never learned from."""
+"""Does the evaluator of eyes see what one sees? On true renders, and on pictures that it never learned from."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from ...evaluation.generation import Settings, pipeline_of
 from ...evaluation.image_files import read_image
 from ...evaluation.reports import circumstances
 from ...face_adapter import ADAPTER_WEIGHTS_NAME
-from ...face_errors import FaceFusionError
-from ..evaluation.judges import load_judges
+from ...face_defaults import EARLIER_NAMES
+from ...face_errors import FaceFusionError, renamed
+from ..evaluation.evaluators import load_evaluators
 from ..evaluation.trial_pictures import generate, image_path
 from ..evaluation.trials import Trial
 from ..world.caption import caption
 from ..world.dataset import draw
 from ..world.scene import sample_scene
 from .crops import eye_bands, locate
-from .drawing import EyeJudge, load_eye_judge
+from .drawing import EyeEvaluator, load_eye_evaluator
 from .portraits import DOTS, eyes_shown, portrait_scene
 from .verdicts import Verdicts, read_verdicts
 
 
-SETTINGS = ("steps", "guidance_scale", "late_guidance", "self_scale", "seed")
+SETTINGS = ("steps", "guidance_scale", "low_noise_guidance", "self_scale", "seed")
 
 
 @torch.inference_mode()
-def agreement(judge: EyeJudge, verdicts: Verdicts, rows: Tensor | None = None) -> dict[str, float]:
-    """Of broken eyes the share caught, of good ones the share passed; also among those with sure verdicts alone.
+def agreement(evaluator: EyeEvaluator, verdicts: Verdicts, rows: Tensor | None = None) -> dict[str, float]:
+    """Of broken eyes the fraction caught, of good ones the fraction passed; also among those with sure verdicts alone.
 
-    `rows` are those that count, by default all; a share of nothing is NaN.
+    `rows` are those that count, by default all; a fraction of nothing is NaN.
     """
     rows = torch.arange(len(verdicts)) if rows is None else rows
-    passed = judge.of_bands(verdicts.bands[rows]) >= judge.threshold
+    passed = evaluator.of_bands(verdicts.bands[rows]) >= evaluator.threshold
     good, sure = verdicts.good[rows], verdicts.sure[rows]
     figures = {}
     for name, kept in (("", torch.ones_like(sure)), ("_sure", sure)):
@@ -48,32 +49,36 @@ def agreement(judge: EyeJudge, verdicts: Verdicts, rows: Tensor | None = None) -
 def measure_agreement(
     name: Path, model: str | None = None, out: Path | None = None, *, device: str = "cpu", renders: int = 1000
 ) -> dict[str, Any]:
-    """`agreement` of the package's judge with the verdicts `NAME.json`, and the share of `renders` that it passes.
+    """`agreement` of the package's evaluator with the verdicts `NAME.json`, and what fraction of `renders` it passes.
 
     The renders are of people of the test split. With `model`, the folder of the weights that the verdicts are on, the
     pictures are drawn anew into `out`. FaceFusionError for other weights.
     """
-    judge, verdicts = load_eye_judge(), read_verdicts(name)
+    evaluator, verdicts = load_eye_evaluator(), read_verdicts(name)
     if model is not None:
         if out is None:
             raise FaceFusionError("--model draws pictures: name a folder for them with --out")
         verdicts = drawn_anew(verdicts, model, out, device)
-    with_eyes, of_all = renders_passed(judge, renders)
-    shares = {"true_renders_with_eyes_good": with_eyes, "all_true_renders_good": of_all, **agreement(judge, verdicts)}
+    with_eyes, of_all = renders_passed(evaluator, renders)
+    fractions = {
+        "true_renders_with_eyes_good": with_eyes,
+        "all_true_renders_good": of_all,
+        **agreement(evaluator, verdicts),
+    }
     counts = {"good": int(verdicts.good.sum()), "broken": int((~verdicts.good).sum()), "renders": renders}
-    return {"shares": shares, **counts, "drawn_anew": model is not None, **circumstances()}
+    return {"fractions": fractions, **counts, "drawn_anew": model is not None, **circumstances()}
 
 
-def renders_passed(judge: EyeJudge, count: int) -> tuple[float, float]:
-    """Of so many portraits of test people the share whose eyes are well drawn: of those with eyes, and of all.
+def renders_passed(evaluator: EyeEvaluator, count: int) -> tuple[float, float]:
+    """Of so many portraits of test people the fraction whose eyes are well drawn: of those with eyes, and of all.
 
     In the first world the eyes of some people lie below their skin (`portraits.eyes_shown`).
     """
-    judges, size, world = load_judges(), int(judge.about["size"]), int(judge.about["world"])
+    evaluators, size, world = load_evaluators(), int(evaluator.about["size"]), int(evaluator.about["world"])
     passed, shown = [], []
     for drawn in draw((portrait_scene("test", index, world) for index in range(count)), size):
         images = drawn.pixels.float() / 255
-        passed.append(judge.logits(images, locate(judges, images)) >= judge.threshold)
+        passed.append(evaluator.logits(images, locate(evaluators, images)) >= evaluator.threshold)
         shown.append(eyes_shown(drawn.records, world))
     good = torch.cat(passed).float()
     return float(good[torch.cat(shown) >= DOTS].mean()), float(good.mean())
@@ -81,7 +86,7 @@ def renders_passed(judge: EyeJudge, count: int) -> tuple[float, float]:
 
 def drawn_anew(verdicts: Verdicts, model: str, out: Path, device: str) -> Verdicts:
     """The same verdicts with bands of pictures that `model` draws now; see `measure_agreement`."""
-    about = verdicts.about
+    about = renamed(verdicts.about, EARLIER_NAMES, "the file of verdicts")
     adapter = model if (Path(model) / ADAPTER_WEIGHTS_NAME).is_file() else None
     settings = Settings.of(model, adapter, **{key: about[key] for key in SETTINGS})
     if settings.weights_hash != about["weights"]:
@@ -104,4 +109,4 @@ def _trial(picture: dict[str, Any]) -> Trial:
 
 def _bands(wanted: Sequence[tuple[Trial, str]], out: Path) -> Tensor:
     images = torch.stack([read_image(image_path(out, trial, method), 128) for trial, method in wanted])
-    return eye_bands(images, locate(load_judges(), images))
+    return eye_bands(images, locate(load_evaluators(), images))

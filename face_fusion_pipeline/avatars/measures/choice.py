@@ -1,9 +1,9 @@
 """Which of several weights ship, by their tables of avatars (`avatars-evaluate table`).
 
-1. Drawing comes first: eyes well drawn in no smaller a share of pictures than by the base without a face, within two
-   points.
-2. Of those that pass, the most likeness: the mean of the traits shown and of what published recognisers see, both as
-   the share of the way from a stranger to a true render.
+1. Drawing comes first: eyes well drawn in no smaller a fraction of pictures than by the base without a face, within
+   two points.
+2. Of those that pass, the most likeness: the mean of the traits shown and of what published recognisers see, both
+   normalised: 0 is a stranger, 1 a true render.
 3. Where none passes: the best drawing of those in which published recognisers see 30 % of the way or more.
 
 The project's own recogniser chooses nothing: it is much like those that trainings are to please.
@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from ...face_errors import FaceFusionError
+from ...face_errors import FaceFusionError, renamed
 
 
-LOST = 0.02  # share of pictures by which drawing may be worse than without a face
+LOST = 0.02  # fraction of pictures by which drawing may be worse than without a face
 PUBLISHED_LEAST = 0.30
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The figures of one method in one table, all of them shares."""
+    """The figures of one method in one table, all of them fractions."""
 
     name: str
     eyes: float
@@ -62,9 +62,13 @@ def candidate(table: Mapping[str, Any], method: str, name: str) -> Candidate:
         name,
         mine["drawing"]["eyes"]["mean"],
         methods["none"]["drawing"]["eyes"]["mean"],
-        mine["traits"]["closed"]["mean"],
-        float(np.mean([mine["similarity"][recogniser]["closed"] for recogniser in published])),
+        _normalised(mine["traits"], name)["mean"],
+        float(np.mean([_normalised(mine["similarity"][recogniser], name) for recogniser in published])),
     )
+
+
+def _normalised(figures: Mapping[str, Any], table: str) -> Any:
+    return renamed(figures, {"closed": "normalised"}, table)["normalised"]
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate | None:

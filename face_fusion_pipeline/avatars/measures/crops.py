@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...evaluation.alignment import align_faces, face_template
-from ..evaluation.judges import IMAGE_SIZE, Judges
+from ...face_alignment import align_faces, face_template
+from ..evaluation.evaluators import IMAGE_SIZE, Evaluators
 from ..evaluation.renders import at_size
 
 
 EYE_ZOOM, EYE_CROP = 1.2, 7 / 8  # of the aligned face; pixels of a crop's side to one of the picture's side
 HEAD_ZOOM, HEAD_CROP = 0.62, 3 / 4  # hair, ears and chin are in the crop, a little smaller than in the picture
 FACE_ZOOM, FACE_CROP = 1.15, 3 / 4  # from the brows to the mouth, a little larger than in the picture
-BAND = 3 / 7  # height of the band of the eyes, as a share of its width
+BAND = 3 / 7  # height of the band of the eyes, as a fraction of its width
 
 
-def locate(judges: Judges, images: Tensor) -> Tensor:
+def locate(evaluators: Evaluators, images: Tensor) -> Tensor:
     """Five landmarks (B, 5, 2), in pixels, of the main person of images (B, 3, S, S) in [0, 1], of any size S."""
-    found = judges.locate(at_size(images, IMAGE_SIZE))
+    found = evaluators.locate(at_size(images, IMAGE_SIZE))
     return (found + 0.5) * (images.shape[-1] / IMAGE_SIZE) - 0.5
 
 

@@ -1,7 +1,7 @@
 """True eyes made wrong in the ways in which models draw them wrong: scrambled, strange, faded, barred, doubled.
 
 All functions take pictures (B, 3, H, W) in [0, 1] with landmarks (B, 5, 2) in their pixels, and give pictures; what is
-random comes from a generator. Lengths are shares of the distance between the eyes.
+random comes from a generator. Lengths are fractions of the distance between the eyes.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Dice:
 def damaged(images: Tensor, landmarks: Tensor, generator: torch.Generator) -> Tensor:
     """Each picture with one eye or both made wrong, in one way or two."""
     dice, images = Dice(len(images), generator, images.device), images.clone()
-    for share in (1.0, 0.35):  # one way, and often a second
-        ways = torch.where(dice.uniform(0, 1) < share, dice.uniform(0, len(WAYS)).long(), -1)
+    for chance in (1.0, 0.35):  # one way, and often a second
+        ways = torch.where(dice.uniform(0, 1) < chance, dice.uniform(0, len(WAYS)).long(), -1)
         both, left = dice.uniform(0, 1) < 0.4, dice.uniform(0, 1) < 0.5
         eyes = torch.stack([both | left, both | ~left], 1).float()  # (B, 2)
         for number, way in enumerate(WAYS):
@@ -64,7 +64,7 @@ def _apart(landmarks: Tensor) -> Tensor:
 
 
 def _mask(images: Tensor, landmarks: Tensor, eyes: Tensor, radius: Tensor) -> Tensor:
-    """Near 1 around the chosen eyes (B, 1, H, W); `radius` (B,) is a share of the distance between them."""
+    """Near 1 around the chosen eyes (B, 1, H, W); `radius` (B,) is a fraction of the distance between them."""
     size = (radius * _apart(landmarks)).view(-1, 1, 1, 1)
     distance = (_places(images)[None, None] - landmarks[:, :2, None, None]).norm(dim=-1)  # (B, 2, H, W)
     near = torch.sigmoid((size - distance) / (0.18 * size)) * eyes[..., None, None]

@@ -1,7 +1,7 @@
 """The network of both measures: densely connected convolutions, in which each layer sees all before it.
 
-No training asks it: the recogniser of the identity loss (`training/recogniser.py`) adds up residual blocks and pools
-by attention, the judges (`evaluation/judges.py`) are plain towers.
+No training asks it: the embedder of the identity loss (`training/face_embedder.py`) adds up residual blocks and pools
+by attention, the evaluators (`evaluation/evaluators.py`) are plain towers.
 """
 
 from __future__ import annotations

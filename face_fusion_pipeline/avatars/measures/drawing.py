@@ -1,4 +1,4 @@
-"""Are both eyes well drawn? A judge of the band of the eyes."""
+"""Are both eyes well drawn? An evaluator of the band of the eyes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class EyeNetwork(nn.Module):
 
 
 @dataclass
-class EyeJudge:
+class EyeEvaluator:
     """The network, and the logit from which eyes are well drawn; `about` is the report."""
 
     network: EyeNetwork
@@ -67,11 +67,13 @@ class EyeJudge:
         (folder / REPORT_NAME).write_text(text + "\n")
 
 
-def load_eye_judge(folder: Path = SHIPPED) -> EyeJudge:
+def load_eye_evaluator(folder: Path = SHIPPED) -> EyeEvaluator:
     """What `avatars-train drawing` wrote, by default that of the package. ModelNotFoundError where there is none."""
     if not (folder / WEIGHTS_NAME).is_file():
-        raise ModelNotFoundError(f"no judge of drawing in {folder}: train one, `face-fusion avatars-train drawing`")
+        raise ModelNotFoundError(
+            f"no evaluator of drawing in {folder}: train one, `face-fusion avatars-train drawing`"
+        )
     about = json.loads((folder / REPORT_NAME).read_text())
     network = EyeNetwork()
     network.load_state_dict({name: weight.float() for name, weight in load_file(folder / WEIGHTS_NAME).items()})
-    return EyeJudge(network.requires_grad_(False).eval(), float(about["threshold"]), about)
+    return EyeEvaluator(network.requires_grad_(False).eval(), float(about["threshold"]), about)

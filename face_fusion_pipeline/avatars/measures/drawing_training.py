@@ -1,4 +1,4 @@
-"""Training of the judge of eyes: true renders are good, damaged ones are not; some pictures were judged by eye."""
+"""Training of the evaluator of eyes: true renders are good, damaged ones are not; some pictures were judged by eye."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from torch.nn import functional as F
 
 from ...evaluation.reports import circumstances
 from ...training.loop import Batch, Task
-from ..evaluation.judges import load_judges
+from ..evaluation.evaluators import load_evaluators
 from ..training.data import AvatarImages, landmarks5
-from ..training.recogniser import LANDMARK_JITTER, as_generated
+from ..training.face_embedder import LANDMARK_JITTER, as_generated
 from ..world.identity import WORLD
 from .agreement import agreement
 from .crops import band_eyes, eye_bands, locate
 from .damage import damaged
-from .drawing import EyeJudge, EyeNetwork
+from .drawing import EyeEvaluator, EyeNetwork
 from .portraits import DOTS, NO_EYES, eyes_shown
 from .verdicts import Verdicts
 
 
 BLURS = (2, 4)  # pixels: soft eyes may be whole
-SHARE = 3  # a third of each batch is damaged, and a third judged where there are verdicts
+PARTS = 3  # a third of each batch is damaged, and a third judged where there are verdicts
 DOUBT = 0.3  # target of "good" where a verdict is not sure, and 1 less it
-RENDERS_GOOD = 0.991  # share of held-out renders that pass, of those whose eyes show: the threshold is where it is so
+RENDERS_GOOD = (
+    0.991  # fraction of held-out renders that pass, of those whose eyes show: the threshold is where it is so
+)
 _HELD_OUT = 6  # each sixth picture with a verdict is never learned from
 
 
@@ -45,7 +47,7 @@ class DrawingTask(Task):
     ) -> None:
         super().__init__()
         self.network, self.data, self.validation = network.requires_grad_(True), train, validation
-        self.verdicts, self.judges, self.world = verdicts, load_judges(), WORLD if world is None else world
+        self.verdicts, self.evaluators, self.world = verdicts, load_evaluators(), WORLD if world is None else world
         shown = eyes_shown(train.records, self.world)
         self.rows = ((shown >= DOTS) | (shown < NO_EYES)).nonzero()[:, 0]  # dots are neither good nor bad
         self.size, self.whole = len(self.rows), shown >= DOTS
@@ -65,8 +67,8 @@ class DrawingTask(Task):
 
     def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
         device = next(self.network.parameters()).device
-        judged = 0 if self.verdicts is None else len(indices) // SHARE
-        wrong = len(indices) // SHARE if judged else len(indices) // 2
+        judged = 0 if self.verdicts is None else len(indices) // PARTS
+        wrong = len(indices) // PARTS if judged else len(indices) // 2
         indices = self.rows[indices[judged:]]
         images, points = (self.data.images(indices, device) + 1) / 2, self.landmarks[indices].to(device)
         images = torch.cat([damaged(images[:wrong], points[:wrong], generator), images[wrong:]])
@@ -94,27 +96,27 @@ class DrawingTask(Task):
 
     def sample(self, path: Path) -> dict[str, float]:
         """How many held-out renders pass at which logit, and what it makes of pictures with verdicts."""
-        return {f"validation_{name}": value for name, value in self.judge().about["held_out"].items()}
+        return {f"validation_{name}": value for name, value in self.evaluator().about["held_out"].items()}
 
-    def judge(self) -> EyeJudge:
+    def evaluator(self) -> EyeEvaluator:
         """The network as it is, with the threshold that lets `RENDERS_GOOD` of the validation portraits pass."""
-        judge = EyeJudge(self.network, 0.0, {})
+        evaluator = EyeEvaluator(self.network, 0.0, {})
         parts = []
         for rows in torch.arange(len(self.validation)).split(64):
             images = (self.validation.images(rows) + 1) / 2
-            parts.append(judge.logits(images, locate(self.judges, images)))
+            parts.append(evaluator.logits(images, locate(self.evaluators, images)))
         logits, shown = torch.cat(parts), eyes_shown(self.validation.records, self.world)
-        judge.threshold = float(logits[shown >= DOTS].quantile(1 - RENDERS_GOOD))
-        passed = (logits >= judge.threshold).float()
+        evaluator.threshold = float(logits[shown >= DOTS].quantile(1 - RENDERS_GOOD))
+        passed = (logits >= evaluator.threshold).float()
         figures = {"renders_good": float(passed[shown >= DOTS].mean()), "all_renders_good": float(passed.mean())}
         if self.verdicts is not None:
-            figures |= agreement(judge, self.verdicts, self.unseen)
+            figures |= agreement(evaluator, self.verdicts, self.unseen)
         about = {"size": self.validation.pixels.shape[-1], "world": self.world, "portraits": self.size}
         about["verdicts"] = 0 if self.verdicts is None else len(self.verdicts)
-        return EyeJudge(self.network, judge.threshold, {**about, "held_out": figures, **circumstances()})
+        return EyeEvaluator(self.network, evaluator.threshold, {**about, "held_out": figures, **circumstances()})
 
     def export(self, folder: Path) -> None:
-        self.judge().save(folder)
+        self.evaluator().save(folder)
 
 
 def moved(bands: Tensor, generator: torch.Generator) -> Tensor:

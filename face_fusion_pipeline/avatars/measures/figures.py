@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...evaluation.distribution import kid
-from ...evaluation.metrics import bootstrap_closed, bootstrap_mean
+from ...evaluation.metrics import bootstrap_mean, bootstrap_normalised
 from .panel import Seen
 
 
@@ -21,29 +21,31 @@ def row_of(seen: Seen) -> dict[str, Any]:
     return {"traits": seen.shown, "eyes": seen.eyes}
 
 
-def trait_share(row: Mapping[str, Any]) -> float:
-    """Share of the traits that a picture shows, of those that it could show."""
+def trait_fraction(row: Mapping[str, Any]) -> float:
+    """Fraction of the traits that a picture shows, of those that it could show."""
     return float(np.mean(list(row["traits"].values())))
 
 
 def summarise_measures(mine: Rows, floor: Rows, ceiling: Rows, *, seed: int = 0) -> dict[str, Any]:
     """Of the rows of one method: eyes well drawn and traits shown, each with its interval over people.
 
-    Traits as a share of all (`share`), and as the share of the way from a stranger to a true render (`closed`): a
-    stranger shares many. `by_trait` is the share of pictures that show each.
+    Traits as a fraction of all (`fraction`), and normalised (`normalised`: 0 is a stranger, 1 a true render), for a
+    stranger has many of them too. `by_trait` is the fraction of pictures that show each.
     """
 
-    def shares(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-        return np.array([trait_share(row) for row in rows]), np.array([row["person"] for row in rows])
+    def fractions(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([trait_fraction(row) for row in rows]), np.array([row["person"] for row in rows])
 
-    values, people = shares(mine)
+    values, people = fractions(mine)
     eyes = bootstrap_mean(np.array([float(row["eyes"]) for row in mine]), people, seed=seed)
     names = dict.fromkeys(trait for row in mine for trait in row["traits"])
     return {
         "eyes": asdict(eyes),
         "traits": {
-            "share": asdict(bootstrap_mean(values, people, seed=seed)),
-            "closed": asdict(bootstrap_closed((values, people), shares(floor), shares(ceiling), seed=seed)),
+            "fraction": asdict(bootstrap_mean(values, people, seed=seed)),
+            "normalised": asdict(
+                bootstrap_normalised((values, people), fractions(floor), fractions(ceiling), seed=seed)
+            ),
             "by_trait": {t: float(np.mean([r["traits"][t] for r in mine if t in r["traits"]])) for t in names},
         },
     }

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ...face_errors import ModelNotFoundError
-from ..evaluation.judges import Judges
+from ..evaluation.evaluators import Evaluators
 from ..evaluation.renders import at_size
 from .crops import features, heads, locate
-from .drawing import EyeJudge, load_eye_judge
+from .drawing import EyeEvaluator, load_eye_evaluator
 from .looks import Look
 from .traits import SHIPPED, TraitEstimators, load_traits
 
@@ -40,11 +40,11 @@ class Seen:
 
 @dataclass
 class Measures:
-    """Trait estimators and the judge of drawing, made for pictures of `size` pixels; `judges` find the faces."""
+    """Trait estimators and the evaluator of drawing, for pictures of `size` pixels; `evaluators` find the faces."""
 
-    judges: Judges
+    evaluators: Evaluators
     traits: TraitEstimators
-    drawing: EyeJudge
+    drawing: EyeEvaluator
 
     @property
     def size(self) -> int:
@@ -54,7 +54,7 @@ class Measures:
     def look(self, images: Tensor, people: Sequence[Look]) -> list[Seen]:
         """Images (B, 3, S, S) in [0, 1] of any size, each compared with a person (`people` has one, or one each)."""
         images = at_size(images, self.size)
-        points = locate(self.judges, images)
+        points = locate(self.evaluators, images)
         estimates, eyes = self.traits.estimate(images, points), self.drawing.well_drawn(images, points)
         head, face = self.traits.network.planes(heads(images, points), features(images, points))
         both = head.flatten(1).numpy(), face[:, :, EYE_ROWS].flatten(1).numpy()
@@ -65,10 +65,10 @@ class Measures:
         ]
 
 
-def load_measures(judges: Judges, folder: Path = SHIPPED) -> Measures | None:
+def load_measures(evaluators: Evaluators, folder: Path = SHIPPED) -> Measures | None:
     """The measures in a folder, by default those of the package; None, and a line in the log, where there are none."""
     try:
-        return Measures(judges, load_traits(folder), load_eye_judge(folder))
+        return Measures(evaluators, load_traits(folder), load_eye_evaluator(folder))
     except ModelNotFoundError as error:
         logger.warning("neither traits nor drawing are measured: %s", error)
         return None

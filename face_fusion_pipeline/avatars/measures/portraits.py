@@ -22,7 +22,10 @@ from ..world.scene import Scene, sample_scene
 
 
 PART = 500  # portraits in a file
-DOTS, NO_EYES = 0.2, 0.05  # shares of the eyes that show: below the first a person has dots, below the second nothing
+DOTS, NO_EYES = (
+    0.2,
+    0.05,
+)  # fractions of the eyes that show: below the first a person has dots, below the second nothing
 _SCENE_SEEDS = 3 << 40  # far from those of datasets and of trials
 
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from ...evaluation.reports import circumstances
 from ...training.loop import Batch, Task
-from ..evaluation.judges import Judges, load_judges
+from ..evaluation.evaluators import Evaluators, load_evaluators
 from ..training.data import AvatarImages, landmarks5
-from ..training.recogniser import LANDMARK_JITTER, as_generated
+from ..training.face_embedder import LANDMARK_JITTER, as_generated
 from ..world.identity import WORLD
 from .crops import features, heads, locate
 from .looks import MEASURES, TRAITS, WORDS, Look
@@ -37,7 +37,7 @@ class TraitsTask(Task):
     ) -> None:
         super().__init__()
         self.network, self.data, self.validation = network.requires_grad_(True), train, validation
-        self.judges, self.world = load_judges(), WORLD if world is None else world
+        self.evaluators, self.world = load_evaluators(), WORLD if world is None else world
         self.size = len(train)
         self.landmarks = landmarks5(train)
         self.jitter = LANDMARK_JITTER * train.pixels.shape[-1] / 128
@@ -65,7 +65,7 @@ class TraitsTask(Task):
         return {**crops, **{name: rows[indices].to(device) for name, rows in targets.items()}}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of the words, and squared errors of the measures as shares of their variance."""
+        """Cross-entropy of the words, and squared errors of the measures as fractions of their variance."""
         logits, estimates = self.network(batch["heads"], batch["features"])
         words = torch.stack([F.cross_entropy(logits[t].float(), batch[t], ignore_index=_UNSEEN) for t in WORDS])
         seen = ~batch["measures"].isnan()
@@ -80,7 +80,7 @@ class TraitsTask(Task):
         """The network as it is, with its figures on the validation portraits."""
         self.take_statistics()
         found = TraitEstimators(self.network, TRAITS, {})
-        figures = held_out_figures(found, self.judges, self.validation)
+        figures = held_out_figures(found, self.evaluators, self.validation)
         kept = tuple(t for t in TRAITS if figures[t] >= (RIGHT if t in WORDS else CORRELATION))
         about = {"size": self.validation.pixels.shape[-1], "world": self.world, "portraits": self.size}
         return TraitEstimators(self.network, kept, {**about, "held_out": figures, **circumstances()})
@@ -105,8 +105,8 @@ class TraitsTask(Task):
         self.estimators().save(folder)
 
 
-def held_out_figures(estimators: TraitEstimators, judges: Judges, portraits: AvatarImages) -> dict[str, float]:
-    """Of words the share right, averaged over the words so that rare ones count; of measures the correlation.
+def held_out_figures(estimators: TraitEstimators, evaluators: Evaluators, portraits: AvatarImages) -> dict[str, float]:
+    """Of words the fraction right, averaged over the words so that rare ones count; of measures the correlation.
 
     Faces are found as on generated pictures. Only what a picture can show counts.
     """
@@ -114,7 +114,7 @@ def held_out_figures(estimators: TraitEstimators, judges: Judges, portraits: Ava
     said: list[dict[str, str | float]] = []
     for rows in torch.arange(len(portraits)).split(64):
         images = (portraits.images(rows) + 1) / 2
-        said += estimators.estimate(images, locate(judges, images))
+        said += estimators.estimate(images, locate(evaluators, images))
     figures = {}
     for trait in estimators.kept:
         pairs = [(x.word(trait) if trait in WORDS else x.measure(trait), seen[trait])

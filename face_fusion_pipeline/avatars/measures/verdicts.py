@@ -19,7 +19,7 @@ from torch import Tensor
 from ...face_errors import ModelNotFoundError
 
 
-SHIPPED = Path(__file__).parent / "verdicts" / "eyes"  # of weights that do not ship: what the judge learns from
+SHIPPED = Path(__file__).parent / "verdicts" / "eyes"  # of weights that do not ship: what the evaluator learns from
 COLUMNS = 10
 HEIGHT, WIDTH = 48, 112  # of a band
 

@@ -1,1 +1,1 @@
-"""How the parts of the avatar model are trained: VAE, text encoder, UNet, ControlNet, recogniser."""
+"""How the parts of the avatar model are trained: VAE, text encoder, UNet, ControlNet, face embedder."""

@@ -131,7 +131,7 @@ class ClipTask(Task):
         return output.logits_per_image.float()
 
     def sample(self, path: Path) -> dict[str, float]:
-        """Share of held-out images whose own caption is ranked first among 256; no picture."""
+        """Fraction of held-out images whose own caption is ranked first among 256; no picture."""
         indices = torch.arange(min(len(self.validation), 256))
         captions = [self.validation.captions[i] for i in indices]
         tokens = tokenize(self.tokenizer, captions).to(self.device)

@@ -75,7 +75,14 @@ PRESETS: dict[str, dict[str, Preset]] = {
             {}, LoopOptions(batch_size=256, lr=8e-4, steps=3000, warmup=50, ema_decay=0.99, precision="bf16")
         ),
     },
-    "recogniser": {
+    "prior": {
+        "cpu": Preset(
+            {"width": 128, "layers": 4},
+            LoopOptions(batch_size=128, lr=1e-3, steps=2500, warmup=100, ema_decay=0.995, precision="auto"),
+        ),
+        "gpu": Preset({"width": 128, "layers": 4}, LoopOptions(batch_size=512, lr=2e-3, steps=6000, warmup=200)),
+    },
+    "face-embedder": {
         "cpu": Preset({}, LoopOptions(batch_size=96, lr=2e-3, steps=2400, warmup=50, ema_decay=0.99)),
         "gpu": Preset({}, LoopOptions(batch_size=512, lr=4e-3, steps=2000, warmup=50, ema_decay=0.99)),
     },

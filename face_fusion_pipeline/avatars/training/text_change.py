@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def text_map(old: Tensor, new: Tensor) -> tuple[Tensor, float]:
-    """S (C', C) with new · S ≈ old for states (N, C') and (N, C), and the share R² of the variance it explains."""
+    """S (C', C) with new · S ≈ old for states (N, C') and (N, C), and the fraction R² of the variance it explains."""
     old, new = old.double(), new.double()
     solution = torch.linalg.lstsq(new, old).solution
     unexplained = (new @ solution - old).square().sum() / (old - old.mean(dim=0)).square().sum()

@@ -276,9 +276,9 @@ def _described(rng: random.Random, look: _Look, tokens: int, short: bool) -> str
     """One person in at most about `tokens` words and commas beside noun and clothing."""
     chosen = look.necessary(rng)
     left = tokens - sum(_length(trait) + 1 for trait in chosen)
-    share = rng.uniform(0.6, 1.0)
+    chance = rng.uniform(0.6, 1.0)
     for trait in look.optional(rng):
-        if rng.random() < share and _length(trait) + 1 <= left:
+        if rng.random() < chance and _length(trait) + 1 <= left:
             chosen.append(trait)
             left -= _length(trait) + 1
     if rng.random() < 0.5:

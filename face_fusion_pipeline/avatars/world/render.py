@@ -163,8 +163,8 @@ def render(scenes: list[Scene], size: int = 128, device: torch.device | str = "c
     slot = person - starts[where]
     instance = torch.zeros(batch * fine * fine, MAX_PEOPLE, device=device)
     instance[hits.pixel, slot] = 1.0
-    shares = F.avg_pool2d(instance.view(batch, fine, fine, MAX_PEOPLE).permute(0, 3, 1, 2), _SUPERSAMPLE)
-    masks = shares > 0.5  # a pixel shared half and half belongs to nobody
+    covered = F.avg_pool2d(instance.view(batch, fine, fine, MAX_PEOPLE).permute(0, 3, 1, 2), _SUPERSAMPLE)
+    masks = covered > 0.5  # a pixel shared half and half belongs to nobody
 
     five, all68 = forms.landmarks(genes, face)
     all72 = points.points72(genes, face, parts, number)

@@ -1,12 +1,12 @@
-"""Less guidance in the later steps, in pipelines of ours and of diffusers."""
+"""Less guidance at low noise, in pipelines of ours and of diffusers."""
 
 import pytest
 import torch
 from tiny_models import face, for_task, generate, stock_pipeline, tiny_pipeline
 
-from face_fusion_pipeline import LateGuidance
+from face_fusion_pipeline import GuidanceInterval
 from face_fusion_pipeline.face_errors import InvalidScaleError
-from face_fusion_pipeline.late_guidance import place
+from face_fusion_pipeline.guidance_interval import place
 
 
 @pytest.fixture(params=["stock", "without a face", "with a face"])
@@ -34,20 +34,20 @@ def draw(request):
 def test_later_steps_get_another_scale_and_nothing_is_left_behind(draw):
     before, used = draw(guidance_scale=4.0)
     assert used == [4.0] * 4
-    late, used = draw(guidance_scale=4.0, callback_on_step_end=LateGuidance(2.0))
+    late, used = draw(guidance_scale=4.0, callback_on_step_end=GuidanceInterval(2.0))
     assert used == [4.0, 4.0, 2.0, 2.0]
     assert not torch.equal(late, before)
-    same, _ = draw(guidance_scale=4.0, callback_on_step_end=LateGuidance(4.0))
+    same, _ = draw(guidance_scale=4.0, callback_on_step_end=GuidanceInterval(4.0))
     assert torch.equal(same, before) and torch.equal(draw(guidance_scale=4.0)[0], before)
 
 
 @pytest.mark.parametrize(("below", "scales"), [(0.0, [4, 4, 4, 4]), (0.8, [4, 2, 2, 2]), (1.0, [4, 2, 2, 2])])
 def test_which_steps_are_later_ones(draw, below, scales):
-    assert draw(guidance_scale=4.0, callback_on_step_end=LateGuidance(2.0, below))[1] == scales
+    assert draw(guidance_scale=4.0, callback_on_step_end=GuidanceInterval(2.0, below))[1] == scales
 
 
 def test_a_call_without_guidance_stays_without(draw):
-    images, used = draw(guidance_scale=1.0, callback_on_step_end=LateGuidance(2.0))
+    images, used = draw(guidance_scale=1.0, callback_on_step_end=GuidanceInterval(2.0))
     assert used == [1.0] * 4
     assert torch.equal(images, draw(guidance_scale=1.0)[0])
 
@@ -66,7 +66,7 @@ def test_a_part_of_the_steps_has_the_scale_of_its_timesteps(family, task, part, 
     used = []
     options = {"num_inference_steps": 8, "guidance_scale": 4.0, "output_type": "latent"} | part
 
-    class Noted(LateGuidance):
+    class Noted(GuidanceInterval):
         def callback_fn(self, pipeline, *args):
             tensors = super().callback_fn(pipeline, *args)
             used.append(pipeline.guidance_scale)
@@ -87,10 +87,10 @@ def test_the_place_of_a_timestep_in_those_of_its_scheduler():
 @pytest.mark.parametrize("scale", [1.0, 0, -2, float("nan"), float("inf"), "2"])
 def test_a_scale_that_is_no_guidance_is_refused(scale):
     with pytest.raises(InvalidScaleError, match="above 1"):
-        LateGuidance(scale)
+        GuidanceInterval(scale)
 
 
 @pytest.mark.parametrize("below", [-0.1, 1.1, None])
-def test_a_share_out_of_range_is_refused(below):
+def test_a_fraction_out_of_range_is_refused(below):
     with pytest.raises(InvalidScaleError, match="from 0 to 1"):
-        LateGuidance(2.0, below)
+        GuidanceInterval(2.0, below)

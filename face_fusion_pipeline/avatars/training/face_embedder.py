@@ -1,9 +1,9 @@
-"""A face recogniser for the identity loss of a training, in nothing like the one that judges (`evaluation/judges.py`).
+"""The face embedder of the identity loss, in nothing like the one that evaluates (`evaluation/evaluators.py`).
 
 Two towers look at each picture. One sees the whole head, and has learned from blurred pictures: hair, skin and shape,
-which are there in a noisy step already. The other sees the features twice as large, and has learned from nearly clear
-ones, so it asks for what the first does not miss. Both are residual blocks with group norm, pooled by attention; the
-judge is a plain tower with batch norm on a smaller crop. What was trained to please one network is so measured by
+which are there in a noisy step already. The other sees the features twice as large, and has learned from little
+noise, so it asks for what the first does not miss. Both are residual blocks with group norm, pooled by attention; the
+evaluator is a plain tower with batch norm on a smaller crop. What was trained to please one network is so measured by
 another.
 
 Loss of each tower: a picture must find the other picture of its person among those of everybody in the batch, both
@@ -22,17 +22,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...evaluation.alignment import align_faces
 from ...evaluation.metrics import verification_auc
+from ...face_alignment import align_faces
 from ...face_errors import ModelNotFoundError
 from ...face_files import save_tensors
+from ...files.folders import present
 from ...training.loop import Batch, Task, TrainingError
 from ..evaluation.renders import coarse
 from .data import AvatarImages, landmarks5, portraits
 
 
-SHIPPED = Path(__file__).parent / "recogniser"
-WEIGHTS_NAME = "recogniser.safetensors"
+SHIPPED = Path(__file__).parent / "face_embedder"
+WEIGHTS_NAME, EARLIER_WEIGHTS_NAME = "face_embedder.safetensors", "recogniser.safetensors"
 CROP = 96  # pixels
 ZOOMS = {"head": 0.55, "features": 1.1}  # of the aligned face: below 1 hair, ears and chin are in the crop
 BLURS = {"head": (2, 4, 8), "features": (2,)}  # pixels, each of them with the probability 0.3
@@ -78,8 +79,8 @@ class _Tower(nn.Module):
         return self.head((weights @ x.mT).flatten(1))
 
 
-class TrainingRecogniser(nn.Module):
-    """Embeddings of avatars: a `training.objective.Recogniser`."""
+class TrainingEmbedder(nn.Module):
+    """Embeddings of avatars: a `training.objective.FaceEmbedder`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,28 +100,30 @@ class TrainingRecogniser(nn.Module):
         return torch.cat([self.look(name, images, landmarks5) for name in self.towers], -1)
 
 
-def load_training_recogniser(folder: Path = SHIPPED) -> TrainingRecogniser:
-    """What `avatars-train recogniser` wrote into `folder`, by default the recogniser of the package, frozen."""
-    path = folder / WEIGHTS_NAME
+def load_training_embedder(folder: Path = SHIPPED) -> TrainingEmbedder:
+    """What `avatars-train face-embedder` wrote into `folder`, by default that of the package, frozen."""
+    path = present(folder, WEIGHTS_NAME, EARLIER_WEIGHTS_NAME)
     if not path.is_file():
-        raise ModelNotFoundError(f"no recogniser in {folder}: train one, `face-fusion avatars-train recogniser`")
-    recogniser = TrainingRecogniser()
-    recogniser.load_state_dict({name: weight.float() for name, weight in load_file(path).items()})
-    return recogniser.requires_grad_(False).eval()
+        raise ModelNotFoundError(f"no face embedder in {folder}: train one, `face-fusion avatars-train face-embedder`")
+    embedder = TrainingEmbedder()
+    embedder.load_state_dict({name: weight.float() for name, weight in load_file(path).items()})
+    return embedder.requires_grad_(False).eval()
 
 
-class RecogniserTask(Task):
+class FaceEmbedderTask(Task):
     """Trains on the single portraits of people of whom there are two or more; an index is one of these people."""
 
-    name = "recogniser"
+    name = "face-embedder"
 
-    def __init__(self, recogniser: TrainingRecogniser, train: AvatarImages, validation: AvatarImages) -> None:
+    def __init__(self, embedder: TrainingEmbedder, train: AvatarImages, validation: AvatarImages) -> None:
         super().__init__()
-        self.recogniser, self.data, self.validation = recogniser.requires_grad_(True), train, validation
+        self.embedder, self.data, self.validation = embedder.requires_grad_(True), train, validation
         self.people = [rows for rows in portraits(train).values() if len(rows) > 1]
         self.size = len(self.people)
         if self.size < 2:
-            raise TrainingError("a recogniser needs two people with two portraits each, or more: render more images")
+            raise TrainingError(
+                "a face embedder needs two people with two portraits each, or more: render more images"
+            )
         self.landmarks = landmarks5(train)
 
     @property
@@ -128,7 +131,7 @@ class RecogniserTask(Task):
         return {"data": self.data.key, "people": self.size}
 
     def batch(self, indices: Tensor, generator: torch.Generator, progress: float) -> Batch:
-        device = next(self.recogniser.parameters()).device
+        device = next(self.embedder.parameters()).device
         draws = torch.rand(len(indices), generator=generator, device=generator.device).tolist()
         pairs = [self.pair(self.people[person], draw) for person, draw in zip(indices.tolist(), draws, strict=True)]
         rows = torch.tensor(pairs).T.flatten()  # the first pictures of all, then the second ones
@@ -149,7 +152,7 @@ class RecogniserTask(Task):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses, measured = [], {}
         for name in ZOOMS:
-            first, second = self.recogniser.look(name, batch[name], batch["landmarks5"]).chunk(2)
+            first, second = self.embedder.look(name, batch[name], batch["landmarks5"]).chunk(2)
             logits = first @ second.T / TEMPERATURE
             truth = torch.arange(len(logits), device=logits.device)
             losses.append((F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2)
@@ -161,17 +164,17 @@ class RecogniserTask(Task):
         people = portraits(self.validation)
         rows = torch.tensor([row for members in people.values() for row in members])
         names = np.array([name for name, members in people.items() for _ in members])
-        device = next(self.recogniser.parameters()).device
+        device = next(self.embedder.parameters()).device
         points = landmarks5(self.validation)
         found = [
-            self.recogniser((self.validation.images(part, device) + 1) / 2, points[part].to(device))
+            self.embedder((self.validation.images(part, device) + 1) / 2, points[part].to(device))
             for part in rows.split(64)
         ]
         towers = dict(zip(ZOOMS, torch.cat(found).float().cpu().chunk(len(ZOOMS), 1), strict=True))
         return {f"validation_auc_{name}": verification_auc(rows.numpy(), names) for name, rows in towers.items()}
 
     def export(self, folder: Path) -> None:
-        state = copy.deepcopy(self.recogniser).half().state_dict()
+        state = copy.deepcopy(self.embedder).half().state_dict()
         save_tensors(folder / WEIGHTS_NAME, state, {"format": "face-fusion-training-recogniser"})
 
 

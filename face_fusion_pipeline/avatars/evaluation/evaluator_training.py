@@ -1,4 +1,4 @@
-"""Training of the judges on renders, and their own report on renders of other identities."""
+"""Training of the evaluators on renders, and their own report on renders of other identities."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ from ...face_errors import FaceFusionError
 from ...files.atomic import write_text
 from ..training.controlnet import load_depth
 from ..training.data import AvatarImages, landmarks5, load_avatars, portraits
-from .judges import IMAGE_SIZE, JUDGE_NAMES, SCENE_TRAITS, TRAITS, Judges, decidable, heatmap_cells, load_judges
+from .evaluators import (
+    EVALUATOR_NAMES,
+    IMAGE_SIZE,
+    SCENE_TRAITS,
+    TRAITS,
+    Evaluators,
+    decidable,
+    heatmap_cells,
+    load_evaluators,
+)
 from .renders import coarse, depth_cells
 
 
@@ -32,57 +41,61 @@ TEMPERATURE = 0.1
 Loss = Callable[[torch.Tensor], torch.Tensor]  # of the rows of a batch
 
 
-def train_judges(
+def train_evaluators(
     data: str | Path,
     out: str | Path,
     *,
     steps: int = 1200,
     limit: int = 20000,
     seed: int = 0,
-    only: Sequence[str] = JUDGE_NAMES,
+    only: Sequence[str] = EVALUATOR_NAMES,
     start: str | Path | None = None,
 ) -> dict:
-    """Train all judges on DATA/train, write them to `out` and return their figures on DATA/validation.
+    """Train all evaluators on DATA/train, write them to `out` and return their figures on DATA/validation.
 
     `steps` batches for each, half of them for the recogniser. What looks at aligned faces is trained on faces
     as the locator finds them. With `only` a few of the names, the others are those already in `out`. `start` is a
-    folder of judges to go on from. The figures are also written to `out/report.json`, with what each judge was trained
-    on. Depth needs depth maps: `TrainingError` before anything is trained where there are none.
+    folder of evaluators to go on from. The figures are also written to `out/report.json`, with what each evaluator was
+    trained on. Depth needs depth maps: `TrainingError` before anything is trained where there are none.
     """
     torch.manual_seed(seed)
     renders, held_out = (load_avatars(Path(data), split, limit) for split in ("train", "validation"))
     depths = [true_nearness(images) for images in (renders, held_out)] if "depth" in only else []
     singles = renders.where(people=1)
     labels = {trait: sorted({str(record[trait]) for record in renders.records}) for trait in TRAITS}
-    judges = load_judges(start) if start else Judges.new(labels)
-    judges.networks.requires_grad_(True)
-    if set(only) != set(JUDGE_NAMES):
-        trained = load_judges(out)
-        judges = replace(trained, **{name: getattr(judges, name) for name in only})
+    evaluators = load_evaluators(start) if start else Evaluators.new(labels)
+    evaluators.networks.requires_grad_(True)
+    if set(only) != set(EVALUATOR_NAMES):
+        trained = load_evaluators(out)
+        evaluators = replace(trained, **{name: getattr(evaluators, name) for name in only})
     rng = np.random.default_rng(seed)
     if "locator" in only:
-        _fit(judges.locator, _locator_loss(judges, singles), _random(singles, rng, IMAGES), steps)
-    found = torch.cat([judges.locate(singles.floats(rows)) for rows in torch.arange(len(singles)).split(256)])
+        _fit(evaluators.locator, _locator_loss(evaluators, singles), _random(singles, rng, IMAGES), steps)
+    found = torch.cat([evaluators.locate(singles.floats(rows)) for rows in torch.arange(len(singles)).split(256)])
     if "scene" in only:
-        _fit(judges.scene, _scene_loss(judges, renders), _random(renders, rng, IMAGES), steps)
+        _fit(evaluators.scene, _scene_loss(evaluators, renders), _random(renders, rng, IMAGES), steps)
     if "expression" in only:
-        _fit(judges.expression, _expression_loss(judges, singles, found), _random(singles, rng, FACES), steps)
+        _fit(evaluators.expression, _expression_loss(evaluators, singles, found), _random(singles, rng, FACES), steps)
     if "recogniser" in only:
-        _fit(judges.recogniser, _recogniser_loss(judges, singles, found), _people(singles, rng), steps // 2)
+        _fit(evaluators.recogniser, _recogniser_loss(evaluators, singles, found), _people(singles, rng), steps // 2)
     if "depth" in only:
-        _fit(judges.depth, _depth_loss(judges, renders, depths[0]), _random(renders, rng, IMAGES), steps)
-    judges.save(out)
-    figures = report(load_judges(out), held_out)
+        _fit(evaluators.depth, _depth_loss(evaluators, renders, depths[0]), _random(renders, rng, IMAGES), steps)
+    evaluators.save(out)
+    figures = report(load_evaluators(out), held_out)
     path = Path(out) / "report.json"
-    known = json.loads(path.read_text()).get("judges", {}) if path.is_file() and set(only) != set(JUDGE_NAMES) else {}
+    known = (
+        json.loads(path.read_text()).get("evaluators", {})
+        if path.is_file() and set(only) != set(EVALUATOR_NAMES)
+        else {}
+    )
     run = {
         "trained_on": len(renders),
         "steps": steps,
-        "started_from_judges": start is not None,
+        "started_from_evaluators": start is not None,
         "seed": seed,
         **circumstances(),
     }
-    figures["judges"] = known | dict.fromkeys(only, run)
+    figures["evaluators"] = known | dict.fromkeys(only, run)
     write_text(path, json.dumps(figures, indent=1) + "\n")
     return figures
 
@@ -92,10 +105,10 @@ def true_nearness(renders: AvatarImages) -> torch.Tensor:
     return torch.cat([depth_cells(part.float() / 255) for part in load_depth(renders).split(256)])
 
 
-def report(judges: Judges, renders: AvatarImages) -> dict[str, Any]:
+def report(evaluators: Evaluators, renders: AvatarImages) -> dict[str, Any]:
     """Accuracy by trait, mean landmark error in pixels, recogniser AUC, and mean depth error where depth is known.
 
-    Landmarks are those that the judges find themselves.
+    Landmarks are those that the evaluators find themselves.
 
     Only what a picture can show counts, see `decidable`; landmarks and identity on single portraits.
     """
@@ -106,8 +119,8 @@ def report(judges: Judges, renders: AvatarImages) -> dict[str, Any]:
     nearness = true_nearness(renders) if known else None
     for rows in torch.arange(len(renders)).split(256):
         images = renders.floats(rows)
-        found = judges.locate(images)
-        said = judges.describe(images, found)
+        found = evaluators.locate(images)
+        said = evaluators.describe(images, found)
         single = [i for i, row in enumerate(rows.tolist()) if renders.records[row]["people"] == 1]
         for i, row in enumerate(rows.tolist()):
             for trait in TRAITS:
@@ -115,8 +128,8 @@ def report(judges: Judges, renders: AvatarImages) -> dict[str, Any]:
                     hits[trait].append(said[trait][i] == str(renders.records[row][trait]))
         errors.append((found - landmarks[rows])[single].norm(dim=-1).mean(1))
         if nearness is not None:
-            depth_errors.append((judges.nearness(images) - nearness[rows]).abs().mean(dim=(1, 2)))
-        embeddings.append(judges.embed(images[single], found[single]))
+            depth_errors.append((evaluators.nearness(images) - nearness[rows]).abs().mean(dim=(1, 2)))
+        embeddings.append(evaluators.embed(images[single], found[single]))
         identities += [renders.records[int(rows[i])]["identities"][0] for i in single]
     return {
         "accuracy": {trait: float(np.mean(values)) for trait, values in hits.items()},
@@ -175,14 +188,14 @@ def _jitter(landmarks: torch.Tensor) -> torch.Tensor:
     return landmarks + LANDMARK_JITTER * (0.7 * shift + 0.7 * points)
 
 
-def _locator_loss(judges: Judges, renders: AvatarImages) -> Loss:
+def _locator_loss(evaluators: Evaluators, renders: AvatarImages) -> Loss:
     """Cross-entropy of every heatmap against a Gaussian around the true landmark."""
-    sigma, landmarks = HEATMAP_SIGMA * IMAGE_SIZE / judges.locator.grid, landmarks5(renders)
+    sigma, landmarks = HEATMAP_SIGMA * IMAGE_SIZE / evaluators.locator.grid, landmarks5(renders)
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
         distance = heatmap_cells() - landmarks[rows][:, :, None, None, :]  # (B, 5, 32, 32, 2)
         target = (-distance.square().sum(-1) / (2 * sigma**2)).flatten(2).softmax(-1)
-        logits = judges.locator.planes(_augment(renders.floats(rows))).flatten(2)
+        logits = evaluators.locator.planes(_augment(renders.floats(rows))).flatten(2)
         return -(target * logits.log_softmax(-1)).sum(-1).mean()
 
     return loss
@@ -192,43 +205,43 @@ def _decidable(trait: str, record: dict[str, Any]) -> bool:
     return decidable(trait, str(record[trait]), style=record["style"], people=record["people"])
 
 
-def _targets(judges: Judges, renders: AvatarImages, trait: str) -> torch.Tensor:
+def _targets(evaluators: Evaluators, renders: AvatarImages, trait: str) -> torch.Tensor:
     """Label index (N,) of each image, -100 (which cross-entropy ignores) where the picture cannot show it."""
-    words = judges.labels[trait]
+    words = evaluators.labels[trait]
     indices = [words.index(str(r[trait])) if _decidable(trait, r) else -100 for r in renders.records]
     return torch.tensor(indices)
 
 
-def _scene_loss(judges: Judges, renders: AvatarImages) -> Loss:
-    targets = {trait: _targets(judges, renders, trait) for trait in SCENE_TRAITS}
+def _scene_loss(evaluators: Evaluators, renders: AvatarImages) -> Loss:
+    targets = {trait: _targets(evaluators, renders, trait) for trait in SCENE_TRAITS}
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
-        logits = judges.scene(_augment(renders.floats(rows)))
+        logits = evaluators.scene(_augment(renders.floats(rows)))
         losses = [F.cross_entropy(logits[t], targets[t][rows], reduction="sum") for t in SCENE_TRAITS]
         return torch.stack(losses).sum() / len(rows)
 
     return loss
 
 
-def _expression_loss(judges: Judges, renders: AvatarImages, found: torch.Tensor) -> Loss:
+def _expression_loss(evaluators: Evaluators, renders: AvatarImages, found: torch.Tensor) -> Loss:
     """An expression stays the same in the mirror, so half of the faces are mirrored."""
-    targets = _targets(judges, renders, "expression")
+    targets = _targets(evaluators, renders, "expression")
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
-        faces = _augment(judges.expression.faces(renders.floats(rows), _jitter(found[rows])))
+        faces = _augment(evaluators.expression.faces(renders.floats(rows), _jitter(found[rows])))
         half = len(faces) // 2
         faces = torch.cat([faces[:half].flip(-1), faces[half:]])
-        return F.cross_entropy(judges.expression(faces), targets[rows])
+        return F.cross_entropy(evaluators.expression(faces), targets[rows])
 
     return loss
 
 
-def _recogniser_loss(judges: Judges, renders: AvatarImages, found: torch.Tensor) -> Loss:
+def _recogniser_loss(evaluators: Evaluators, renders: AvatarImages, found: torch.Tensor) -> Loss:
     """Each image must find the other image of its person among those of all people of the batch (both ways)."""
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
-        faces = _augment(judges.recogniser.faces(renders.floats(rows), _jitter(found[rows])))
-        first, second = F.normalize(judges.recogniser(faces)).chunk(2)
+        faces = _augment(evaluators.recogniser.faces(renders.floats(rows), _jitter(found[rows])))
+        first, second = F.normalize(evaluators.recogniser(faces)).chunk(2)
         logits = first @ second.T / TEMPERATURE
         target = torch.arange(len(logits))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -236,10 +249,10 @@ def _recogniser_loss(judges: Judges, renders: AvatarImages, found: torch.Tensor)
     return loss
 
 
-def _depth_loss(judges: Judges, renders: AvatarImages, nearness: torch.Tensor) -> Loss:
+def _depth_loss(evaluators: Evaluators, renders: AvatarImages, nearness: torch.Tensor) -> Loss:
     """Mean absolute error of the estimated nearness."""
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
-        return (judges.depth(_augment(renders.floats(rows))) - nearness[rows]).abs().mean()
+        return (evaluators.depth(_augment(renders.floats(rows))) - nearness[rows]).abs().mean()
 
     return loss

@@ -1,7 +1,7 @@
-"""Judges of avatar images: where the face is, what the scene shows, who it is. Small networks, trained on renders.
+"""Evaluators of avatar images: where the face is, what the scene shows, who it is. Small networks, trained on renders.
 
 They measure: nothing of them is used to generate, and nothing is trained with them. The identity loss of a training
-has a recogniser of its own, of another architecture (`training/recogniser.py`).
+has a face embedder of its own, of another architecture (`training/face_embedder.py`).
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ...evaluation.alignment import align_faces
 from ...evaluation.image_files import from_pil
+from ...face_alignment import align_faces
 from ...face_errors import ModelNotFoundError
 from ...files.atomic import write_text
+from ...files.folders import present
 from ...files.texts import read_json
 from .framing import IMAGE_SIZE, in_picture, portrait_crops
 
 
-JUDGE_NAMES = ("locator", "scene", "expression", "recogniser", "depth")
+EVALUATOR_NAMES = ("locator", "scene", "expression", "recogniser", "depth")
 SCENE_TRAITS = ("clothing", "background", "style", "people")
 TRAITS = ("expression", *SCENE_TRAITS)
 COLOURLESS = ("pencil sketch", "line art")
-SHIPPED = Path(__file__).parent / "judges"
-WEIGHTS_NAME, LABELS_NAME = "judges.safetensors", "judges.json"
+SHIPPED = Path(__file__).parent / "evaluators"
+WEIGHTS_NAME, LABELS_NAME = "evaluators.safetensors", "evaluators.json"
+EARLIER_NAMES = {WEIGHTS_NAME: "judges.safetensors", LABELS_NAME: "judges.json"}
 
 
 def decidable(trait: str, word: str, *, style: str, people: int) -> bool:
@@ -93,7 +95,7 @@ class FaceLocator(_Map):
         return weights @ cells.flatten(0, 1)
 
 
-class DepthJudge(_Map):
+class DepthEvaluator(_Map):
     """How near everything is: 1 where the picture is nearest, 0 where it is farthest, by cells of four pixels."""
 
     def __init__(self) -> None:
@@ -111,7 +113,7 @@ def heatmap_cells() -> torch.Tensor:
     return (torch.stack([columns, rows], -1) + 0.5) * (IMAGE_SIZE / grid) - 0.5
 
 
-class SceneJudge(nn.Module):
+class SceneEvaluator(nn.Module):
     """Clothing, background, style and number of people from the whole image: one head each."""
 
     def __init__(self, labels: dict[str, list[str]]) -> None:
@@ -126,7 +128,7 @@ class SceneJudge(nn.Module):
         return {trait: head(pooled) for trait, head in self.heads.items()}
 
 
-class FaceJudge(nn.Module):
+class FaceEvaluator(nn.Module):
     """A classifier or an embedding of aligned face crops of `crop` pixels."""
 
     def __init__(self, outputs: int, *, crop: int, zoom: float) -> None:
@@ -145,30 +147,30 @@ class FaceJudge(nn.Module):
 
 
 @dataclass
-class Judges:
+class Evaluators:
     """The five networks with the words that their outputs stand for, and the file of weights that they are from."""
 
     labels: dict[str, list[str]]
     locator: FaceLocator
-    scene: SceneJudge
-    expression: FaceJudge
-    recogniser: FaceJudge
-    depth: DepthJudge
+    scene: SceneEvaluator
+    expression: FaceEvaluator
+    recogniser: FaceEvaluator
+    depth: DepthEvaluator
     path: Path | None = None
 
     name = "avatar recogniser"
 
     @classmethod
-    def new(cls, labels: dict[str, list[str]]) -> Judges:
-        """Untrained judges for the given words, by trait."""
-        expression = FaceJudge(len(labels["expression"]), crop=80, zoom=1.1)
-        recogniser = FaceJudge(96, crop=64, zoom=0.6)  # a wider crop: hair, ears and chin tell people apart
-        return cls(labels, FaceLocator(), SceneJudge(labels), expression, recogniser, DepthJudge())
+    def new(cls, labels: dict[str, list[str]]) -> Evaluators:
+        """Untrained evaluators for the given words, by trait."""
+        expression = FaceEvaluator(len(labels["expression"]), crop=80, zoom=1.1)
+        recogniser = FaceEvaluator(96, crop=64, zoom=0.6)  # a wider crop: hair, ears and chin tell people apart
+        return cls(labels, FaceLocator(), SceneEvaluator(labels), expression, recogniser, DepthEvaluator())
 
     @property
     def networks(self) -> nn.ModuleDict:
         """All networks, under the names that their weights carry in the file."""
-        return nn.ModuleDict({name: getattr(self, name) for name in JUDGE_NAMES})
+        return nn.ModuleDict({name: getattr(self, name) for name in EVALUATOR_NAMES})
 
     @torch.inference_mode()
     def locate(self, images: torch.Tensor) -> torch.Tensor:
@@ -182,7 +184,7 @@ class Judges:
 
     @property
     def expressions(self) -> AvatarExpression:
-        """The expression judge as a classifier."""
+        """The expression evaluator as a classifier."""
         return AvatarExpression(self.expression)
 
     @torch.inference_mode()
@@ -215,24 +217,23 @@ class Judges:
 class AvatarExpression:
     """An `evaluation.observation.Classifier`: logits by word."""
 
-    judge: FaceJudge
-    name: str = "avatar expression judge"
+    network: FaceEvaluator
+    name: str = "avatar expression evaluator"
 
     @torch.inference_mode()
     def embed(self, images: torch.Tensor, landmarks: torch.Tensor) -> np.ndarray:
-        return self.judge(self.judge.faces(images, landmarks)).numpy()
+        return self.network(self.network.faces(images, landmarks)).numpy()
 
 
-def load_judges(folder: str | Path = SHIPPED) -> Judges:
-    """Judges from a folder that `Judges.save` wrote, in evaluation mode. ModelNotFoundError if there are none."""
-    folder = Path(folder)
-    if not (folder / WEIGHTS_NAME).is_file():
-        raise ModelNotFoundError(
-            f"no judges in {folder}: train them, `face-fusion avatars-evaluate train-judges --data DIR --out {folder}`"
-        )
-    judges = Judges.new(read_json(folder / LABELS_NAME, "train the judges again"))
-    judges.path = folder / WEIGHTS_NAME
-    state = load_file(judges.path)
-    judges.networks.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-    judges.networks.eval().requires_grad_(False)
-    return judges
+def load_evaluators(folder: str | Path = SHIPPED) -> Evaluators:
+    """Evaluators from a folder that [`Evaluators.save`] wrote, frozen. ModelNotFoundError if there are none."""
+    weights, labels = (present(Path(folder), name, earlier) for name, earlier in EARLIER_NAMES.items())
+    if not weights.is_file():
+        command = f"face-fusion avatars-evaluate train-evaluators --data DIR --out {folder}"
+        raise ModelNotFoundError(f"no evaluators in {folder}: train them, `{command}`")
+    evaluators = Evaluators.new(read_json(labels, "train the evaluators again"))
+    evaluators.path = weights
+    state = load_file(weights)
+    evaluators.networks.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    evaluators.networks.eval().requires_grad_(False)
+    return evaluators

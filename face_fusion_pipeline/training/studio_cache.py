@@ -1,0 +1,114 @@
+"""Embeddings of a prepared folder for FaceStudio, computed once: of every picture, with and without its face, and of
+every face crop. Pictures that the folder does not hold (rendered data) are decoded from their latents.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..face_style import picture_embeddings, without_faces
+from .base_model import BaseModel
+from .latent_cache import BATCH, Cache, Column, Shards, _digest, open_shards, read_picture, shard_path, write_shards
+from .loop import digest
+from .preparation import Row, data_key, read_rows
+
+
+Embedder = Callable[[Sequence[Image.Image]], Tensor]
+
+
+class Embeddings:
+    """Random access to the embeddings of all examples, in the order of the folder's rows."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        files = open_shards(folder, count)
+        self._columns = {name: Column(files, name, in_memory=True) for name in ("whole", "covered", "faces")}
+
+    def whole(self, examples: Sequence[int]) -> Tensor:
+        """(B, image width) of pictures as they are."""
+        return self._columns["whole"].take(examples)
+
+    def covered(self, examples: Sequence[int]) -> Tensor:
+        """(B, image width) of pictures whose faces are covered."""
+        return self._columns["covered"].take(examples)
+
+    def faces(self, references: Sequence[int]) -> Tensor:
+        """(B, face width) of face crops, counted as `Shards.references` counts them."""
+        return self._columns["faces"].take(references)
+
+
+def encode_embeddings(
+    folder: Path,
+    base: BaseModel,
+    cache: Cache,
+    encoder: Any,
+    embedder: Any,
+    *,
+    mask: float,
+    processor: Any = None,
+    progress: bool = True,
+) -> Path:
+    """Compute what is missing of the embeddings of a prepared folder; returns the folder of the shards.
+
+    Args:
+        cache: what `latent_cache.encode` returned.
+        encoder, processor: CLIP's vision tower, see `face_style.picture_embeddings`.
+        embedder: of face crops, see `face_embedders`.
+        mask: how much of a face is covered, see `face_style.without_faces`.
+    """
+    rows = read_rows(folder)
+    shards = Shards(cache, len(rows))
+    described = [digest(encoder.state_dict()), embedder.name, mask, data_key(folder), cache.latents.name]
+    target = folder / "studio" / _digest(described)
+
+    def shard(members: range) -> dict[str, Tensor]:
+        pictures = [read_target(folder, base, shards, rows, index) for index in members]
+        boxes = [[tuple(rows[index]["box"]), *map(tuple, rows[index].get("others", ()))] for index in members]
+        covered = [without_faces(picture, found, mask) for picture, found in zip(pictures, boxes, strict=True)]
+        chosen = [(index, number) for index in members for number in range(shards.reference_count(index))]
+        crops = decoded(base, shards.references(chosen).float())
+        return {
+            "whole": in_batches(pictures, lambda part: picture_embeddings(encoder, part, processor)),
+            "covered": in_batches(covered, lambda part: picture_embeddings(encoder, part, processor)),
+            "faces": in_batches(crops, lambda part: embedder(part).float()),
+        }
+
+    write_shards(target, shard, {"examples": len(rows), "base": Path(base.name).name}, "embeddings", progress)
+    return target
+
+
+def read_target(folder: Path, base: BaseModel, shards: Shards, rows: list[Row], index: int) -> Image.Image:
+    """The picture of an example: its file, or what its latents decode to."""
+    if name := rows[index].get("file_name"):
+        return read_picture(folder / name)
+    return decoded(base, shards.latents([index]).float())[0]
+
+
+@torch.no_grad()
+def decoded(base: BaseModel, latents: Tensor) -> list[Image.Image]:
+    """Pictures of scaled latents (n, c, h, w)."""
+    found: list[Image.Image] = []
+    for part in latents.split(BATCH):
+        pixels = (base.decode(part.to(base.vae.device)).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
+        found += [Image.fromarray(np.asarray(picture)) for picture in pixels]
+    return found
+
+
+def in_batches(images: Sequence[Image.Image], embed: Embedder) -> Tensor:
+    """(n, width) of n pictures, a few at a time."""
+    return torch.cat([embed(images[start : start + 4 * BATCH]) for start in range(0, len(images), 4 * BATCH)])
+
+
+def is_complete(target: Path, count: int) -> bool:
+    """Whether all shards of `count` examples are there."""
+    from .latent_cache import COMPLETE
+
+    path = target / COMPLETE
+    return path.is_file() and json.loads(path.read_text()).get("examples") == count and shard_path(target, 0).is_file()
