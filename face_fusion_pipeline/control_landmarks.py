@@ -1,6 +1,6 @@
 """Landmarks as a control picture: the shape of one face with the expression and the pose of another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,17 +69,20 @@ def landmark_control(
     model = load_face_model(face_model)
     sources = [] if source is None else list(source) if isinstance(source, (list, tuple)) else [source]
     fits = [fit_of(model, each) for each in sources]
-    faces = driven_faces(model, fits, driver, face_boxes, size, face_detector, (yaw, pitch, roll), expression)
-    return faces.draw()
+
+    def detect(photo: Image.Image) -> list[Box]:
+        return [face.box for face in detect_faces(photo, load_detector(face_detector))]
+
+    return driven_faces(model, fits, driver, detect, face_boxes, size, (yaw, pitch, roll), expression).draw()
 
 
 def driven_faces(
     model: FaceModel,
     sources: Sequence[FaceFit],
     driver: Any,
+    detect: Callable[[Image.Image], list[Box]],
     boxes: Sequence[Box] | None = None,
     size: tuple[int, int] | None = None,
-    detector: Any = "auto",
     turned: tuple[float | None, float | None, float | None] = (None, None, None),
     expression: Any = None,
     assign: Sequence[int] | None = None,
@@ -89,12 +92,13 @@ def driven_faces(
 
     Args:
         sources: none: the drivers' own shapes.
+        detect: the boxes of all faces of a photo.
         turned, expression: what replaces the drivers' yaw, pitch and roll, and their expressions.
         assign: which faces of a driving photo are taken, see `face_layout.assign_boxes`.
         default_size: of the result where neither `size` nor a photo says it.
     """
     people = len(sources) or (None if boxes is None else len(boxes))
-    drivers, drawn_in = driving_fits(model, driver, sources, people, detector, assign, boxes is not None)
+    drivers, drawn_in = driving_fits(model, driver, sources, people, detect, assign, boxes is not None)
     sources = sources or drivers
     size = size or drawn_in or default_size
     if size is None:
@@ -118,7 +122,7 @@ def driving_fits(
     driver: Any,
     sources: Sequence[FaceFit],
     people: int | None,
-    detector: Any,
+    detect: Callable[[Image.Image], list[Box]],
     assign: Sequence[int] | None,
     placed: bool,
 ) -> tuple[list[FaceFit], tuple[int, int] | None]:
@@ -135,7 +139,7 @@ def driving_fits(
         fits = [one_fit(model, each, sources, i) for i, each in enumerate(driver)]
         return fits * ((people or len(fits)) // len(fits)), fits[0].size
     photo = load_image(driver)
-    found = [face.box for face in detect_faces(photo, load_detector(detector))]
+    found = detect(photo)
     if not found or (people is not None and len(found) < people and not (placed and len(found) == 1)):
         raise NoFaceError(
             f"{len(found) or 'no'} face{'s' * (len(found) > 1)} found in the {photo.width}x{photo.height} driver for "

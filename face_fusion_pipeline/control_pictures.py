@@ -30,7 +30,7 @@ class ControlFaces:
         size: (width, height) of the result, where it is given.
         default_size: what it is where neither it nor a picture is given.
         assign: see `face_layout.assign_boxes`.
-        detector: name or instance, see `face_detectors.load_detector`.
+        detect: the boxes of all faces of a photo.
         face_model, depth_estimator: called where they are needed.
     """
 
@@ -39,14 +39,14 @@ class ControlFaces:
     size: tuple[int, int] | None = None
     default_size: tuple[int, int] = (512, 512)
     assign: Sequence[int] | None = None
-    detector: Any = "auto"
+    detect: Callable[[Image.Image], list[Box]] = lambda photo: []
     face_model: Callable[[], Any] = lambda: None
     depth_estimator: Callable[[], Any] = lambda: "auto"
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A control picture as diffusers takes it, the photo that people can be looked for in, and boxes that they have."""
+    """A control picture as diffusers takes it, the photo that people are looked for in, and boxes that they have."""
 
     picture: Any
     photo: Image.Image | None = None
@@ -82,7 +82,7 @@ def drawn_landmarks(image: Any, faces: ControlFaces) -> Drawn:
         model = faces.face_model()
         sources = [shape_of(model, person) for person in faces.people]
         driven = driven_faces(
-            *(model, sources, image, faces.boxes, faces.size, faces.detector),
+            *(model, sources, image, faces.detect, faces.boxes, faces.size),
             assign=faces.assign,
             default_size=faces.default_size,
         )

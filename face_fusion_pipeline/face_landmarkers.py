@@ -41,6 +41,7 @@ MESH = (
     *(78, 82, 13, 312, 308, 317, 14, 87),  # round the opening
 )
 
+
 @runtime_checkable
 class Landmarker(Protocol):
     """Anything with these two members finds facial points.
@@ -107,8 +108,8 @@ class MediaPipeLandmarker:
             lean = math.atan2(*(right - left)[::-1])
         if not sureness > SURE or not np.isfinite(points).all():
             raise LandmarksError(
-                f"no facial points are found in the box ({', '.join(f'{v:.0f}' for v in box)}): take a photo that shows "
-                "the face larger and more frontal"
+                f"no facial points are found in the box ({', '.join(f'{v:.0f}' for v in box)}): take a photo that "
+                "shows the face larger and more frontal"
             )
         return points
 

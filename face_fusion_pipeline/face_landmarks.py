@@ -16,7 +16,7 @@ image's right, y up, z towards the viewer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -76,7 +76,7 @@ class Pose:
 
     def moved(self, scale: float, dx: float = 0.0, dy: float = 0.0) -> "Pose":
         """The same in a picture where (x, y) lies at (scale * x + dx, scale * y + dy)."""
-        return Pose(*(getattr(self, a) for a in ANGLES), self.x * scale + dx, self.y * scale + dy, self.scale * scale)
+        return replace(self, x=self.x * scale + dx, y=self.y * scale + dy, scale=self.scale * scale)
 
 
 def check_angle(name: str, value: Any) -> float:

@@ -18,7 +18,7 @@ from PIL import Image
 from .face_detectors import load_detector
 from .face_errors import FaceFusionError, LandmarksError, ModelNotFoundError, shown
 from .face_files import read_tensors, save_tensors
-from .face_images import detect_faces, find_face
+from .face_images import find_face
 from .face_landmarkers import Landmarker, load_landmarker
 from .face_landmarks import (
     ANGLES,
@@ -78,11 +78,13 @@ class FaceModel(Protocol):
 
     Attributes:
         name: what errors call it.
-        expressions: names that [`expression_of`] knows; `"neutral"` is one.
+        expressions: names that [`expression_of`] knows beside `"neutral"`.
     """
 
     name: str
-    expressions: Sequence[str]
+
+    @property
+    def expressions(self) -> Sequence[str]: ...
 
     def fit(self, photo: Image.Image, box: Box | None = None) -> FaceFit:
         """The face in an XYXY box of an RGB photo, or the only one of the photo.
@@ -158,7 +160,11 @@ class LinearFaceModel:
         detector: Any = "auto",
     ) -> None:
         neutral, identity, expression = (np.asarray(x, dtype=np.float64) for x in (neutral, identity, expression))
-        wanted = {"neutral": (POINTS, 3), "identity": (len(identity), POINTS, 3), "expression": (len(names), POINTS, 3)}
+        wanted = {
+            "neutral": (POINTS, 3),
+            "identity": (len(identity), POINTS, 3),
+            "expression": (len(names), POINTS, 3),
+        }
         for (what, shape), array in zip(wanted.items(), (neutral, identity, expression), strict=True):
             if array.shape != shape or not np.isfinite(array).all():
                 raise LandmarksError(f"{what} of a face model must be finite numbers {shape}, got {array.shape}")
@@ -286,7 +292,8 @@ def closest_pose(head: np.ndarray, seen: np.ndarray, weights: np.ndarray, pose: 
         step = np.linalg.lstsq(design, errors.ravel() * root, rcond=None)[0]
         matrix = small_turn(step[:3]) @ matrix
         scale, place = scale * float(np.exp(np.clip(step[3], -0.5, 0.5))), place + step[4:]
-    return Pose(*angles(matrix), *place.tolist(), scale)
+    yaw, pitch, roll = angles(matrix)
+    return Pose(yaw, pitch, roll, float(place[0]), float(place[1]), scale)
 
 
 def small_turn(vector: np.ndarray) -> np.ndarray:
@@ -358,8 +365,3 @@ def load_face_model(
 def fit_of(model: FaceModel, face: "ImageSource | FaceFit") -> FaceFit:
     """A photo of one person fitted by the model; a fit is returned as it is."""
     return face if isinstance(face, FaceFit) else model.fit(load_image(face))
-
-
-def fits_of_all(model: FaceModel, photo: Image.Image, detector: Any = "auto") -> list[FaceFit]:
-    """The faces of a photo from left to right, fitted by the model. An empty list if there is none."""
-    return [model.fit(photo, face.box) for face in detect_faces(photo, load_detector(detector))]

@@ -47,9 +47,7 @@ def scene_records(scenes: list[Scene], rendered: Rendered) -> list[dict[str, Any
     """The metadata of each picture, ready for JSON: caption, who, how, and where the faces are (pixels, XYXY)."""
     vectors = [torch.stack([p.identity.vector for p in scene.people]) for scene in scenes]
     dots = [points[..., :2] for points in rendered.landmarks72]
-    numbers = (
-        _rounded(found) for found in (vectors, rendered.boxes, rendered.landmarks5, rendered.landmarks68, dots)
-    )
+    numbers = (_rounded(found) for found in (vectors, rendered.boxes, rendered.landmarks5, rendered.landmarks68, dots))
     return [_record(scene, *found) for scene, *found in zip(scenes, *numbers, strict=True)]
 
 
