@@ -18,8 +18,8 @@ from ._arguments import AVATAR_SIDE, COUNT, GUIDANCE, GUIDED, SEED, STEPS, STREN
 if TYPE_CHECKING:
     from ..avatars.evaluation.scoring import Panel
     from ..evaluation.generation import Settings
-    from ..evaluation.recognisers import Recogniser
     from ..face_detectors import FaceDetector
+    from ..face_recognisers import Recogniser
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_generation(morph)
     _add_adapter(morph)
     morph.add_argument("--identities", type=COUNT, default=50, help="pairs of test people (default: 50)")
+
+    studio = actions.add_parser("studio", help="FaceStudio: likeness by text and picture, the slider, mixing")
+    _add_generation(studio)
+    _add_adapter(studio)
+    studio.add_argument("--studio", help="FaceStudio weights, file or folder (default: face_studio of the model)")
+    studio.add_argument("--identities", type=COUNT, default=24, help="test people (default: 24)")
+    studio.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
 
     savings = actions.add_parser("savings", help="smaller references, fewer steps or layers: the likeness lost")
     _add_generation(savings)
@@ -126,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     eyes.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     eyes.add_argument("--renders", type=COUNT, default=1000, help="true renders that have to pass (default: 1000)")
 
-    for action in (table, model, people, depth, morph, savings, recognition, train, choose, eyes):
+    for action in (table, model, people, depth, morph, studio, savings, recognition, train, choose, eyes):
         action.add_argument("--threads", type=THREADS, help="CPU threads of torch (default: torch decides)")
         action.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -144,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
         "people": _people,
         "depth": _depth,
         "morph": _morph,
+        "studio": _studio,
         "savings": _savings,
         "recognition": _recognition,
         "train-evaluators": _train,
@@ -342,6 +350,24 @@ def _morph(args: argparse.Namespace) -> tuple[dict, str]:
     evaluators = load_evaluators(args.evaluators or SHIPPED)
     result = compare_morphs(pipeline_of(settings, args.device), trials, evaluators, settings, args.out)
     return result, as_markdown(result)
+
+
+def _studio(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..avatars.evaluation.studio_table import as_markdown, compare_studio
+    from ..avatars.evaluation.trials import plan_trials
+    from ..avatars.measures.panel import load_measures
+    from ..evaluation.generation import pipeline_of
+
+    settings = _settings(args, adapter=_adapter(args), face_scale=args.scale)
+    pipe = pipeline_of(settings, args.device)
+    weights = args.studio or str(Path(_model_folder(args)) / "face_studio")
+    pipe.load_face_studio(weights)
+    exclude = _training_captions(args.training_data)
+    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
+    panel = _panel(args)
+    panel.measures = load_measures(panel.evaluators)
+    result = compare_studio(pipe, trials, panel, settings, args.out)
+    return result, as_markdown(result, panel.names)
 
 
 def _savings(args: argparse.Namespace) -> tuple[dict, str]:

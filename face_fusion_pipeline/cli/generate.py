@@ -27,6 +27,14 @@ from ..generation.provenance import describe
 from ..generation.references import reference_crops
 from ..training.photos import begins_as_picture
 from ._arguments import GUIDANCE, GUIDED, STEPS, STRENGTH, whole
+from ._generate_studio import (
+    add_studio_arguments,
+    check_studio,
+    load_studio,
+    read_identity,
+    style_of,
+    style_settings,
+)
 
 
 if TYPE_CHECKING:
@@ -45,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--face",
         action="append",
-        required=True,
+        default=[],
         metavar="FILE_OR_DIR",
         help="photo of the person, a folder of such photos, or an identity saved by FaceIdentity.save "
         "(.safetensors); repeat for several photos of the same person",
@@ -66,10 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mode",
-        choices=FACE_MODES,
+        choices=(*FACE_MODES, "face-studio"),
         help="where the face joins: trained weights at the cross-attention (the paper), the model's own at the "
-        "self-attention, or both; default: as the model recommends (the avatars: both), else the adapter, if any",
+        "self-attention, or both; face-studio: identity by FaceStudio; "
+        "default: as the model recommends (the avatars: both), else the adapter, if any",
     )
+    add_studio_arguments(parser)
     parser.add_argument("--scale", type=STRENGTH, default=1.0, help="strength of the face: 0 off, 1 as in the paper")
     parser.add_argument(
         "--self-scale",
@@ -138,12 +148,13 @@ def run(args: argparse.Namespace) -> int:
     check_arguments(args)
     faces = read_faces(args)
     pipe = load_model(args)
+    load_studio(pipe, args)
     warn(pipe, args)
     if args.watermark:
         from ..generation.watermark import add_watermark, check_size
 
         check_size(args.width or pipe._default_resolution(), args.height or pipe._default_resolution())
-    references, identity = encode(pipe, faces, args.mirror, args.mode)
+    references, identity = encode(pipe, faces, args.mirror, args.mode) if faces else ([], None)
     settings = settings_of(args, pipe, identity)
 
     from ..generation.contact_sheet import contact_sheet, save_new_png, save_png
@@ -157,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         names = (f"image_{number:03d}.png" for number in numbers)
         written.append(save_new_png(marked, args.out, names, text))
         fused.append(picture)
-    if not args.no_sheet:
+    if not args.no_sheet and identity is not None:
         plain = [picture for *_, picture in generate(pipe, args, None)]
         columns = {"reference": references, "without Face Fusion": plain, "with Face Fusion": fused}
         rows = [prompt[:60] for prompt in args.prompt for _ in range(args.num_images)] if len(args.prompt) > 1 else []
@@ -175,15 +186,18 @@ def run(args: argparse.Namespace) -> int:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
+    check_studio(args)
     for prompt in args.prompt:
         check_prompt(prompt, "--prompt")
     if args.negative_prompt:
         check_prompt(args.negative_prompt, "--negative-prompt")
     if args.refine_faces and args.steps < 3:
         raise FaceFusionError("--refine-faces does a part of the steps again: give --steps 3 or more")
+    if not args.face and not args.style_image:
+        raise FaceFusionError("give the photo of a person, --face, or a picture whose style is taken, --style-image")
     if any(face.endswith(".safetensors") for face in args.face) and len(args.face) > 1:
         raise FaceFusionError("a saved identity holds all references of a person: give it alone as --face")
-    if args.mirror and args.face[0].endswith(".safetensors"):
+    if args.mirror and args.face and args.face[0].endswith(".safetensors"):
         raise FaceFusionError("--mirror is for photos: a saved identity is encoded already")
     if args.watermark:
         from ..generation.watermark import blind_watermark, check_size
@@ -257,10 +271,8 @@ def denoising(args: argparse.Namespace) -> dict[str, Any]:
 
 def read_faces(args: argparse.Namespace) -> "list[FacePhoto] | Any":
     """The photos with the face in each, or a saved identity; before the model is loaded, for it takes longer."""
-    if args.face[0].endswith(".safetensors"):
-        from ..face_identity import FaceIdentity
-
-        return FaceIdentity.load(args.face[0])
+    if args.face and args.face[0].endswith(".safetensors"):
+        return read_identity(args.face[0])
     from ..face_detectors import load_detector
     from ..face_images import locate_face
 
@@ -337,6 +349,7 @@ def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[tu
             face_image=identity,
             face_scale=args.scale,
             face_self_scale=args.self_scale,
+            **(style_of(args) if identity is not None or not args.face else {}),
             **denoising(args),
             num_images_per_prompt=count,
             height=args.height,
@@ -378,13 +391,14 @@ def refined(
 
 def settings_of(args: argparse.Namespace, pipe: Any, identity: Any) -> dict[str, object]:
     """What made the pictures, for PNG text chunks and --json."""
-    own = identity.self_attention
+    own = getattr(identity, "self_attention", None)
     settings: dict[str, object] = {
         "prompt": args.prompt[0] if len(args.prompt) == 1 else args.prompt,
         "negative_prompt": args.negative_prompt,
         "face_scale": args.scale,
         "face_self_scale": args.self_scale if args.self_scale is not None or own is None else own.scale,
-        "face_mode": identity.mode,
+        "face_mode": None if identity is None else identity.mode,
+        **style_settings(args),
         "steps": args.steps,
         "guidance": args.guidance,
         "low_noise_guidance": args.low_noise_guidance,
