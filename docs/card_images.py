@@ -1,4 +1,4 @@
-"""Pictures of the avatar model's card, and the first one of README and site: a person, and what the model draws of them.
+"""The pictures of the avatar model's card, and the first one of README and site: a person, and new pictures of them.
 
     python docs/card_images.py [weights_card/images]
 
