@@ -369,10 +369,22 @@ def test_rounds_go_on_while_people_set_aside_come_out_better(tmp_path: Path, fig
             (folder / name).write_text(json.dumps(report))
         return report
 
-    report = prepare_rounds(tmp_path / "out", plan(3), drawn, lambda data, weights: learned.append(weights))
+    def learn(data: Path, weights: Path) -> None:
+        weights.mkdir()
+        (weights / "training.json").write_text("{}")
+        learned.append(weights)
+
+    report = prepare_rounds(tmp_path / "out", plan(3), drawn, learn)
     assert report["settings"]["round"] == best and (tmp_path / "out" / "images").is_dir()
     assert len(learned) == (2 if len(figures) == 3 else 1)
-    assert prepare_rounds(tmp_path / "out", plan(3), drawn, lambda *_: None) == report, "it is done"
+    assert prepare_rounds(tmp_path / "out", plan(3), drawn, learn) == report, "it is done"
+    count = len(learned)
+    (tmp_path / "out" / REPORT).unlink()  # as if stopped before the end
+
+    def there(folder: Path, asked: Any, earlier: Path | None) -> dict[str, Any]:
+        return json.loads((folder / REPORT).read_text())
+
+    assert prepare_rounds(tmp_path / "out", plan(3), there, learn) == report and len(learned) == count
 
 
 def test_a_second_round_takes_first_pictures_from_the_first(small: str, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def prepare_generated(
     report = merge(out, plan, settings) if group.is_main_process else {}
     group.wait_for_everyone()
     if on_gpu:  # caches are of the weights as they are trained with
-        del artist, drawer
+        del artist, drawer, base
         base = load()
     encode_drawn(out, base, progress)
     if group.is_main_process:
