@@ -223,7 +223,7 @@ def test_small_faces_are_drawn_again(photo: Path, monkeypatch: pytest.MonkeyPatc
     engine = make_engine()
     monkeypatch.setattr(engine, "size", lambda shape=None: (64, 64))  # the model draws 16 x 16
     form = replace(FORM, people=(PersonForm(1, (photo,)),), count=1, steps=4)
-    boxes = [(4, 4, 10, 11), (40, 40, 47, 48)]
+    boxes = [(4, 4, 9, 10), (40, 40, 46, 47)]
     monkeypatch.setattr(engine, "find_boxes", lambda picture: boxes)
     said: list[str] = []
     (before,), (after,) = (
@@ -231,7 +231,7 @@ def test_small_faces_are_drawn_again(photo: Path, monkeypatch: pytest.MonkeyPatc
         for refine in (False, True)
     )
     difference = (np.asarray(before.image) != np.asarray(after.image)).any(-1)
-    assert difference[41:47, 41:46].any() and not difference[:30].any()  # the largest face, and nothing else
+    assert difference[40:47, 40:46].any() and not difference[:30].any()  # the largest face, and nothing else
     assert (before.text["refine_faces"], after.text["refine_faces"]) == (False, True)
     assert "Picture 1 of 1, faces again" in said
     boxes.clear()
