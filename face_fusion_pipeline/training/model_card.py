@@ -70,6 +70,7 @@ def card(record: dict[str, Any], validation: dict[str, float]) -> str:
     rows = {
         "base": f"{base} (`{adapter['base_family']}`, {described})",
         "trained": f"{record['trained_parameters']:,} parameters: {trained}",
+        **drawn_people(data),
         "photos": f"{data['kept']} of {data['read']}, of {data['people']} people; skipped: {skipped}",
         "pairs": f"{data['paired_with_another_photo']} with another photo of the same person, "
         f"{data['paired_with_itself']} with an altered crop of the same photo",
@@ -105,10 +106,27 @@ def card(record: dict[str, Any], validation: dict[str, float]) -> str:
         f"of Face Fusion for `{base}`, two for each of its cross-attention layers.",
         base=base,
         training="\n".join(training),
-        limits="The licence of the base and the rights in the training photos apply.",
+        limits="The licence of the base applies, and its idea of what people look like: no photograph was used."
+        if "drawn_by" in data["settings"]
+        else "The licence of the base and the rights in the training photos apply.",
         base_model=base if _HUB_ID.fullmatch(base) else None,
         tags=["stable-diffusion-xl"] if "XL" in record.get("pipeline", "") else [],
     )
+
+
+def drawn_people(data: dict[str, Any]) -> dict[str, str]:
+    """The row that says who drew the people, where they are no photographs."""
+    how, alike = data["settings"], data.get("similarity", {})
+    if "drawn_by" not in how:
+        return {}
+    by = "without training" if how["drawn_with"] is None else f"with weights `{how['drawn_with']}`"
+    alike_enough = f"{how['false_matches']:.0%} of unrelated pairs reach {alike['threshold']:.3f}"
+    return {
+        "people": f"no photographs: drawn by {how['drawn_by']} (UNet `{how['unet']}`), words of {how['prompts']}, "
+        f"seed {how['seed']}, {how['steps']} steps, guidance {how['guidance']:g}; further pictures of a person {by}, "
+        f"round {how['round']} of at most {how['rounds']}; pairs kept by {how['embedder'] or 'the UNet itself'}: "
+        f"{alike_enough}, kept ones have {alike['kept']:.3f} on average"
+    }
 
 
 def options_of(adapter: dict[str, str]) -> str:
