@@ -83,6 +83,7 @@ class TextToImageFaces(FaceFusionMixin):
         face_boxes: Any = None,
         face_detector: Any = "auto",
         strength: float | None = None,
+        max_face: float | None = None,
         **kwargs: Any,
     ) -> list[Image.Image]:
         """Draw the small faces of finished pictures again, larger, and put them back; the rest stays as it is.
@@ -101,6 +102,8 @@ class TextToImageFaces(FaceFusionMixin):
             face_detector: see `face_detectors.load_detector`.
             strength: fraction of the steps that is done again: how far a face may depart from the first drawing.
                 Default: more for smaller faces, from .48 to .8, see `face_refinement.strength_for`.
+            max_face: pixels of the picture: a face whose longer side is above stays as it is. Default: those that
+                would be enlarged less than 1.25 times, above 234 pixels with a model of 512.
             kwargs: of diffusers' image-to-image and [`FaceFusionMixin.__call__`], such as
                 `num_inference_steps` and `guidance_scale`; `generator`, `negative_prompt` and `face_scale` may be
                 lists with one for each person.
@@ -113,4 +116,4 @@ class TextToImageFaces(FaceFusionMixin):
         """
         from .face_refinement import refine_faces  # here: it brings another pipeline of diffusers
 
-        return refine_faces(self, image, prompt, face_image, face_boxes, face_detector, strength, **kwargs)
+        return refine_faces(self, image, prompt, face_image, face_boxes, face_detector, strength, max_face, **kwargs)
