@@ -40,8 +40,8 @@ def add_driver_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def posed(args: argparse.Namespace) -> bool:
-    """Whether a pose is asked for."""
-    return args.driver is not None or any(getattr(args, name) is not None for name in (*ANGLES, "expression"))
+    """Whether a pose is asked for; commands without these options ask for none."""
+    return any(getattr(args, name, None) is not None for name in ("driver", *ANGLES, "expression"))
 
 
 def check_driver(args: argparse.Namespace) -> None:
@@ -49,9 +49,7 @@ def check_driver(args: argparse.Namespace) -> None:
     if not posed(args):
         for name in ("controlnet", "face_model", "landmarker", "control_scale"):
             if getattr(args, name) is not None:
-                raise FaceFusionError(
-                    f"--{name.replace('_', '-')} goes with --driver, or with a pose such as --yaw 20"
-                )
+                raise FaceFusionError(f"--{name.replace('_', '-')} goes with --driver or a pose, such as --yaw 20")
         return
     if not args.face or args.face[0].endswith(".safetensors"):
         raise FaceFusionError("a pose needs the photo of the person as --face: an identity does not say their shape")
@@ -76,7 +74,8 @@ def driver_picture(pipe: Any, args: argparse.Namespace, faces: list[FacePhoto]) 
     from ..control_landmarks import landmark_control, shape_of
 
     model = face_model(args)
-    source = shape_of(model, [model.fit(photo.image, photo.face and photo.face.box) for photo in faces])
+    fits = [model.fit(photo.image, None if photo.face is None else photo.face.box) for photo in faces]
+    source = shape_of(model, fits)
     height, width = (args.height, args.width) if args.height else pipe._default_size()
     angles = {name: getattr(args, name) for name in ANGLES}
     return landmark_control(
@@ -111,7 +110,7 @@ def face_model(args: argparse.Namespace) -> FaceModel:
 
 def driven(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of a pipeline's call: the dots that [`driver_picture`] drew, if a pose was asked for."""
-    if args.dots is None:
+    if not posed(args):
         return {}
     scale = 1.0 if args.control_scale is None else args.control_scale
     return {"control_image": args.dots, "control_kind": "map", "controlnet_conditioning_scale": scale}

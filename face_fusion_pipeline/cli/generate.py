@@ -185,7 +185,8 @@ def run(args: argparse.Namespace) -> int:
         check_size(args.width or pipe._default_resolution(), args.height or pipe._default_resolution())
     references, identity = encode(pipe, faces, args.mirror, args.mode) if faces else ([], None)
     settings = settings_of(args, pipe, identity)
-    args.dots = driver_picture(pipe, args, faces) if posed(args) else None
+    if posed(args):
+        args.dots = driver_picture(pipe, args, faces)
 
     from ..generation.contact_sheet import contact_sheet, save_new_png, save_png
 
@@ -335,7 +336,9 @@ def load_model(args: argparse.Namespace) -> Any:
     """The pipeline; `args.adapter` then says which adapter it has."""
     args.adapter = args.adapter or adapter_beside(args.model)
     version = {"revision": args.revision, "variant": args.variant, "config": args.model_config}
-    pipe = load_pipeline(args.model, args.adapter, args.device, args.dtype, args.controlnet, **version)
+    pipe = load_pipeline(
+        args.model, args.adapter, args.device, args.dtype, getattr(args, "controlnet", None), **version
+    )
     if args.adapter is None:
         print(
             f"face-fusion: no --adapter for {args.model or 'it'}: training-free mode, a weaker likeness",
