@@ -31,8 +31,8 @@ VERTICES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Read the meshes of ICT Face Model Light (MIT), a clone of https://github.com/ICT-VGL/ICT-FaceKit, and write what "
-        "they do to 72 facial points."
+        "Read the meshes of ICT Face Model Light (MIT), a clone of https://github.com/ICT-VGL/ICT-FaceKit, and write "
+        "what they do to 72 facial points."
     )
     parser.add_argument("clone", type=Path, metavar="CLONE", help="folder of the clone, or its FaceXModel")
     parser.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
