@@ -63,7 +63,7 @@ class PriorPipeline(KandinskyPriorPipeline):
         scheduler: UnCLIPScheduler,
     ) -> None:
         parts: dict[str, Any] = {"prior": prior, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        super().__init__(**parts, scheduler=scheduler, image_encoder=None, image_processor=None)  # type: ignore[arg-type]
+        super().__init__(**parts, scheduler=scheduler, image_encoder=None, image_processor=None)
         self.set_progress_bar_config(disable=True)
 
     def get_zero_embed(self, batch_size: int = 1, device: torch.device | None = None) -> Tensor:
@@ -140,7 +140,7 @@ def load_prior(
     settings: PriorSettings | None = None,
     **hub: Any,
 ) -> TextPrior:
-    """A prior from a folder or Hub repository; see above for what it holds. Nothing is fetched before the first prompt.
+    """A prior from a folder or Hub repository, see above. Nothing is read or fetched before the first prompt.
 
     Args:
         source: folder or Hub id; by default Karlo, about 4 GB, for models whose image encoder is CLIP's ViT-L/14.
@@ -165,8 +165,8 @@ def load_prior(
             return _read(str(source), subfolder, str(text or source), hub)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelNotFoundError(
-                f"cannot load the prior {source} ({type(error).__name__}: {short(error, 120)}): go online once, or run "
-                f"`hf download {source}` where there is a network and give the folder"
+                f"cannot load the prior {source} ({type(error).__name__}: {short(error, 120)}): go online once, or "
+                f"run `hf download {source}` where there is a network and give the folder"
             ) from error
 
     return TextPrior(load, str(source) if not subfolder else f"{source}/{subfolder}", settings)
@@ -188,9 +188,9 @@ def _read(source: str, subfolder: str, text: str, hub: dict[str, Any]) -> PriorP
     if encoder.config.projection_dim != (prior.config.embedding_proj_dim or prior.config.embedding_dim):
         raise ValueError(f"the text tower of {text} is {encoder.config.projection_dim} wide: it is of another CLIP")
     logger.info("prior: %s", source)
-    return PriorPipeline(
-        prior.eval().requires_grad_(False), encoder.eval().requires_grad_(False), tokenizer, scheduler
-    )
+    for model in (prior, encoder):
+        model.eval().requires_grad_(False)
+    return PriorPipeline(prior, encoder, tokenizer, scheduler)
 
 
 def _read_settings(path: Path) -> PriorSettings:

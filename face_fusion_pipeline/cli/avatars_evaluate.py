@@ -18,8 +18,8 @@ from ._arguments import AVATAR_SIDE, COUNT, GUIDANCE, GUIDED, SEED, STEPS, STREN
 if TYPE_CHECKING:
     from ..avatars.evaluation.scoring import Panel
     from ..evaluation.generation import Settings
-    from ..evaluation.recognisers import Recogniser
     from ..face_detectors import FaceDetector
+    from ..face_recognisers import Recogniser
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ def studio_card(record: dict[str, Any], validation: dict[str, float], table: str
     """
     weights, base = record["adapter"], record["base"]
     losses = "; ".join(f"{name.removeprefix('validation_loss_')} {value:.4f}" for name, value in validation.items())
+    losses = f"Loss of people set aside, with the same noise: {losses}." if losses else "Nobody was set aside."
     prior = weights["prior"] or "none: pass one with `prior=`"
     return f"""---
 library_name: diffusers
@@ -34,7 +35,7 @@ published no code and no weights.
 ## Use
 
 ```python
-pipe.load_face_studio("FOLDER_OR_HUB_ID")
+pipe.load_face_studio("OWNER/NAME")
 image = pipe("a portrait at the beach", face_image=face, style_image=picture, style_scale=0.5).images[0]
 ```
 
@@ -49,13 +50,21 @@ image = pipe("a portrait at the beach", face_image=face, style_image=picture, st
 
 ## Limits
 
-Likeness is no identification. **Not for** pictures of people who did not agree, deceiving, harassing, sexual or
-degrading pictures. The licences of the base, the image encoder, the face embedder and the prior apply, and the rights
-in the training photos.
+Likeness is no identification: nothing here can prove who somebody is. **Not for** pictures of people who did not
+agree, deceiving, harassing, sexual or degrading pictures. The licences of the base, the image encoder, the face
+embedder and the prior apply, and the rights in the training photos.
 
 ## Training
 
 {table}
 
-{f"Loss of people set aside, with the same noise: {losses}." if losses else "Nobody was set aside."}
+{losses}
+
+## Evaluation
+
+<!-- evaluation -->
+
+Nothing measured yet: `face-fusion push --table FILE` puts the tables of an evaluation here.
+
+<!-- /evaluation -->
 """

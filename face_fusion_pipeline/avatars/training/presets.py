@@ -77,8 +77,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
     "prior": {
         "cpu": Preset(
-            {"width": 128, "layers": 4},
-            LoopOptions(batch_size=128, lr=1e-3, steps=2500, warmup=100, ema_decay=0.995, precision="auto"),
+            {"width": 128, "layers": 2},
+            LoopOptions(batch_size=64, lr=1.5e-3, steps=2500, warmup=50, ema_decay=0.99, precision="auto"),
         ),
         "gpu": Preset({"width": 128, "layers": 4}, LoopOptions(batch_size=512, lr=2e-3, steps=6000, warmup=200)),
     },
