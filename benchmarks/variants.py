@@ -280,6 +280,12 @@ def comparison(shape: Shape) -> list[Variant]:
         ours(f"3 people, {small} px", partial(people, side=small, count=3), people_use(small, 3)),
         ours(f"training-free, {small} px", free, Use(1, small, mode="training-free"), 1.05),
         ours(f"both attentions, {small} px", both, Use(1, small, mode="both"), 1.08),
+        ours(
+            f"both attentions, saved identity, {small} px",
+            partial(both, saved=True),
+            Use(1, small, saved=True, mode="both"),
+            1.05,
+        ),
         Variant("IP-Adapter plus", partial(ip_adapter, kind="plus")),
         Variant("IP-Adapter FaceID", partial(ip_adapter, kind="faceid")),
         Variant("reference pipeline", reference_pipeline),

@@ -44,6 +44,7 @@ class IdentityOptions:
         self_attention, self_scale: what the self-attention sees, and how strongly.
         mirrored: whether each picture is shown mirrored as well.
         lora_scale: strength of LoRAs in this call alone.
+        familiarity: a `face_familiarity.Familiarity` that is to say whether the model knows such pictures.
     """
 
     weights: Any = None
@@ -52,6 +53,7 @@ class IdentityOptions:
     self_scale: float | None = None
     mirrored: bool | None = None
     lora_scale: float | None = None
+    familiarity: Any = None
 
 
 class Conditioner(ABC):

@@ -67,9 +67,10 @@ class ReferenceConditioner(Conditioner):
         device, lora_scale = pipe._execution_device, options.lora_scale
         conditions = text_conditions(pipe, [""], device, lora_scale)
         encoded = [encode_latents(pipe.vae, pixels.to(device)) for pixels in pictures]
-        looks = [self._look(pipe, latents, conditions, adapter, own, lora_scale) for latents in encoded]
+        looks = [self._look(pipe, latents, conditions, adapter, own, options) for latents in encoded]
         pipe.maybe_free_model_hooks()
-        references, cells = [found for found, _ in looks], looks[0][1]
+        references, cells = [found for found, *_ in looks], looks[0][1]
+        familiar = [logit for *_, logit in looks if logit is not None]
         identity = FaceIdentity(
             keys={name: torch.cat([r[name][0] for r in references]) for name in references[0]},
             values={name: torch.cat([r[name][1] for r in references]) for name in references[0]},
@@ -80,6 +81,7 @@ class ReferenceConditioner(Conditioner):
             self_attention=own,
             cells=cells,
             weights_fingerprint=weights_fingerprint(pipe.unet, 1.0 if lora_scale is None else lora_scale),
+            familiarity=sum(familiar) / len(familiar) if familiar else None,
         )
         weights = options.weights
         return identity.with_weights(weights if weights is None or not mirrored else twice(weights))
@@ -91,9 +93,10 @@ class ReferenceConditioner(Conditioner):
         conditions: dict[str, Tensor],
         adapter: Any,
         own: SelfAttentionReference | None,
-        lora_scale: float | None,
-    ) -> tuple[KeysAndValues, dict[str, Tensor]]:
-        """Keys and values `(1, N_f, inner)` of one reference's latents, and the cells that they are of."""
+        options: IdentityOptions,
+    ) -> tuple[KeysAndValues, dict[str, Tensor], float | None]:
+        """Keys and values `(1, N_f, inner)` of one reference's latents, the cells that they are of, and how familiar
+        the reference is, where that is asked."""
         unet, (height, width) = pipe.unet, (side * pipe.vae_scale_factor for side in latents.shape[-2:])
         arguments = unet_arguments(conditions, height, width)
         if (width := unet.config.time_cond_proj_dim) is not None:
@@ -101,23 +104,30 @@ class ReferenceConditioner(Conditioner):
             arguments["timestep_cond"] = pipe.get_guidance_scale_embedding(guidance, width).to(
                 latents.device, unet.dtype
             )
-        if lora_scale is not None:
-            arguments["cross_attention_kwargs"] = {"scale": lora_scale}
+        if options.lora_scale is not None:
+            arguments["cross_attention_kwargs"] = {"scale": options.lora_scale}
         found: KeysAndValues = {}
         cells: dict[str, Tensor] = {}
+        judge, familiar = options.familiarity, None
         passes = reference_passes(adapter.metadata.reference_timestep if adapter else None, own)
+        if judge:
+            passes.setdefault(judge.noise, [])
         for (timestep, seed), kinds in passes.items():
+            judged = judge is not None and judge.noise == (timestep, seed)
             noised = latents.to(unet.dtype)
             if timestep:
                 noised = noise_latents(noised, training_alphas(pipe.scheduler), timestep, seed)
             sample = unet_input(noised, unet.config.in_channels)
-            states = capture_hidden_states(unet, sample, timestep, kind=kinds, **arguments)
+            looked_at = sorted({*kinds, *(("attn2",) if judged else ())})
+            states = capture_hidden_states(unet, sample, timestep, kind=looked_at, **arguments)
             if adapter and "attn2" in kinds:
                 found |= at_device(adapter, next(iter(states.values())).device)(states)
             if own and "attn1" in kinds:
                 seen, cells = own.chosen({name: h for name, h in states.items() if name.endswith(".attn1")})
                 found |= self_attention_projections(unet, seen)
-        return found, cells
+            if judged:
+                familiar = float(judge.logits(states))
+        return found, cells, familiar
 
     def _adapter(self, pipe: Any) -> Any:
         if self.cross and pipe._face_adapter is None:

@@ -9,8 +9,9 @@ import logging
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class FaceDefaults:
         num_inference_steps: denoising steps.
         face_mode: see [`FaceFusionMixin.encode_face`]; one that needs weights counts where weights are loaded.
         face_mirrored: whether a single photo of a person is shown mirrored as well.
+        face_familiarity: name of the file beside it by which faces are told that the model does not know, see
+            `face_familiarity.Familiarity`.
         vocabulary: group -> the words and phrases that the model knows, for one that knows no others.
     """
 
@@ -43,7 +46,17 @@ class FaceDefaults:
     num_inference_steps: int | None = None
     face_mode: str | None = None
     face_mirrored: bool | None = None
+    face_familiarity: str | None = None
     vocabulary: Mapping[str, tuple[str, ...]] | None = None
+    folder: Path | None = field(default=None, compare=False, repr=False)  # that they were read from
+
+    @property
+    def familiarity_file(self) -> Path | None:
+        """The file of `face_familiarity`; None: there is none, or it is not there."""
+        if self.face_familiarity is None or self.folder is None:
+            return None
+        path = self.folder / self.face_familiarity
+        return path if path.is_file() else None
 
     @classmethod
     def from_dict(cls, values: Any, source: object = "the defaults") -> "FaceDefaults":
@@ -73,7 +86,10 @@ class FaceDefaults:
         return values
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the file into a folder that is there."""
+        """Write the file, and what it names, into a folder that is there."""
+        beside = self.familiarity_file
+        if beside is not None and beside.parent.resolve() != Path(folder).resolve():
+            shutil.copyfile(beside, Path(folder) / beside.name)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
         (Path(folder) / DEFAULTS_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -103,6 +119,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_inference_steps": (lambda value: type(value) is int and 1 <= value <= 1000, "a whole number from 1 to 1000"),
     "face_mode": (lambda value: value in FACE_MODES, f"one of {', '.join(FACE_MODES)}"),
     "face_mirrored": (lambda value: isinstance(value, bool), "true or false"),
+    "face_familiarity": (
+        lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", value) is not None,
+        "the name of a .safetensors file in the same folder",
+    ),
     "vocabulary": (_words, "an object with a list of texts for each group"),
 }
 
@@ -119,7 +139,7 @@ def read_defaults(folder: str | os.PathLike[str]) -> FaceDefaults | None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FaceFusionError(f"{path} cannot be read as JSON: {error}") from error
-    return FaceDefaults.from_dict(values, path)
+    return replace(FaceDefaults.from_dict(values, path), folder=path.parent)
 
 
 def defaults_of(
@@ -127,7 +147,10 @@ def defaults_of(
 ) -> FaceDefaults | None:
     """As [`read_defaults`], of a folder or of a model on the Hub; None also where the Hub cannot be asked."""
     path = file_of(model, DEFAULTS_NAME, revision, cache_dir)
-    return None if path is None else read_defaults(path.parent)
+    defaults = None if path is None else read_defaults(path.parent)
+    if defaults is not None and defaults.face_familiarity is not None:
+        file_of(model, defaults.face_familiarity, revision, cache_dir)  # from the Hub into the same folder
+    return defaults
 
 
 def file_of(
@@ -181,5 +204,5 @@ def loaded_defaults(name: str, parts: Mapping[str, Any]) -> FaceDefaults | None:
         for part in parts.values():
             folder = Path(str(getattr(getattr(part, "config", None), "_name_or_path", ""))).parent
             if folder.parent.name == "snapshots" and (folder / "model_index.json").is_file():
-                return read_defaults(folder) or defaults_of(name, folder.name, folder.parents[2])
+                return defaults_of(name, folder.name, folder.parents[2])
     return defaults_of(name)

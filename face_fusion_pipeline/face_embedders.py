@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 WEIGHTS_NAME = "face_embedder.safetensors"
 FORMAT = "face-fusion-face-embedder"
 FORMATS = (FORMAT, "face-fusion-training-recogniser")  # the networks are the same
-SIDE = 96  # pixels of the crops of the avatars' own, and of the aligned faces that its towers see
-ONNX_SIDE = 144  # pixels of the crops from which others get aligned faces of 112
+SIDE = 144  # pixels of a crop: the aligned face of 112 pixels in it is about as large
+CROP = 96  # pixels of the aligned faces that the towers see
 ZOOMS = {"head": 0.55, "features": 1.1}  # of the aligned face: below 1 hair, ears and chin are in it
 WIDTHS = (32, 64, 96, 160)
 EMBEDDING = 128
 # Where eyes, nose and corners of the mouth are in a crop, on average over avatars; shares of its side.
-PLACES = torch.tensor([[0.377, 0.473], [0.625, 0.473], [0.503, 0.561], [0.395, 0.678], [0.608, 0.678]])
+PLACES = torch.tensor([[0.377, 0.466], [0.625, 0.466], [0.503, 0.561], [0.395, 0.678], [0.608, 0.678]])
 
 
 @runtime_checkable
@@ -126,7 +126,7 @@ class _Tower(nn.Module):
 
     def forward(self, faces: Tensor) -> Tensor:
         x = F.silu(self.norm(self.blocks(self.stem(faces - 0.5)))).flatten(2)
-        weights = self.attention(x.unflatten(2, (SIDE // 16, -1))).flatten(2).softmax(-1)  # (B, 8, cells)
+        weights = self.attention(x.unflatten(2, (CROP // 16, -1))).flatten(2).softmax(-1)  # (B, 8, cells)
         return self.head((weights @ x.mT).flatten(1))
 
 
@@ -140,7 +140,7 @@ class FaceTowers(nn.Module):
     def see(self, name: str, images: Tensor, landmarks5: Tensor) -> Tensor:
         """What the tower `name` finds, (B, 128) of length 1."""
         with torch.autocast(images.device.type, enabled=False):  # in bf16 a place would be half a pixel off
-            faces = align_faces(images.float(), landmarks5.float(), SIDE, zoom=ZOOMS[name])
+            faces = align_faces(images.float(), landmarks5.float(), CROP, zoom=ZOOMS[name])
         return F.normalize(self.towers[name](faces).float(), dim=-1)
 
     def look(self, images: Tensor, landmarks5: Tensor) -> dict[str, Tensor]:
@@ -158,7 +158,7 @@ class AvatarEmbedder(FaceTowers):
     def embed(self, images: Tensor, landmarks5: Tensor | None = None) -> Tensor:
         """(B, 256) of length 1, of crops (B, 3, H, H) in [0, 1]; without landmarks (B, 5, 2) the face is in place."""
         if landmarks5 is None:
-            landmarks5 = (PLACES * images.shape[-1]).to(images).expand(len(images), 5, 2)
+            landmarks5 = (PLACES * (images.shape[-1] - 1)).to(images).expand(len(images), 5, 2)
         return F.normalize(torch.cat(list(self.look(images, landmarks5).values()), -1), dim=-1)
 
     def forward(self, faces: Sequence[Image.Image]) -> Tensor:
@@ -230,25 +230,25 @@ def load_face_embedder(
     if path.suffix != ".safetensors":
         raise FaceFusionError(f"{path} is no face embedder: give a .safetensors or .onnx file")
     network = load_avatar_embedder(path)
-    return _aligned(network.name, network.width, network.embed, SIDE, detector)
+    return _aligned(network.name, network.width, network.embed, detector)
 
 
 def _of_onnx(recogniser: OnnxRecogniser, detector: FaceDetector | None) -> FaceEmbedder:
     try:
-        grey = recogniser.embed(torch.full((1, 3, ONNX_SIDE, ONNX_SIDE), 0.5), PLACES[None] * ONNX_SIDE)
+        grey = recogniser.embed(torch.full((1, 3, SIDE, SIDE), 0.5), PLACES[None] * SIDE)
     except Exception as error:  # onnxruntime's own types, which have no common base
         raise FaceFusionError(f"{recogniser.path} cannot be run: {short(error, 120)}") from error
     if grey.ndim != 2:
         raise FaceFusionError(f"{recogniser.path} gives {grey.shape[1:]} for a face, not one vector")
     name = name_with_digest(recogniser.path)
-    return _aligned(name, grey.shape[1], recogniser.embed, ONNX_SIDE, detector)
+    return _aligned(name, grey.shape[1], recogniser.embed, detector)
 
 
 def _aligned(
-    name: str, width: int, embed: Callable[[Tensor, Tensor], Any], side: int, detector: FaceDetector | None
+    name: str, width: int, embed: Callable[[Tensor, Tensor], Any], detector: FaceDetector | None
 ) -> CheckedEmbedder:
     """An embedder by a network of images and landmarks."""
-    usual = PLACES * side
+    usual = PLACES * (SIDE - 1)
 
     def found(face: Image.Image) -> Tensor:
         faces = [one for one in detect_faces(face, detector) if one.landmarks5 is not None] if detector else []
@@ -258,4 +258,4 @@ def _aligned(
     def embed_all(faces: list[Image.Image]) -> Any:
         return embed(_stacked(faces), torch.stack([found(face) for face in faces]))
 
-    return CheckedEmbedder(name, width, embed_all, side)
+    return CheckedEmbedder(name, width, embed_all, SIDE)

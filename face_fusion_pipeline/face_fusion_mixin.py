@@ -13,8 +13,8 @@ from .conditioner import IdentityOptions, Person, conditioner_of, one_mode
 from .conditioner_face_studio import MODE, Style, mode_by, studio_acting, studio_context
 from .conditioner_reference import ReferenceConditioner  # noqa: F401  (registers the modes)
 from .face_attention import FaceCall, check_idle
-from .face_axes import face_axes, is_identity, per_person, weights_per_person
-from .face_errors import IdentityMismatchError
+from .face_axes import face_axes, per_person, weights_per_person
+from .face_familiarity import encode_people
 from .face_layout import Background, Box, Layout, Overlap, Placement
 from .face_loader_mixin import FaceLoaderMixin, check_scale, check_window
 from .face_ownership import sole_use
@@ -80,7 +80,8 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
             weights: one number >= 0 for each image, equal by default; only ratios matter (a morph slider).
             face_mode: `"adapter"`, trained weights at the cross-attention (the paper); `"training-free"`, the model's
                 own at the self-attention; `"both"`; `"face-studio"`; or `None`: as the model recommends, else with
-                what is loaded.
+                what is loaded; training-free for a face unlike what the model knows, if it can tell (see
+                `face_familiarity`).
             face_resolution: side in pixels, default the adapter's, else the UNet's own.
             self_attention: what the self-attention sees of the face in the latter two modes, and how strongly.
             mirrored: show each image mirrored as well, with the same weight. Default: a single image, if the model
@@ -91,7 +92,21 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
         """
         with sole_use(self.unet):
             options = IdentityOptions(weights, face_resolution, self_attention, None, mirrored)
-            return conditioner_of(self._face_mode(face_mode)).encode(self, images, options)
+            return encode_people(self, [images], face_mode, [options], self._face_mode(face_mode))[0]
+
+    def encode_people(self, faces: Sequence[Any], face_mode: str | None = None) -> list[Any]:
+        """Identities of people who are to be seen together: all in one mode, also where the model chooses it.
+
+        Args:
+            faces: of each person an identity, or what [`encode_face`] takes.
+            face_mode: see [`encode_face`].
+
+        Raises:
+            FaceFusionError: as [`encode_face`]; IdentityMismatchError: an identity of another mode or model.
+        """
+        with sole_use(self.unet):
+            options = [IdentityOptions()] * len(faces)
+            return encode_people(self, faces, face_mode, options, self._face_mode(face_mode))
 
     def _face_mode(self, face_mode: str | None) -> str:
         """The mode of this name, or the one that is taken where none is asked for."""
@@ -100,15 +115,6 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
         if self._face_adapter is None:
             return "training-free" if self.face_studio is None else MODE
         return getattr(self.face_defaults, "face_mode", None) or MODE_WITH_WEIGHTS
-
-    def _identity(self, face: Any, mode: str | None, options: IdentityOptions) -> Any:
-        """What one person's entry in `face_image` stands for in this call."""
-        if not is_identity(face):
-            conditioner = conditioner_of(self._face_mode(mode))
-            return conditioner.adjusted(self, conditioner.encode(self, face, options), replace(options, weights=None))
-        if mode is not None and mode != face.mode:
-            raise IdentityMismatchError(f"the identity was encoded for {face.mode!r}, not {mode!r}")
-        return conditioner_of(face.mode).adjusted(self, face, options)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As the underlying pipeline's, one thread after the other: a tokenizer that threads share is not safe."""
@@ -203,12 +209,16 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
             mode = mode_by(self, identity_by, face_mode)
             weights = weights_per_person(face_weights, faces)
             options = IdentityOptions(resolution=face_resolution, mirrored=face_mirrored, lora_scale=call.lora_scale)
+            each = [
+                replace(options, weights=w, self_scale=own)
+                for row in zip(faces, weights, self_scales, strict=False)
+                for _, w, own in zip(*row, strict=True)
+            ]
+            everybody = [face for row in faces for face in row]
+            identities = iter(encode_people(self, everybody, mode, each, self._face_mode(mode)))
             people = [
-                tuple(
-                    Person(self._identity(face, mode, replace(options, weights=w, self_scale=own)), scale)
-                    for face, w, own, scale in zip(*row, strict=True)
-                )
-                for row in zip(faces, weights, self_scales, scales, strict=False)
+                tuple(Person(next(identities), scale) for _, scale in zip(*row, strict=True))
+                for row in zip(faces, scales, strict=False)
             ] or [()]
             conditioner = conditioner_of(one_mode(people) or MODE)
             context = studio_context(self, style, call, face_detector, wanted=conditioner.mode == MODE)

@@ -34,6 +34,7 @@ class FaceIdentity:
             `unet_family.weights_fingerprint`); empty in older files.
         self_attention: what its `attn1` layers see of the references and how strongly; None in mode `"adapter"`.
         cells: layer name -> bool `(h_f, w_f)`, the cells of a reference that N_f are; all where a name is missing.
+        familiarity: below 0 the model does not know the like of the references; None where nobody looked. Not saved.
     """
 
     keys: dict[str, Tensor]
@@ -45,6 +46,7 @@ class FaceIdentity:
     self_attention: SelfAttentionReference | None = None
     cells: dict[str, Tensor] = field(default_factory=dict)
     weights_fingerprint: str = ""
+    familiarity: float | None = None
 
     def __repr__(self) -> str:
         tokens = sum(key.shape[0] * key.shape[1] for key in self.keys.values())

@@ -62,8 +62,8 @@ class PriorPipeline(KandinskyPriorPipeline):
         tokenizer: CLIPTokenizer,
         scheduler: UnCLIPScheduler,
     ) -> None:
-        parts: dict[str, Any] = {"prior": prior, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        super().__init__(**parts, scheduler=scheduler, image_encoder=None, image_processor=None)
+        super(KandinskyPriorPipeline, self).__init__()  # that of the class itself registers the image encoder, too
+        self.register_modules(prior=prior, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
         self.set_progress_bar_config(disable=True)
 
     def get_zero_embed(self, batch_size: int = 1, device: torch.device | None = None) -> Tensor:

@@ -124,6 +124,11 @@ class SelfAttentionReference:
 WHOLE_AND_CLEAN = SelfAttentionReference(1.0, 0, 0, (2.0, 2.0), ("down_blocks", "mid_block", "up_blocks"))
 
 
+def square_ellipse(cells: int, half_axes: tuple[float, float]) -> Tensor:
+    """As [`ellipse`], of a square of so many cells, flat: bool `(cells,)`."""
+    return ellipse(math.isqrt(cells), half_axes).flatten()
+
+
 def ellipse(side: int, half_axes: tuple[float, float]) -> Tensor:
     """Cells of a square grid whose centres lie in the ellipse around its middle, bool `(side, side)`; at least one.
 

@@ -10,14 +10,19 @@ from typing import Any
 
 import pytest
 import tiny_models
+import torch
 from PIL import Image
 from test_app import make_engine
 from test_several_people import FakeDetector
 
+from face_fusion_pipeline import SelfAttentionReference
 from face_fusion_pipeline.app import session
 from face_fusion_pipeline.app.engine import CancelledError, Engine, Picture
 from face_fusion_pipeline.app.form import WHOLE_PHOTO, Form, PersonForm
 from face_fusion_pipeline.app.session import Sessions
+from face_fusion_pipeline.face_attention import attention_layers
+from face_fusion_pipeline.face_familiarity import Familiarity
+from face_fusion_pipeline.unet_family import unet_fingerprint
 
 
 gr = pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
@@ -322,3 +327,29 @@ def test_results_stay_while_their_page_is_open(page: Page) -> None:
     last = page.run(page.start())[-1]
     files = {last[w.archive], last[w.sheet], *(str(file) for _, file in page.sessions.of("ada").run.results)}
     assert files <= w.results.keep_in_cache  # Gradio removes uploads of an hour ago, and must not remove these
+
+
+def test_a_face_that_the_model_does_not_know_is_said_beside_its_photos(page: Page, tmp_path: Path) -> None:
+    w, pipe = page.widgets, page.engine.pipe
+    layers = attention_layers(pipe.unet, "attn2")
+    judge = Familiarity(
+        {name: torch.zeros(2, layer.to_q.in_features) for name, layer in layers.items()},
+        -1.0, 150, 0, (0.5, 0.5), SelfAttentionReference(1.5), unet_fingerprint(pipe.unet),
+    )  # fmt: skip
+    judge.save(tmp_path / "judge.safetensors")
+    pipe.face_defaults = FaceDefaults(face_mode="both", face_familiarity="judge.safetensors", folder=tmp_path)
+    updates = page.run(page.start())
+    said = page.words(updates[0], "person_1")
+    assert "unlike the pictures" in said and "“How faces join”" in said
+    assert {entry["face_mode"] for entry in updates[-1][w.metadata]} == {"training-free"}
+    page.values |= {w.mode: "both"}
+    with_weights = page.run(page.start())
+    assert w.messages["person_1"] not in with_weights[0]
+    assert {entry["face_mode"] for entry in with_weights[-1][w.metadata]} == {"both"}
+
+
+def test_a_mode_that_cannot_be_is_said_beside_it(page: Page) -> None:
+    page.engine.pipe.unload_face_fusion_adapter()
+    page.values |= {page.widgets.mode: "adapter"}
+    (updates,) = page.run(page.start())
+    assert "needs weights" in page.words(updates, "mode") and updates[page.widgets.more_section].open

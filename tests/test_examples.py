@@ -27,6 +27,7 @@ EXAMPLES = {
     "two_people": (["ada.png", "bob.png", TWO], "two_people.png", None),
     "two_people_depth": (["ada.png", "bob.png", "layout.png", TWO, "depth.png"], "two_people_depth.png", None),
     "small_faces": (["ada.png", "bob.png", TWO, "a person in a suit", "a person in a crown"], "small_faces.png", None),
+    "finished_picture": (["layout.png", "ada.png", "a photo of a person"], "finished_picture.png", None),
     "identity_file": (["ada.png", ONE], "identity_file.png", (128, 128)),
     "stable_diffusion_xl": (["ada.png", ONE, "xl.tiny"], "stable_diffusion_xl.png", (16, 16)),
     "custom_pipeline": (["ada.png", ONE, str(ROOT / "face_fusion_pipeline")], "custom_pipeline.png", (128, 128)),

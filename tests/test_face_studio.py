@@ -382,3 +382,10 @@ def test_files_of_another_format_are_refused(tmp_path, sd):
 def test_style_without_a_strength_takes_half():
     assert Style(STYLE).alpha == 0.5
     assert Style().alpha == 0.0
+
+
+def test_attention_maps_are_of_face_fusion_alone(sd):
+    from face_fusion_pipeline import record_attention
+
+    with pytest.raises(FaceFusionError, match="leave out style_image"), record_attention(sd):
+        generate(sd, face_image=A)

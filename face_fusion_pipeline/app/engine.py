@@ -1,7 +1,7 @@
 """One pipeline for all users of the app: photos to identities, forms to pictures, one call at a time."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,11 +129,29 @@ class Engine:
 
     def identity(self, person: PersonForm) -> tuple[list[Image.Image], FaceIdentity]:
         """The face crops of a person (none of a saved identity) and the identity. Raises [`FieldError`]."""
-        if person.identity is not None:
-            return [], person.identity
-        crops = [crop for photo in self.photos(person) for crop in reference_crops(self.pipe, [photo])]
+        crops = self.crops(person)
+        return crops, self.identities((person,), [crops])[0]
+
+    def crops(self, person: PersonForm) -> list[Image.Image]:
+        """The face crops of a person, none of a saved identity. Raises [`FieldError`]."""
+        photos = () if person.identity is not None else self.photos(person)
+        return [crop for photo in photos for crop in reference_crops(self.pipe, [photo])]
+
+    def identities(
+        self, people: Sequence[PersonForm], crops: Sequence[list[Image.Image]], mode: str | None = None
+    ) -> list[FaceIdentity]:
+        """Identities of people who are seen together, of saved ones and of [`crops`].
+
+        Args:
+            mode: see `FaceFusionMixin.encode_face`.
+
+        Raises [`FieldError`]: the mode is not that of a saved identity, or needs weights that are not loaded.
+        """
+        faces = [person.identity or mine for person, mine in zip(people, crops, strict=True)]
+        if all(person.identity is not None for person in people) and mode is None:
+            return faces
         with self._unet_lock:
-            return crops, self.pipe.encode_face(crops)
+            return in_field("mode", self.pipe.encode_people, faces, mode)
 
     def load_identity(self, file: Path) -> FaceIdentity:
         """A saved identity. Raises [`FaceFusionError`]: not one, or made with another model."""

@@ -6,6 +6,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from ..face_defaults import FACE_MODES
 from ..face_errors import FaceFusionError
 from ..face_layout import Box
 from ..face_loader_mixin import check_scale
@@ -18,6 +19,9 @@ MAX_RATIO = 4  # of the sides of a picture whose shape is followed: beyond, the 
 AS_WRITTEN = "as written"
 STYLES = (AS_WRITTEN, "pencil sketch", "watercolor", "faded film", "line art")  # what the embedded model knows
 MORE_STYLES = ("photo", "oil painting", "comic book", "clay figure")  # for checkpoints that know more
+
+RECOMMENDED = "as the model recommends"
+MODES = (RECOMMENDED, *FACE_MODES)  # how faces join a picture
 
 ONLY_FACE, WHOLE_PHOTO = "the only one", "the photo is cropped to a face"
 WHICH_FACE = (
@@ -88,6 +92,7 @@ class Form:
         layout_size: (width, height) of the picture that the boxes were drawn on, or None.
         low_noise_guidance: whether guidance is halved in the low-noise half of the timesteps.
         compare: whether each picture is made without faces, too.
+        mode: one of `MODES`.
     """
 
     people: tuple[PersonForm, ...]
@@ -103,6 +108,12 @@ class Form:
     boxes: dict[int, Box] | None = None
     control: Any = None
     layout_size: tuple[int, int] | None = None
+    mode: str = RECOMMENDED
+
+    @property
+    def face_mode(self) -> str | None:
+        """As `FaceFusionMixin.encode_face` takes it."""
+        return None if self.mode == RECOMMENDED else self.mode
 
     @property
     def shape(self) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from ..face_errors import FaceFusionError
+from ..face_familiarity import UNFAMILIAR, is_unfamiliar
 from ..generation.prompt_words import unknown_words_line
 from .engine import CancelledError, Engine
 from .form import ONLY_FACE, FieldError, Form, PersonForm, whole_number
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 Updates = dict[Any, Any]
 
 UNEXPECTED = "an unexpected error, which this machine has logged: try again, or reload the page"
+UNFAMILIAR_HERE = f"{UNFAMILIAR[0].upper()}{UNFAMILIAR[1:]}; “How faces join”, under “More”, decides otherwise."
 REFUSED = "a value was refused: choose it again, or reload the page"
 
 
@@ -53,7 +55,7 @@ class Handlers:
         """All widgets that [`read_form`] reads."""
         w = self.widgets
         fields = {w.run_id, w.prompt, w.style, w.seed, w.count, w.canvas, w.follow_depth}
-        fields |= {w.negative_prompt, w.steps, w.guidance, w.low_noise_guidance, w.compare}
+        fields |= {w.negative_prompt, w.steps, w.guidance, w.low_noise_guidance, w.compare, w.mode}
         return fields.union(*({p.photos, p.strength, p.which} for p in w.people))
 
     def read_person(self, values: Updates, number: int, session: Session | None) -> PersonForm:
@@ -83,6 +85,7 @@ class Handlers:
             guidance=values[w.guidance],
             low_noise_guidance=values[w.low_noise_guidance],
             compare=values[w.compare],
+            mode=values[w.mode],
             boxes=boxes,
             control=session.layout if values[w.follow_depth] else None,
             layout_size=session.layout.size if session.layout is not None and boxes else None,
@@ -101,7 +104,7 @@ class Handlers:
             updates[w.tabs] = gr.Tabs(selected=int(name.removeprefix("person_")))
         elif name == "places":
             updates[w.places_section] = gr.Accordion(open=True)
-        elif name in ("negative_prompt", "steps", "guidance"):
+        elif name in ("negative_prompt", "steps", "guidance", "mode"):
             updates[w.more_section] = gr.Accordion(open=True)
         return updates
 
@@ -151,17 +154,24 @@ class Handlers:
         """Picture after picture, each shown as soon as it is there."""
         w, form = self.widgets, self.read_form(values, session)
         progress(0, desc="Looking at the photos")
-        identities, bad = [], []
+        crops, bad = [], []
         for person in form.people:
             try:
-                crops, identity = self.engine.identity(person)
+                crops.append(self.engine.crops(person))
             except FieldError as error:
                 bad.append(error)
                 continue
-            identities.append(identity)
-            run.references |= {f"person {person.number}" if len(form.people) > 1 else "reference": crops}
+            run.references |= {f"person {person.number}" if len(form.people) > 1 else "reference": crops[-1]}
         if bad:
             raise FieldError(bad[0].field, bad[0], bad[1:])
+        identities = self.engine.identities(form.people, crops, form.face_mode)
+        notes = {
+            w.messages[person.field]: message(UNFAMILIAR_HERE, "note")
+            for person, identity in zip(form.people, identities, strict=True)
+            if is_unfamiliar(identity)
+        }
+        if notes:
+            yield notes
         step = lambda part, words: progress(part, desc=words)  # noqa: E731
         for picture in self.engine.run(form, identities, step, run.cancelled.is_set):
             run.add(picture, partial(save_picture, watermark=self.engine.watermark))

@@ -11,7 +11,18 @@ from ..face_defaults import FaceDefaults
 from ..generation.arguments import MAX_PROMPT, guidance_scales
 from ..generation.prompt_words import Vocabulary, groups_of_words
 from .avatar_examples import Example
-from .form import AS_WRITTEN, MAX_PEOPLE, MAX_PICTURES, MAX_STEPS, MORE_STYLES, ONLY_FACE, STYLES, WHICH_FACE
+from .form import (
+    AS_WRITTEN,
+    MAX_PEOPLE,
+    MAX_PICTURES,
+    MAX_STEPS,
+    MODES,
+    MORE_STYLES,
+    ONLY_FACE,
+    RECOMMENDED,
+    STYLES,
+    WHICH_FACE,
+)
 from .places import canvas_value
 
 
@@ -75,6 +86,7 @@ class Widgets:
     steps: gr.Slider
     guidance: gr.Slider
     low_noise_guidance: gr.Checkbox
+    mode: gr.Dropdown
     compare: gr.Checkbox
     places_section: gr.Accordion
     more_section: gr.Accordion
@@ -249,6 +261,10 @@ def _more(widgets: dict[str, Any], messages: dict[str, gr.HTML], steps: int, def
             label="Half the guidance at low noise",
             info="in the later steps, so that details are less overdrawn; suits the avatars",
         )
+        widgets["mode"] = gr.Dropdown(
+            list(MODES), value=RECOMMENDED, label="How faces join", info="trained weights, the model's own, or both"
+        )
+        messages["mode"] = _message("mode")
         widgets["compare"] = gr.Checkbox(
             False, label="Also without a face", info="in the contact sheet, from the same seed; takes twice the time"
         )

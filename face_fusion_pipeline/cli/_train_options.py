@@ -116,7 +116,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     look.add_argument("--validation-steps", type=COUNT, default=500, help="between two validations")
     look.add_argument("--validation-inference-steps", type=STEPS, default=25, help="denoising steps of a picture")
     look.add_argument(
-        "--validation-people", type=whole(0), metavar="N", help="set aside; default: 1 of 20, at most 32"
+        "--validation-people",
+        type=whole(0),
+        metavar="N",
+        help="set aside; default: 1 in 20, 2 to 32, of four or more",
     )
     look.add_argument(
         "--log-every", type=COUNT, default=20, metavar="STEPS", help="steps between two lines of the log"

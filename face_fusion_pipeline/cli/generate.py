@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,25 @@ HELP = "new pictures of the person in a photo, as a prompt describes them"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = known_words()
+    add_face_argument(parser)
+    parser.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT", help="what the pictures show; repeat for several"
+    )
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what they should not show")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for images and contact sheet")
+    add_model_arguments(parser)
+    add_studio_arguments(parser)
+    add_number_arguments(parser)
+    add_photo_arguments(parser)
+    parser.add_argument("--no-sheet", action="store_true", help="skip the contact sheet and its pictures without face")
+    parser.add_argument(
+        "--refine-faces", action="store_true", help="draw the face again, larger, where it came out small"
+    )
+    add_output_arguments(parser)
+
+
+def add_face_argument(parser: argparse.ArgumentParser) -> None:
+    """Whose face it is; also of `refine`."""
     parser.add_argument(
         "--face",
         action="append",
@@ -58,13 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="photo of the person, a folder of such photos, or an identity saved by FaceIdentity.save "
         "(.safetensors); repeat for several photos of the same person",
     )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, how strongly it sees the face, and how it denoises; also of `refine`."""
     parser.add_argument(
-        "--prompt", action="append", required=True, metavar="TEXT", help="what the pictures show; repeat for several"
-    )
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what they should not show")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for images and contact sheet")
-    parser.add_argument(
-        "--model", metavar="DIR_OR_FILE_OR_HUB_ID", help="Stable Diffusion 1.x model; default: the avatars"
+        "--model",
+        metavar="DIR_OR_FILE_OR_HUB_ID",
+        help="Stable Diffusion 1.x, 2.x or XL model; default: the avatars",
     )
     add_version_arguments(parser)
     parser.add_argument(
@@ -79,7 +99,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "self-attention, or both; face-studio: identity by FaceStudio; "
         "default: as the model recommends (the avatars: both), else the adapter, if any",
     )
-    add_studio_arguments(parser)
     parser.add_argument("--scale", type=STRENGTH, default=1.0, help="strength of the face: 0 off, 1 as in the paper")
     parser.add_argument(
         "--self-scale",
@@ -97,6 +116,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--low-noise-guidance", type=GUIDED, help="guidance in the low-noise half of the timesteps; default: the same"
     )
+
+
+def add_number_arguments(parser: argparse.ArgumentParser) -> None:
+    """How many pictures, and of what size."""
     parser.add_argument(
         "--num-images", type=whole(1, MAX_IMAGES), default=4, help="number of pictures for each prompt"
     )
@@ -108,6 +131,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--height", type=SIDE, help="pixels; default: --width, else the model's own")
     parser.add_argument("--width", type=SIDE, help="pixels; default: --height, else the model's own")
+
+
+def add_photo_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the face is found in the photos of `--face`; also of `refine`."""
     parser.add_argument(
         "--face-index", type=whole(0, 999), help="which face of the photo, from the left, counted from 0"
     )
@@ -115,15 +142,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
     parser.add_argument("--no-detect", action="store_true", help="the photo already is a face crop")
     parser.add_argument(
-        "--refine-faces", action="store_true", help="draw the face again, larger, where it came out small"
-    )
-    parser.add_argument(
         "--mirror",
         action=argparse.BooleanOptionalAction,
         help="show each photo mirrored as well, as one more reference; default: a single photo, if the model "
         "recommends it (the avatars do)",
     )
-    parser.add_argument("--no-sheet", action="store_true", help="skip the contact sheet and its pictures without face")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """The watermark, where it is computed, and what is printed; also of `refine`."""
     parser.add_argument("--watermark", action="store_true", help="hide in the pixels, too, that they are generated")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
@@ -230,13 +257,18 @@ def set_defaults(args: argparse.Namespace) -> None:
         args.mirror = single and defaults is not None and bool(defaults.face_mirrored)
 
 
+def pictures_in(folder: Path) -> list[str]:
+    """The pictures of a folder, without those below it, by their names."""
+    files = (path for path in folder.iterdir() if path.is_file() and not is_litter(path.name))
+    return sorted(str(path) for path in files if begins_as_picture(path))
+
+
 def photos_in(face: str) -> list[str]:
     """The photos of a folder by their names; of anything else itself. Raises [`FaceFusionError`] for none or many."""
     folder = Path(face)
     if not folder.is_dir():
         return [face]
-    files = (path for path in folder.iterdir() if path.is_file() and not is_litter(path.name))
-    photos = sorted(str(path) for path in files if begins_as_picture(path))
+    photos = pictures_in(folder)
     if not photos:
         raise FaceFusionError(f"--face {face} has no photos in it")
     if len(photos) > MOST_PHOTOS:
@@ -244,12 +276,17 @@ def photos_in(face: str) -> list[str]:
     return photos
 
 
-def warn(pipe: Any, args: argparse.Namespace) -> None:
-    """Say what the model is likely to draw badly: words and sizes that it was not trained with."""
+def warn_of_words(pipe: Any, prompts: Sequence[str]) -> None:
+    """Say which words of the prompts the model was not trained with."""
     vocabulary = pipe.face_defaults.vocabulary if pipe.face_defaults is not None else None
-    for words in dict.fromkeys(unknown_words_line(prompt, vocabulary) for prompt in args.prompt):
+    for words in dict.fromkeys(unknown_words_line(prompt, vocabulary) for prompt in prompts):
         if words:
             print(f"face-fusion: {words}; the words that the avatars know: --help", file=sys.stderr)
+
+
+def warn(pipe: Any, args: argparse.Namespace) -> None:
+    """Say what the model is likely to draw badly: words and sizes that it was not trained with."""
+    warn_of_words(pipe, args.prompt)
     side = pipe._default_resolution()
     if args.width is not None and (
         max(args.width, args.height) >= 2 * side or min(args.width, args.height) <= side / 2
@@ -370,6 +407,7 @@ def refined(
     """The picture after a second pass over its largest face; as it is, if no face is found in it."""
     import torch
 
+    from ..face_detectors import load_detector
     from ..face_errors import InvalidLayoutError
 
     try:
@@ -377,6 +415,7 @@ def refined(
             picture,
             prompt,
             face_image=identity,
+            face_detector=load_detector(args.detector, args.detector_model),
             face_scale=args.scale,
             face_self_scale=args.self_scale,
             negative_prompt=args.negative_prompt,

@@ -71,9 +71,20 @@ def run(args: argparse.Namespace) -> int:
         write_card(args.out, args.model, folder, task, record, command_line(args))
         minutes = record["seconds"] / 60
         print(f"{record['steps']} steps of {options.batch_size} in {minutes:.1f} minutes, written to {args.out}")
+        print(where_samples_lie(args.out / "logs" / task.name))
         if repository is not None:
             print(upload(repository_files(args.out, repository), repository))
     return 0
+
+
+def where_samples_lie(logs: Path) -> str:
+    """The pictures that were drawn meanwhile, or how to have some."""
+    from ..training.model_card import SAMPLES
+
+    drawn = sorted(logs.glob(SAMPLES))
+    if not drawn:
+        return "no pictures were drawn meanwhile: --validation-prompt TEXT draws people set aside"
+    return f"{len(drawn)} sheets of pictures drawn meanwhile: {logs}; the last is {drawn[-1].name}"
 
 
 def prepared_folder(args: argparse.Namespace, base: BaseModel) -> Path:

@@ -67,8 +67,8 @@ def repository_files(
     taken = [*trained, *(path for pattern in RECORDS for path in sorted(weights.glob(pattern)))]
     if (weights / "model_index.json").is_file():
         taken.append(weights / "model_index.json")
-        if read_defaults(weights) is not None:  # refuses one that would stop whoever loads the model
-            taken.append(weights / DEFAULTS_NAME)
+        if (defaults := read_defaults(weights)) is not None:  # refuses one that would stop whoever loads the model
+            taken += [weights / DEFAULTS_NAME, *([defaults.familiarity_file] if defaults.familiarity_file else [])]
         taken += sorted(path for part in MODEL_PARTS for path in (weights / part).rglob("*") if path.is_file())
     files |= {path.relative_to(weights).as_posix(): path for path in taken}
     files |= {path.relative_to(folder).as_posix(): path for path in pictures}
