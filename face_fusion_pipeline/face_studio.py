@@ -96,8 +96,8 @@ class StudioMetadata:
         }
         texts = ("base_family", "image_encoder", "face_embedder", "prior", "context")
         try:
-            numbers = {name: number(strings, name, kind, AdapterMismatchError) for name, kind in kinds.items()}
-            return cls(**{name: strings[name] for name in texts}, **numbers)
+            values: dict[str, Any] = {n: number(strings, n, kind, AdapterMismatchError) for n, kind in kinds.items()}
+            return cls(**values, **{name: strings[name] for name in texts})
         except KeyError as error:
             raise AdapterMismatchError(f"FaceStudio's metadata: {short(error)} is missing") from error
 

@@ -147,7 +147,7 @@ class Engine:
 
         Raises [`FieldError`]: the mode is not that of a saved identity, or needs weights that are not loaded.
         """
-        faces = [person.identity or mine for person, mine in zip(people, crops, strict=True)]
+        faces: list[Any] = [person.identity or mine for person, mine in zip(people, crops, strict=True)]
         if all(person.identity is not None for person in people) and mode is None:
             return faces
         with self._unet_lock:

@@ -34,7 +34,7 @@ from .trials import Trial, portraits, true_renders
 STRANGER = 500  # how far away in the order of people the person of a style picture is
 SLIDER = (0.0, 0.25, 0.5, 0.75, 1.0)
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)  # fraction of the second person
-METHODS = {  # call arguments; "face" and "style" stand for the trial's
+METHODS: dict[str, dict[str, Any]] = {  # call arguments; "face" and "style" stand for the trial's
     "none": {},
     "Face Fusion": {"face": "both"},
     "FaceStudio by text": {"face": "face-studio", "style_context": "replace"},
@@ -81,7 +81,7 @@ class Studio:
 class Covered:
     """Finds the face of an avatar in a render, by the evaluators' landmarks: avatars need no other detector."""
 
-    name = "avatars"
+    name, sizes = "avatars", (IMAGE_SIZE,)
 
     def detect(self, image: Image.Image) -> list[Any]:
         from ...face_detectors import Face
@@ -157,7 +157,7 @@ def leak(studio: Studio, panel: Panel) -> dict[str, Any]:
         return known[person]
 
     for name in ("FaceStudio by picture", "style by FaceStudio, identity by Face Fusion"):
-        values: dict[str, list[tuple[float, float, float]]] = {r: [] for r in panel.names}
+        values: dict[str, list[tuple[float, ...]]] = {r: [] for r in panel.names}
         for trial in studio.trials:
             whose = trial.person + STRANGER
             image = panel.embed(studio.picture(trial, name)[None])
@@ -176,7 +176,7 @@ def leak(studio: Studio, panel: Panel) -> dict[str, Any]:
 
 def slider(studio: Studio, panel: Panel) -> tuple[dict[str, Any], list[dict]]:
     """From a prompt to the picture of another scene: which of them clothing and background are of, and likeness."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i, trial in enumerate(tqdm(studio.trials, desc="slider", unit="trial")):
         of_style = studio.trials[(i + 1) % len(studio.trials)]
         for alpha in SLIDER:
@@ -215,7 +215,7 @@ def slid(studio: Studio, trial: Trial, of_style: Trial, alpha: float) -> torch.T
 
 def mixing(studio: Studio, panel: Panel) -> tuple[dict[str, Any], list[dict]]:
     """e_f between two people: likeness to the first and to the second."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     firsts = [trial for trial in studio.trials if trial.number == 0]
     for trial, following in zip(firsts, firsts[1:] + firsts[:1], strict=True):
         both = [portraits(person, seed=studio.settings.seed).face for person in (trial.person, following.person)]
@@ -297,7 +297,7 @@ def as_markdown(result: dict[str, Any], recognisers: list[str]) -> str:
 
 
 def sheet(studio: Studio) -> Image.Image:
-    rows = []
+    rows: list[tuple[str, list[Image.Image]]] = []
     for trial in [t for t in studio.trials if t.number == 0][:SHEET_ROWS]:
         pictures = [to_pil(studio.picture(trial, name)) for name in METHODS]
         face = portraits(trial.person, seed=studio.settings.seed).face
@@ -306,7 +306,7 @@ def sheet(studio: Studio) -> Image.Image:
 
 
 def slider_sheet(studio: Studio) -> Image.Image:
-    rows = []
+    rows: list[tuple[str, list[Image.Image]]] = []
     for i, trial in enumerate(studio.trials):
         if trial.number or len(rows) == SHEET_ROWS:
             continue
