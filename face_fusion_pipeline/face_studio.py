@@ -97,7 +97,7 @@ class StudioMetadata:
         texts = ("base_family", "image_encoder", "face_embedder", "prior", "context")
         try:
             values: dict[str, Any] = {n: number(strings, n, kind, AdapterMismatchError) for n, kind in kinds.items()}
-            return cls(**values, **{name: strings[name] for name in texts})
+            return cls(**values | {name: strings[name] for name in texts})
         except KeyError as error:
             raise AdapterMismatchError(f"FaceStudio's metadata: {short(error)} is missing") from error
 
