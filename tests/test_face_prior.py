@@ -10,9 +10,10 @@ from safetensors import safe_open
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from face_fusion_pipeline import face_prior
+from face_fusion_pipeline.avatar_model import embedded_model
 from face_fusion_pipeline.avatars.training import presets
 from face_fusion_pipeline.avatars.training.clip import create_clip
-from face_fusion_pipeline.avatars.training.data import load_avatars
+from face_fusion_pipeline.avatars.training.data import load_avatars, render_avatars
 from face_fusion_pipeline.avatars.training.prior import PriorTask, agreement, create_prior, describe
 from face_fusion_pipeline.avatars.training.tokenizer import train_tokenizer
 from face_fusion_pipeline.avatars.world.dataset import write
@@ -191,6 +192,17 @@ def test_captions_without_their_padding_give_the_same(work: Path) -> None:
         torch.testing.assert_close(task(batch)[0], task(padded)[0])
     known = describe(clip, tokenizer, data)
     assert known.caption.min() > 0 and not known.words[0][2:].any()  # the first is the empty caption
+
+
+def test_the_shipped_prior_knows_what_unseen_scenes_look_like(tmp_path: Path) -> None:
+    model = embedded_model()
+    weights = model / "face_studio" / "prior" / "diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_size < 4_000_000
+    scenes = render_avatars(tmp_path, "test", 24, "cpu")
+    known = describe(load_clip(model), CLIPTokenizer.from_pretrained(model / "tokenizer"), scenes)
+    found = load_prior(model / "face_studio", text=model)(scenes.captions)
+    figures = agreement(found, known.images, known.images.mean(0, keepdim=True), scenes.captions)
+    assert figures["cosine"] > 0.85 and figures["cosine_of_another"] < 0.4 and figures["found"] > 0.6, figures
 
 
 def test_figures_of_agreement() -> None:

@@ -137,7 +137,7 @@ class PriorTask(Task):
         return {
             "clean": clean,
             "noise": torch.randn(clean.shape, generator=generator, device=generator.device).to(device),
-            "timesteps": ((1 - draws[1] ** 2) * (len(self.scheduler.alphas_cumprod) - 1)).long().to(device),
+            "timesteps": (draws[1] * len(self.scheduler.alphas_cumprod)).long().to(device),
             "states": self.known.states[caption, :longest].to(device).float(),
             "texts": self.known.texts[caption].to(device).float(),
             "words": words[:, :longest].to(device),
