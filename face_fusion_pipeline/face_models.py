@@ -349,8 +349,8 @@ def load_face_model(
         model = os.environ.get(FACE_MODEL_VARIABLE) or None
         if model is None:
             raise ModelNotFoundError(
-                f"facial points of another pose need a face model: {WAYS}, then name its file with `face_model=` or in "
-                f"${FACE_MODEL_VARIABLE}"
+                f"facial points of another pose need a face model: {WAYS}, then name its file with `face_model=` or "
+                f"in ${FACE_MODEL_VARIABLE}"
             )
     if isinstance(model, (str, os.PathLike)):
         if not Path(model).is_file():

@@ -148,8 +148,8 @@ def pose_of_numbers(numbers: Sequence[float], square: tuple[float, float, float]
     x0, y0, side = square
     yaw, pitch, roll, x, y, scale = numbers
     place = x0 + (x / 2 + 1) * side / 2, y0 + (y / 2 + 1) * side / 2
-    angles = (min(max(30 * angle, -90.0), 90.0) for angle in (yaw, pitch, roll))
-    return Pose(*angles, *place, max(scale + 1, 0.02) * side / 2)
+    yaw, pitch, roll = (min(max(30 * angle, -90.0), 90.0) for angle in (yaw, pitch, roll))
+    return Pose(yaw, pitch, roll, *place, max(scale + 1, 0.02) * side / 2)
 
 
 def face_square(box: Box, enlarge: float = ENLARGE) -> tuple[float, float, float]:

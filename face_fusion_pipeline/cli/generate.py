@@ -27,6 +27,7 @@ from ..generation.provenance import describe
 from ..generation.references import reference_crops
 from ..training.photos import begins_as_picture
 from ._arguments import GUIDANCE, GUIDED, STEPS, STRENGTH, whole
+from ._driver_options import add_driver_arguments, check_driver, driven, driver_picture, driver_settings, posed
 from ._generate_studio import (
     add_studio_arguments,
     check_studio,
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_studio_arguments(parser)
     add_number_arguments(parser)
     add_photo_arguments(parser)
+    add_driver_arguments(parser)
     parser.add_argument("--no-sheet", action="store_true", help="skip the contact sheet and its pictures without face")
     parser.add_argument(
         "--refine-faces", action="store_true", help="draw the face again, larger, where it came out small"
@@ -183,6 +185,8 @@ def run(args: argparse.Namespace) -> int:
         check_size(args.width or pipe._default_resolution(), args.height or pipe._default_resolution())
     references, identity = encode(pipe, faces, args.mirror, args.mode) if faces else ([], None)
     settings = settings_of(args, pipe, identity)
+    if posed(args):
+        args.dots = driver_picture(pipe, args, faces)
 
     from ..generation.contact_sheet import contact_sheet, save_new_png, save_png
 
@@ -214,6 +218,7 @@ def run(args: argparse.Namespace) -> int:
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
     check_studio(args)
+    check_driver(args)
     for prompt in args.prompt:
         check_prompt(prompt, "--prompt")
     if args.negative_prompt:
@@ -331,7 +336,9 @@ def load_model(args: argparse.Namespace) -> Any:
     """The pipeline; `args.adapter` then says which adapter it has."""
     args.adapter = args.adapter or adapter_beside(args.model)
     version = {"revision": args.revision, "variant": args.variant, "config": args.model_config}
-    pipe = load_pipeline(args.model, args.adapter, args.device, args.dtype, **version)
+    pipe = load_pipeline(
+        args.model, args.adapter, args.device, args.dtype, getattr(args, "controlnet", None), **version
+    )
     if args.adapter is None:
         print(
             f"face-fusion: no --adapter for {args.model or 'it'}: training-free mode, a weaker likeness",
@@ -387,6 +394,7 @@ def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[tu
             face_scale=args.scale,
             face_self_scale=args.self_scale,
             **(style_of(args) if identity is not None or not args.face else {}),
+            **driven(args),
             **denoising(args),
             num_images_per_prompt=count,
             height=args.height,
@@ -438,6 +446,7 @@ def settings_of(args: argparse.Namespace, pipe: Any, identity: Any) -> dict[str,
         "face_self_scale": args.self_scale if args.self_scale is not None or own is None else own.scale,
         "face_mode": None if identity is None else identity.mode,
         **style_settings(args),
+        **driver_settings(args),
         "steps": args.steps,
         "guidance": args.guidance,
         "low_noise_guidance": args.low_noise_guidance,

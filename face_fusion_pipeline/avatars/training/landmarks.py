@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...face_landmarks import inter_eye_distance
+from ...face_landmarks import inter_eye_distance, posed
 from ...training.loop import Batch, Task
 from ..face_model import (
     ENLARGE,
@@ -29,7 +29,7 @@ from ..measures.portraits import portrait_scene
 from ..world.identity import WORLD
 from ..world.scene import EXPRESSIONS
 from .data import AvatarImages
-from .recogniser import as_generated
+from .face_embedder import as_generated
 
 
 BLURS = (2,)  # pixels; generated pictures are softer than renders
@@ -77,9 +77,9 @@ class LandmarksTask(Task):
         weights = self.gene_weights.to(genes.device)
         shape = (weights * (genes.float() - batch["genes"]).square()).mean()
         expression = F.cross_entropy(logits.float(), batch["expression"])
-        posed = (pose.float() - batch["pose"]).square().mean()
-        loss = SHAPE_WEIGHT * shape + EXPRESSION_WEIGHT * expression + POSE_WEIGHT * posed
-        return loss, {"shape": shape, "expression": expression, "pose": posed}
+        place = (pose.float() - batch["pose"]).square().mean()
+        loss = SHAPE_WEIGHT * shape + EXPRESSION_WEIGHT * expression + POSE_WEIGHT * place
+        return loss, {"shape": shape, "expression": expression, "pose": place}
 
     def sample(self, path: Path) -> dict[str, float]:
         """How far from the truth it is on people that it has not seen."""
@@ -87,38 +87,48 @@ class LandmarksTask(Task):
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
-        """Median errors: degrees; points, and shapes from the front, in eye distances; share of expressions right."""
+        """Median errors: degrees; points, and shapes from the front, in eye distances; share of expressions right.
+
+        `spread` is that of shapes for somebody who knows the average face alone.
+        """
         truth, device = labels(self.model, self.validation, "validation"), next(self.estimator.parameters()).device
+        neutral = torch.tensor(self.model.expression_of("neutral"))[None]
+        mean = head_points(tidy_shapes(truth["genes"].mean(0)[None]), neutral, self.world)
         errors: dict[str, list[float]] = {name: [] for name in ("yaw", "pitch", "roll", "points", "shape", "spread")}
         right = 0
-        genes = truth["genes"].double().numpy()
-        neutral = self.model.expression_of("neutral")
-        mean = self.model.head(tidy_shape(genes.mean(0)), neutral)
         for rows in torch.arange(len(self.validation)).split(64):
-            squares = truth["squares"][rows]
+            squares, genes = truth["squares"][rows], truth["genes"][rows]
             crops = face_crops((self.validation.images(rows, device) + 1) / 2, squares.to(device))
             found, logits, poses = (part.float().cpu() for part in self.estimator(crops))
-            right += int((logits.argmax(1) == truth["expression"][rows]).sum())
-            for k, row in enumerate(rows.tolist()):
-                square = tuple(squares[k].tolist())
-                pose = pose_of_numbers(poses[k].tolist(), square)
-                true = pose_of_numbers(in_square(truth["pose"][row : row + 1], squares[k : k + 1])[0].tolist(), square)
+            chosen, shapes = logits.argmax(1), tidy_shapes(found)
+            right += int((chosen == truth["expression"][rows]).sum())
+            seen = head_points(shapes, expressions(chosen), self.world).double().numpy()
+            drawn = head_points(genes, expressions(truth["expression"][rows]), self.world).double().numpy()
+            own, guessed = (head_points(part, neutral, self.world) for part in (genes, shapes))
+            true = in_square(truth["pose"][rows], squares)
+            for k, square in enumerate(squares.tolist()):
+                pose, real = (pose_of_numbers(part[k].tolist(), tuple(square)) for part in (poses, true))
                 for name in ("yaw", "pitch", "roll"):
-                    errors[name].append(abs(getattr(pose, name) - getattr(true, name)))
-                shape, expression = tidy_shape(found[k].double().numpy()), torch.eye(len(EXPRESSIONS))
-                seen = self.model.points(shape, expression[logits[k].argmax()].numpy(), pose)[:, :2]
-                drawn = self.model.points(genes[row], expression[truth["expression"][row]].numpy(), true)[:, :2]
-                errors["points"].append(distance(seen, drawn))
-                own = self.model.head(genes[row], neutral)
-                errors["shape"].append(distance(self.model.head(shape, neutral), own))
-                errors["spread"].append(distance(mean, own))
-        return {name: float(torch.tensor(values).median()) for name, values in errors.items()} | {
-            "expressions_right": right / len(self.validation)
-        }
+                    errors[name].append(abs(getattr(pose, name) - getattr(real, name)))
+                errors["points"].append(distance(posed(seen[k], pose)[:, :2], posed(drawn[k], real)[:, :2]))
+                errors["shape"].append(distance(guessed[k].numpy(), own[k].numpy()))
+                errors["spread"].append(distance(mean[0].numpy(), own[k].numpy()))
+        medians = {name: float(np.median(values)) for name, values in errors.items()}
+        return medians | {"expressions_right": right / len(self.validation)}
 
     def export(self, folder: Path) -> None:
         about = {"world": self.world, "portraits": self.size, "held_out": self.held_out()}
         save_estimator(self.estimator, folder / WEIGHTS_NAME, about)
+
+
+def expressions(chosen: Tensor) -> Tensor:
+    """Expressions (B,) by number as vectors."""
+    return torch.eye(len(EXPRESSIONS))[chosen]
+
+
+def tidy_shapes(genes: Tensor) -> Tensor:
+    """[`face_model.tidy_shape`] of several (B, len(SHAPE))."""
+    return torch.stack([torch.from_numpy(tidy_shape(row)) for row in genes.double().numpy()])
 
 
 def distance(points: Any, others: Any) -> float:
@@ -133,7 +143,9 @@ def labels(model: AvatarFaceModel, portraits: AvatarImages, split: str) -> dict[
         scene = portrait_scene(split, index, model.world)
         (fit,) = model.of_scene(scene, size, record["boxes"])
         assert fit.box is not None
-        pose = (fit.pose.yaw, fit.pose.pitch, fit.pose.roll, fit.pose.x, fit.pose.y, fit.pose.scale)
+        # A picture does not tell how large a head is from how near it is: all are taken to be of average size.
+        larger, fit.shape[SHAPE.index("size")] = 0.94 + 0.12 * fit.shape[SHAPE.index("size")], 0.5
+        pose = (fit.pose.yaw, fit.pose.pitch, fit.pose.roll, fit.pose.x, fit.pose.y, fit.pose.scale * larger)
         rows.append((fit.shape.tolist(), fit.expression.argmax(), pose, face_square(fit.box, ENLARGE)))
     genes, expressions, poses, squares = zip(*rows, strict=True)
     return {
