@@ -151,7 +151,8 @@ class StudioContext:
         face = torch.zeros(1, self.studio.metadata.face_width)
         if person is not None:
             face = person.scale * person.identity.face
-        return self.studio.guided(*self._at_home(style, text, face), self.alpha)
+        style, text, face = self._at_home(style, text, face)
+        return self.studio.guided(style, text, face, self.alpha)
 
     def nothing(self) -> Tensor:
         """Tokens `(1, N, width)` of no picture and no face, as training drops them: those of unconditional rows."""

@@ -20,6 +20,7 @@ from .face_alignment import align_faces
 from .face_detectors import FaceDetector
 from .face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError, short, shown
 from .face_files import read_tensors
+from .face_images import detect_faces
 from .face_pictures import centre_square, upright_rgb
 from .face_recognisers import OnnxRecogniser, insightface_recogniser, name_with_digest
 
@@ -56,26 +57,28 @@ class FaceEmbedder(Protocol):
 
 
 class CheckedEmbedder:
-    """A [`FaceEmbedder`] whose pictures are RGB squares of 144 pixels, and whose embeddings are what they should be.
+    """A [`FaceEmbedder`] whose pictures are RGB squares, and whose embeddings are what they should be.
 
     Args:
-        embed: crops (RGB, 144 x 144) to embeddings (n, width) of any length, as array or tensor.
+        embed: crops, RGB and `side` pixels a side, to embeddings (n, width) of any length, as array or tensor.
+        side: 0 leaves crops in their own size.
 
     Raises:
         FaceFusionError: no name or no width; when it is called: embeddings of another shape, or not finite.
     """
 
-    def __init__(self, name: Any, width: Any, embed: Callable[[list[Image.Image]], Any]) -> None:
+    def __init__(self, name: Any, width: Any, embed: Callable[[list[Image.Image]], Any], side: int = 0) -> None:
         if not isinstance(name, str) or not name or not isinstance(width, int) or width < 1:
             raise FaceFusionError(
                 f"a face embedder has a name and a width of 1 or more, got {shown(name)} and {shown(width)}"
             )
-        self.name, self.width, self._embed = name, width, embed
+        self.name, self.width, self._embed, self._side = name, width, embed, side
 
     def __call__(self, faces: Sequence[Image.Image]) -> Tensor:
         if not faces:
             return torch.empty(0, self.width)
-        squares = [centre_square(upright_rgb(face), SIDE) for face in faces]
+        pictures = [upright_rgb(face) for face in faces]
+        squares = [centre_square(picture, self._side or min(picture.size)) for picture in pictures]
         with torch.no_grad():
             found = torch.as_tensor(self._embed(squares)).detach().cpu().float()
         if found.shape != (len(faces), self.width):
@@ -219,7 +222,8 @@ def load_face_embedder(
         path = path / WEIGHTS_NAME
     if not path.is_file():
         raise ModelNotFoundError(
-            f"no face embedder {path}: give a folder with {WEIGHTS_NAME}, a .safetensors or .onnx file, or 'insightface'"
+            f"no face embedder {path}: give a folder with {WEIGHTS_NAME}, a .safetensors or .onnx file, "
+            "or 'insightface'"
         )
     if path.suffix == ".onnx":
         return _of_onnx(OnnxRecogniser(path), detector)
@@ -230,10 +234,13 @@ def load_face_embedder(
 
 
 def _of_onnx(recogniser: OnnxRecogniser, detector: FaceDetector | None) -> FaceEmbedder:
-    name = name_with_digest(recogniser.path)
-    grey = recogniser.embed(torch.full((1, 3, SIDE, SIDE), 0.5), PLACES[None] * SIDE)
+    try:
+        grey = recogniser.embed(torch.full((1, 3, SIDE, SIDE), 0.5), PLACES[None] * SIDE)
+    except Exception as error:  # onnxruntime's own types, which have no common base
+        raise FaceFusionError(f"{recogniser.path} cannot be run: {short(error, 120)}") from error
     if grey.ndim != 2:
         raise FaceFusionError(f"{recogniser.path} gives {grey.shape[1:]} for a face, not one vector")
+    name = name_with_digest(recogniser.path)
     return _aligned(name, grey.shape[1], recogniser.embed, detector)
 
 
@@ -244,10 +251,11 @@ def _aligned(
     usual = PLACES * (SIDE - 1)
 
     def found(face: Image.Image) -> Tensor:
-        faces = [one for one in detector.detect(face) if one.landmarks5 is not None] if detector else []
+        faces = [one for one in detect_faces(face, detector) if one.landmarks5 is not None] if detector else []
         best = max(faces, key=lambda one: one.height, default=None)
         return usual if best is None else torch.as_tensor(best.landmarks5, dtype=torch.float32)
 
-    return CheckedEmbedder(
-        name, width, lambda faces: embed(_stacked(faces), torch.stack([found(face) for face in faces]))
-    )
+    def embed_all(faces: list[Image.Image]) -> Any:
+        return embed(_stacked(faces), torch.stack([found(face) for face in faces]))
+
+    return CheckedEmbedder(name, width, embed_all, SIDE)

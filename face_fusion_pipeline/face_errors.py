@@ -67,6 +67,10 @@ class InvalidLayoutError(FaceFusionError):
     """Face boxes, masks, or their number, that do not fit the image or the people."""
 
 
+class LandmarksError(FaceFusionError):
+    """Facial points, a pose or a face model that cannot be used."""
+
+
 class FaceAxesError(FaceFusionError):
     """Prompts, people, references or values for them whose numbers do not go together."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from .face_axes import face_axes, per_person, weights_per_person
-from .face_errors import FaceAxesError, FaceFusionError, InvalidPromptError, InvalidScaleError
+from .face_errors import FaceAxesError, FaceFusionError, InvalidLayoutError, InvalidPromptError, InvalidScaleError
 from .face_few_steps import settings_of_pipeline
 from .face_images import crop_face
 from .face_layout import Box, Placement, assign_boxes, box_masks, check_box, visible_people
@@ -32,10 +32,19 @@ SOFT_EDGE = 0.06  # standard deviation of the edge of what is put back, over the
 
 
 def refine_faces(
-    pipe: Any, image: Any, prompt: Any, people: Any, face_boxes: Any, detector: Any, strength: Any, **kwargs: Any
+    pipe: Any,
+    image: Any,
+    prompt: Any,
+    people: Any,
+    face_boxes: Any,
+    detector: Any,
+    strength: Any,
+    max_face: Any,
+    **kwargs: Any,
 ) -> list[Image.Image]:
     """See `TextToImageFaces.refine_faces`."""
     check_refinable(kwargs)
+    check_max_face(max_face)
     pictures = load_images(image)
     groups = face_axes(people, len(pictures))
     places = None if face_boxes is None else Placement(boxes=face_boxes).per_prompt()
@@ -60,7 +69,7 @@ def refine_faces(
             each["face_weights"] = weights_per_person(kwargs["face_weights"], [group])[0]
         own = [kwargs | {name: values[i] for name, values in each.items()} for i in range(len(group))]
         boxes = [check_box(box, picture.height, picture.width) for box in boxes]
-        refined.append(_refined(inner, picture, prompts, group, boxes, strength, own))
+        refined.append(_refined(inner, picture, prompts, group, boxes, strength, max_face, own))
     return refined
 
 
@@ -87,9 +96,25 @@ def check_strength(strength: Any, steps: Any) -> None:
         raise InvalidScaleError(f"strength {strength:g} of {steps} steps is not one step: give more steps or strength")
 
 
-def strength_for(enlargement: float) -> float:
-    """How much is drawn anew by default: the smaller a face came out, the less of it is worth keeping."""
-    return min(DEFAULT_STRENGTH * enlargement / WORTH, MOST_STRENGTH)
+def check_max_face(pixels: Any) -> None:
+    """Raise [`InvalidLayoutError`] unless it is None or a number above 0."""
+    if pixels is not None and not (isinstance(pixels, Real) and float(pixels) > 0):
+        raise InvalidLayoutError(f"max_face must be a number of pixels above 0, got {pixels!r}")
+
+
+def strength_for(times: float) -> float:
+    """How much of a face that is enlarged so is drawn anew by default: of a smaller one less is worth keeping."""
+    return min(DEFAULT_STRENGTH * max(times / WORTH, 1.0), MOST_STRENGTH)
+
+
+def enlargement(box: Box, side: int) -> float:
+    """How many times larger a face is drawn again, by a model of pictures of `side` pixels."""
+    return side / (CROP * longer_side(box))
+
+
+def is_large(box: Box, side: int, max_face: float | None = None) -> bool:
+    """Whether a face stays as it is: above `max_face` pixels or, by default, one that would hardly be enlarged."""
+    return longer_side(box) > max_face if max_face is not None else enlargement(box, side) < WORTH
 
 
 def _refined(
@@ -99,6 +124,7 @@ def _refined(
     people: list[Any],
     boxes: list[Box],
     strength: float | None,
+    max_face: float | None,
     own: list[dict[str, Any]],
 ) -> Image.Image:
     """One person after the other, so that memory does not grow with them; all crops are of the first drawing.
@@ -110,12 +136,11 @@ def _refined(
     masks = visible_people(box_masks(boxes, picture.height, picture.width))
     refined = picture
     for i, (box, prompt, person, arguments) in enumerate(zip(boxes, prompts, people, own, strict=True)):
-        enlargement = side / (CROP * longer_side(box))
-        if enlargement < WORTH:
+        if is_large(box, side, max_face):
             continue
         square = square_around(box)
         crop = crop_face(picture, square, 1.0, side)
-        again = strength_for(enlargement) if strength is None else strength
+        again = strength_for(enlargement(box, side)) if strength is None else strength
         result = inner(prompt, image=crop, face_image=person, strength=again, **arguments)
         if inner.interrupt:
             break

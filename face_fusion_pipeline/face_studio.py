@@ -5,6 +5,7 @@ LoRA is there too, but acts only inside [`studio_lora`].
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .face_attention import attention_layers
 from .face_errors import AdapterMismatchError, FaceFusionError, short, shown
 from .face_file_checks import check_range, check_tensors, number
 from .face_files import read_tensors, save_tensors
@@ -23,7 +25,7 @@ STUDIO_WEIGHTS_NAME = "face_studio.safetensors"
 STUDIO = "face_studio"  # name of the module in the UNet, and of the LoRA
 FORMAT, FORMAT_VERSION = "face-studio", "1"
 CONTEXTS = ("replace", "append")
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+LORA_TARGETS = ("to_k", "to_v")  # of the cross-attention: what reads the tokens
 PROJECTION = "projection."
 
 
@@ -95,8 +97,8 @@ class StudioMetadata:
         }
         texts = ("base_family", "image_encoder", "face_embedder", "prior", "context")
         try:
-            numbers = {name: number(strings, name, kind, AdapterMismatchError) for name, kind in kinds.items()}
-            return cls(**{name: strings[name] for name in texts}, **numbers)
+            values: dict[str, Any] = {n: number(strings, n, kind, AdapterMismatchError) for n, kind in kinds.items()}
+            return cls(**values | {name: strings[name] for name in texts})
         except KeyError as error:
             raise AdapterMismatchError(f"FaceStudio's metadata: {short(error)} is missing") from error
 
@@ -170,10 +172,12 @@ def _inject(unet: Any, rank: int, weights: Mapping[str, Tensor] | None) -> None:
         raise FaceFusionError("FaceStudio's LoRA needs peft: `pip install peft`") from error
     acting = {name: list(layer.active_adapters) for name, layer in lora_layers(unet).items()}
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=_targets(unet), init_lora_weights=True)
-    inject_adapter_in_model(config, unet, STUDIO)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of another LoRA: as intended
+        inject_adapter_in_model(config, unet, STUDIO)
     unet._hf_peft_config_loaded = True
     for name, layer in lora_layers(unet).items():
-        layer._active_adapter = acting.get(name, [])
+        layer._active_adapter = acting.get(name, [])  # peft's `set_adapter` would also change what may learn
         for part in (layer.lora_A, layer.lora_B):
             if STUDIO in part:
                 part[STUDIO].requires_grad_(False)
@@ -190,8 +194,7 @@ def _inject(unet: Any, rank: int, weights: Mapping[str, Tensor] | None) -> None:
 
 
 def _targets(unet: Any) -> list[str]:
-    layers = [name for name, _ in unet.named_modules() if name.endswith((".attn1", ".attn2"))]
-    return [f"{layer}.{target}" for layer in layers for target in LORA_TARGETS]
+    return [f"{layer}.{target}" for layer in attention_layers(unet, "attn2") for target in LORA_TARGETS]
 
 
 def lora_layers(unet: Any) -> dict[str, Any]:
@@ -236,6 +239,21 @@ def wake_lora(unet: Any) -> None:
     for layer in lora_layers(getattr(unet, "_orig_mod", unet)).values():
         if STUDIO in layer.lora_A and STUDIO not in layer.active_adapters:
             layer._active_adapter = [*layer.active_adapters, STUDIO]
+
+
+@contextmanager
+def lora_asleep(unet: Any) -> Iterator[None]:
+    """Within it a LoRA that was woken does not act."""
+    unet = getattr(unet, "_orig_mod", unet)
+    layers = [layer for layer in lora_layers(unet).values() if STUDIO in layer.lora_A]
+    acting = [layer._active_adapter for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter = [name for name in layer.active_adapters if name != STUDIO]
+        yield
+    finally:
+        for layer, before in zip(layers, acting, strict=True):
+            layer._active_adapter = before
 
 
 @contextmanager

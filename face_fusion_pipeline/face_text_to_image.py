@@ -7,7 +7,8 @@ from diffusers import ControlNetModel
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 
-from .face_depth import ControlKind, DepthEstimator
+from .control_pictures import ControlKind
+from .face_depth import DepthEstimator
 from .face_fusion_mixin import FaceFusionMixin
 
 
@@ -40,9 +41,11 @@ class TextToImageFaces(FaceFusionMixin):
         control_image: Any = None,
         control_kind: ControlKind | Sequence[ControlKind] = "auto",
         depth_estimator: str | DepthEstimator = "auto",
+        control_source: Any = None,
+        face_model: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Text to image with people's faces, as [`FaceFusionMixin.__call__`]; and with the depth of a picture.
+        """Text to image with people's faces, as [`FaceFusionMixin.__call__`]; and with the depth or pose of a picture.
 
         Args:
             prompt, args, kwargs: those of the pipeline of diffusers and of [`FaceFusionMixin.__call__`].
@@ -52,9 +55,13 @@ class TextToImageFaces(FaceFusionMixin):
                 known too, `controlnet_conditioning_scale`, `control_guidance_start` and so on, and
                 `control_face_scale`: the ControlNet's strength inside the face boxes.
             control_kind: `"depth"`, `"photo"` (its depth is estimated), `"map"` (of any other ControlNet, taken as it
-                is), or `"auto"`: without colour depth, with colour a photo. With several ControlNets a list, one each;
-                `"auto"` refuses colour there.
+                is), `"landmarks"` (a driver: the dots of the people's own shapes with its expressions and poses, see
+                `control_landmarks.landmark_control`), or `"auto"`: without colour depth, with colour a photo. With
+                several ControlNets a list, one each; `"auto"` refuses colour there.
             depth_estimator: see `face_depth.load_depth_estimator`.
+            control_source: whose shapes the dots have, photos or `FaceFit`s nested as `face_image` is; by default
+                those of the photos of `face_image`, and without faces the driver's own.
+            face_model: see `face_models.load_face_model`; by default `pipe.face_model`, if that was set.
         """
         if control_image is None:
             return super().__call__(prompt, *args, **kwargs)
@@ -63,7 +70,8 @@ class TextToImageFaces(FaceFusionMixin):
         from .pipeline_controlnet import call_with_control  # here: diffusers' ControlNet pipeline is slow to import
 
         return call_with_control(
-            self, self._control_class(), prompt, control_image, control_kind, depth_estimator, **kwargs
+            *(self, self._control_class(), prompt, control_image, control_kind, depth_estimator),
+            **{"control_source": control_source, "face_model": face_model, **kwargs},
         )
 
     def refine_faces(
@@ -75,6 +83,7 @@ class TextToImageFaces(FaceFusionMixin):
         face_boxes: Any = None,
         face_detector: Any = "auto",
         strength: float | None = None,
+        max_face: float | None = None,
         **kwargs: Any,
     ) -> list[Image.Image]:
         """Draw the small faces of finished pictures again, larger, and put them back; the rest stays as it is.
@@ -93,6 +102,8 @@ class TextToImageFaces(FaceFusionMixin):
             face_detector: see `face_detectors.load_detector`.
             strength: fraction of the steps that is done again: how far a face may depart from the first drawing.
                 Default: more for smaller faces, from .48 to .8, see `face_refinement.strength_for`.
+            max_face: pixels of the picture: a face whose longer side is above stays as it is. Default: those that
+                would be enlarged less than 1.25 times, above 234 pixels with a model of 512.
             kwargs: of diffusers' image-to-image and [`FaceFusionMixin.__call__`], such as
                 `num_inference_steps` and `guidance_scale`; `generator`, `negative_prompt` and `face_scale` may be
                 lists with one for each person.
@@ -105,4 +116,4 @@ class TextToImageFaces(FaceFusionMixin):
         """
         from .face_refinement import refine_faces  # here: it brings another pipeline of diffusers
 
-        return refine_faces(self, image, prompt, face_image, face_boxes, face_detector, strength, **kwargs)
+        return refine_faces(self, image, prompt, face_image, face_boxes, face_detector, strength, max_face, **kwargs)

@@ -42,13 +42,18 @@ from .unet_family import base_family
 
 if TYPE_CHECKING:  # not always needed, but the loader has to find their names here
     from .conditioner_face_studio import StudioConditioner
+    from .control_landmarks import landmark_control
+    from .control_pictures import control_picture
     from .face_alignment import align_faces
     from .face_detectors import load_detector
     from .face_embedders import load_face_embedder
     from .face_familiarity import encode_people
     from .face_file_checks import read_header
     from .face_images import detect_faces
+    from .face_landmarkers import load_landmarker
+    from .face_landmarks import draw_landmarks
     from .face_metadata import without_metadata
+    from .face_models import load_face_model
     from .face_prior import load_prior
     from .face_recognisers import OnnxRecogniser
     from .face_refinement import refine_faces

@@ -1,8 +1,9 @@
 """Face Fusion on diffusers' ControlNet pipeline, and the way from our text-to-image pipeline to it."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from .call_arguments import prompt_count
+from .control_pictures import ControlFaces, control_picture
 from .face_axes import face_axes
-from .face_depth import control_depth, load_depth_estimator, photo_of
+from .face_depth import load_depth_estimator, photo_of
 from .face_errors import FaceAxesError, FaceFusionError
 from .face_few_steps import few_step_defaults
 from .face_fusion_mixin import FaceFusionMixin
-from .face_layout import Layout
+from .face_layout import Box, Layout, Placement
 from .face_loader_mixin import check_scale
+from .face_models import load_face_model
 from .face_ownership import own_thread
 
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .conditioner import Conditioner
     from .conditioner_face_studio import StudioConditioner
     from .conditioner_reference import ReferenceConditioner
+    from .control_landmarks import landmark_control
     from .face_adapter import FaceFusionAdapter
     from .face_alignment import align_faces
     from .face_attention import FaceFusionAttnProcessor
@@ -38,6 +42,8 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_files import read_tensors
     from .face_identity import FaceIdentity
     from .face_images import detect_faces
+    from .face_landmarkers import load_landmarker
+    from .face_landmarks import draw_landmarks
     from .face_metadata import without_metadata
     from .face_pictures import upright_rgb
     from .face_places import place_people
@@ -131,6 +137,8 @@ def call_with_control(
     control_image: Any,
     control_kind: Any = "auto",
     depth_estimator: Any = "auto",
+    control_source: Any = None,
+    face_model: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Generate with the components of `pipe` through the ControlNet pipeline.
@@ -138,11 +146,13 @@ def call_with_control(
     Args:
         pipe: a Face Fusion pipeline with a `controlnet`.
         pipeline_class: that pipeline, of the same family.
-        control_image: depth map, photo or other map, nested as diffusers takes it: one for all prompts or a list with
-            one for each; of several ControlNets a list with one for each, or prompts × ControlNets. Several people
-            are looked for in the photos, in that of each prompt its own, unless their places are given otherwise.
-        control_kind: what the images are, see `face_depth.control_depth`; one, or one for each ControlNet.
+        control_image: depth map, photo, driver or other map, nested as diffusers takes it: one for all prompts or a
+            list with one for each; of several ControlNets a list with one for each, or prompts × ControlNets. Several
+            people are looked for in the photos, in that of each prompt its own, unless their places are given
+            otherwise.
+        control_kind: what the images are, see `control_pictures`; one, or one for each ControlNet.
         depth_estimator: see `face_depth.load_depth_estimator`.
+        control_source, face_model: of the kind `"landmarks"`, see `face_text_to_image.TextToImageFaces.__call__`.
 
     Raises:
         FaceFusionError: no ControlNet, or an image that fits none.
@@ -152,32 +162,66 @@ def call_with_control(
     net = getattr(pipe.controlnet, "_orig_mod", pipe.controlnet)  # torch.compile's wrapper
     nets = len(net.nets) if isinstance(net, MultiControlNetModel) else None
     prompts = prompt_count({"prompt": prompt, **kwargs})
-
-    def estimator() -> Any:
-        return pipe._kept("depth estimator", depth_estimator, load_depth_estimator)
-
-    image, layout = control_inputs(control_image, control_kind, estimator, nets, prompts)
+    face_model = getattr(pipe, "face_model", None) if face_model is None else face_model
+    tools = ControlFaces(
+        size=(kwargs["width"], kwargs["height"]) if kwargs.get("width") and kwargs.get("height") else None,
+        default_size=pipe._default_size()[::-1],
+        assign=kwargs.get("face_assign"),
+        detect=lambda photo: pipe._detect_boxes(photo, kwargs.get("face_detector", "auto")),
+        face_model=lambda: pipe._kept("face model", face_model, load_face_model),
+        depth_estimator=lambda: pipe._kept("depth estimator", depth_estimator, load_depth_estimator),
+    )
+    people = people_of_call(tools, kwargs, control_source, prompts)
+    image, layout, boxes = control_inputs(control_image, control_kind, people, nets, prompts)
     if all(kwargs.get(name) is None for name in ("face_boxes", "face_masks", "face_layout")):
         groups = [] if kwargs.get("face_image") is None else face_axes(kwargs["face_image"], None)
-        if any(len(people) > 1 for people in groups) or (groups and kwargs.get("control_face_scale", 1.0) != 1.0):
-            kwargs["face_layout"] = layout
+        if any(len(group) > 1 for group in groups) or (groups and kwargs.get("control_face_scale", 1.0) != 1.0):
+            if boxes is None:
+                kwargs["face_layout"] = layout
+            else:
+                kwargs["face_boxes"] = boxes
+                kwargs.pop("face_assign", None)  # it chose among the driver's faces
 
     return pipe.as_pipeline(pipeline_class)(prompt, image=image, **kwargs)
 
 
+def people_of_call(tools: ControlFaces, kwargs: dict[str, Any], source: Any, prompts: int) -> list[ControlFaces]:
+    """Who is drawn where, for all prompts or for each: by the `face_image` and `face_boxes` of a call.
+
+    Args:
+        source: whose shapes are drawn in the place of those of `face_image`, nested as it is.
+
+    Raises:
+        FaceAxesError, InvalidLayoutError: people or boxes that do not go with the prompts.
+    """
+    given = kwargs.get("face_image") if source is None else source
+    groups = [] if given is None else face_axes(given, prompts)
+    placed = kwargs.get("face_boxes")
+    boxes = [] if placed is None else Placement(boxes=placed).per_prompt()
+    return [
+        replace(
+            tools,
+            people=tuple(groups[row % len(groups)]) if groups else (),
+            boxes=boxes[row % len(boxes)] if boxes else None,
+        )
+        for row in range(max(len(groups), len(boxes), 1))
+    ]
+
+
 def control_inputs(
-    control_image: Any, control_kind: Any, load: Callable[[], Any], nets: int | None, prompts: int
-) -> tuple[Any, list[Image.Image] | None]:
-    """The control images as diffusers takes them, and the photos among them in which people can be looked for.
+    control_image: Any, control_kind: Any, people: list[ControlFaces], nets: int | None, prompts: int
+) -> tuple[Any, list[Image.Image] | None, list[list[Box]] | None]:
+    """The control images as diffusers takes them, and where people can be looked for or are.
 
     Args:
         control_image, control_kind: see [`call_with_control`].
-        load: gives the depth estimator; called only where a photo needs it.
+        people: in the pictures of all prompts, or of each.
         nets: number of ControlNets in a `MultiControlNetModel`; None for one that stands alone.
         prompts: number of prompts in the call.
 
     Returns:
-        Images nested as `control_image` is; the photos of the first ControlNet that gets nothing else, or None.
+        Images nested as `control_image` is, or one for each prompt where each has its own people; the photos of the
+        first ControlNet that gets nothing else, or None; the boxes of the faces that are drawn, or None.
     """
     images = list(control_image) if isinstance(control_image, (list, tuple)) else [control_image]
     nested = any(isinstance(row, (list, tuple)) for row in images)
@@ -185,19 +229,26 @@ def control_inputs(
     kinds = list(control_kind) if isinstance(control_kind, (list, tuple)) else [control_kind] * (nets or 1)
     if len(kinds) != (nets or 1):
         raise FaceAxesError(f"{len(kinds)} values of control_kind for {nets or 1} ControlNets: give one, or one each")
-    photos = [[photo_of(image, kind) for image, kind in zip(row, kinds, strict=True)] for row in rows]
-    coloured = [kind for row in photos for photo, kind in zip(row, kinds, strict=True) if photo is not None]
-    if len(kinds) > 1 and "auto" in coloured:
+    draw = [control_picture(kind) for kind in kinds]
+    if len(kinds) > 1 and any(photo_of(row[i]) for row in rows for i, kind in enumerate(kinds) if kind == "auto"):
         raise FaceFusionError(
             "among several ControlNets a control image with colour may be a photo or a map: say what each of them "
             f"takes, such as control_kind={['photo', *['map'] * (len(kinds) - 1)]}"
         )
-    depth_estimator = load() if coloured else "auto"  # once for all
-    ready = [[control_depth(x, kind, depth_estimator) for x, kind in zip(row, kinds, strict=True)] for row in rows]
-    layout = next((list(column) for column in zip(*photos, strict=True) if None not in column), None)
+    own_people = "landmarks" in kinds and len(people) > len(rows)
+    rows = rows * len(people) if own_people else rows
+    drawn = [
+        [kind(image, people[i % len(people)]) for kind, image in zip(draw, row, strict=True)]
+        for i, row in enumerate(rows)
+    ]
+    columns = list(zip(*drawn, strict=True))
+    layout = next((list(photos) for column in columns if None not in (photos := [x.photo for x in column])), None)
+    boxes = next((list(places) for column in columns if None not in (places := [x.boxes for x in column])), None)
+    ready = [[each.picture for each in row] for row in drawn]
     if nets is None:
-        return ([row[0] for row in ready] if isinstance(control_image, (list, tuple)) else ready[0][0]), layout
-    return (ready if nested else ready[0]), layout
+        listed = own_people or isinstance(control_image, (list, tuple))
+        return ([row[0] for row in ready] if listed else ready[0][0]), layout, boxes
+    return (ready if nested or own_people else ready[0]), layout, boxes
 
 
 def control_rows(images: list[Any], nested: bool, nets: int | None, prompts: int) -> list[list[Any]]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .conditioner import Conditioner
     from .conditioner_face_studio import StudioConditioner
     from .conditioner_reference import ReferenceConditioner
+    from .control_landmarks import landmark_control
+    from .control_pictures import control_picture
     from .face_adapter import FaceFusionAdapter
     from .face_alignment import align_faces
     from .face_attention import FaceFusionAttnProcessor
@@ -27,8 +29,11 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_files import read_tensors
     from .face_identity import FaceIdentity
     from .face_images import detect_faces
+    from .face_landmarkers import load_landmarker
+    from .face_landmarks import draw_landmarks
     from .face_loader_mixin import FaceLoaderMixin
     from .face_metadata import without_metadata
+    from .face_models import load_face_model
     from .face_ownership import sole_use
     from .face_pictures import upright_rgb
     from .face_places import place_people

@@ -183,6 +183,19 @@ def test_too_many_photos_are_said_at_once(page: Page, photo: Path) -> None:
     )
 
 
+def test_the_face_crops_are_shown_and_go(page: Page, photo: Path) -> None:
+    person, handlers = page.widgets.people[0], page.handlers_of_person()
+    page.values[person.photos] = [(str(photo), None)] * 2
+    shown = handlers.check_photos(page.values, page.request)
+    assert page.words(shown, "person_1").count("2 photos") == 1
+    assert shown[person.crops].visible and shown[person.crops].value.count('<img src="data:image/jpeg') == 2
+    assert handlers.clear_message(page.values, page.request) == gr.skip()
+    page.values[person.photos] = []
+    assert not handlers.clear_message(page.values, page.request)[person.crops].visible
+    page.values[person.photos] = [(str(photo.with_name("absent.png")), None)]
+    assert not handlers.check_photos(page.values, page.request)[person.crops].visible
+
+
 def test_every_bad_photo_of_every_person_is_named(page: Page, tmp_path: Path) -> None:
     for number, names in enumerate((("a.png", "b <i>.png"), ("c.png",))):
         files = [tmp_path / name for name in names]

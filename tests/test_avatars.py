@@ -354,8 +354,8 @@ def test_real_detector_and_recognisers_agree(test_data):
     """YuNet finds ≥ 99 % of near-frontal avatars, IoU ≥ 0.5; photo-trained recognisers tell 100 identities apart."""
     pytest.importorskip("onnxruntime")
     from face_fusion_pipeline.avatars.evaluation.recognition import measure_recognition
-    from face_fusion_pipeline.evaluation.recognisers import OnnxRecogniser
     from face_fusion_pipeline.face_detectors import load_detector
+    from face_fusion_pipeline.face_recognisers import OnnxRecogniser
 
     models = test_data / "models"
     recognisers = [OnnxRecogniser(models / f"{name}.onnx") for name in ("mobilefacenet_foamliu", "mobileface_v2")]

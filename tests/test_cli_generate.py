@@ -205,12 +205,16 @@ def test_a_model_is_asked_as_it_recommends_and_says_which_words_it_does_not_know
 
 
 def test_small_faces_are_drawn_again(generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [[(20, 8, 26, 15)], []]  # of 64x64; the model draws 16x16
-    monkeypatch.setattr(StableDiffusionFaceFusionPipeline, "_detect_boxes", lambda *args: found.pop(0))
-    options = {"height": 64, "width": 64, "steps": 3}
+    found, detectors = [[(20, 8, 26, 15)], []], []  # of 64x64; the model draws 16x16
+    monkeypatch.setattr(
+        StableDiffusionFaceFusionPipeline,
+        "_detect_boxes",
+        lambda self, picture, detector: detectors.append(detector) or found.pop(0),
+    )
+    options = {"height": 64, "width": 64, "steps": 3, "detector": "haar"}
     assert generate("--no-detect", "--no-sheet", **options)[0] == 0
     status, _, err = generate("--no-detect", "--no-sheet", "--refine-faces", **options)
-    assert status == 0 and not found
+    assert status == 0 and not found and {detector.name for detector in detectors} == {"haar"}
     assert "no face is found in the picture of seed 8" in err and "seed 7" not in err
     once, again = (
         [pixels(tmp_path / "out" / f"image_{i:03d}.png").astype(int) for i in pair] for pair in ((0, 1), (2, 3))

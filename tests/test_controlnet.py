@@ -25,7 +25,16 @@ from tiny_models import (
 from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
 
 from face_fusion_pipeline.face_depth import control_depth, depth_image, is_depth_map, load_depth_estimator
-from face_fusion_pipeline.face_errors import FaceAxesError, FaceFusionError, ModelNotFoundError, UnreadableImageError
+from face_fusion_pipeline.face_errors import (
+    FaceAxesError,
+    FaceFusionError,
+    LandmarksError,
+    ModelNotFoundError,
+    NoFaceError,
+    UnreadableImageError,
+)
+from face_fusion_pipeline.face_landmarks import Pose, draw_landmarks, posed
+from face_fusion_pipeline.face_models import FaceFit
 from face_fusion_pipeline.face_text_to_image import one_controlnet
 from face_fusion_pipeline.pipeline_controlnet import at_size
 
@@ -434,3 +443,116 @@ def test_a_broken_midas_is_reported_or_replaced(monkeypatch):
         load_depth_estimator("midas")
     with pytest.raises(ModelNotFoundError, match="no depth estimator 'depth-anything"):  # offline, but it was tried
         load_depth_estimator("auto")
+
+
+# --- Landmarks -----------------------------------------------------------------------------------------------------
+
+
+class PlainModel:
+    """A face model whose faces are a grid of points, as wide as the shape says and as open as the expression."""
+
+    name, expressions = "plain", ("open",)
+
+    def __init__(self):
+        self.fitted = []
+
+    def fit(self, photo, box=None):
+        self.fitted.append(photo)
+        box = box or (4, 4, 12, 12)
+        width = np.asarray(photo).mean() / 255
+        x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        return FaceFit(np.array([width]), np.array([width / 2]), Pose(x=x, y=y, scale=4), box, photo.size)
+
+    def points(self, shape, expression, pose):
+        grid = np.stack(np.meshgrid(np.linspace(-1, 1, 9), np.linspace(-1, 1, 8)), -1).reshape(72, 2)
+        return posed(np.pad(grid * [1 + shape[0], 1 + expression[0]], ((0, 0), (0, 1))), pose)
+
+    def expression_of(self, given):
+        return np.array([1.0 if given == "open" else 0.0])
+
+
+def seen_by(pipe, **call):
+    """The control pictures (B, 3, H, W) that the ControlNet sees in a call, and the call's result."""
+    seen = []
+    hook = pipe.controlnet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("controlnet_cond", args[3] if len(args) > 3 else None)),
+        with_kwargs=True,
+    )
+    result = pipe(num_inference_steps=1, guidance_scale=1.0, output_type="latent", **call)
+    hook.remove()
+    return seen[0], result
+
+
+@each_family
+def test_a_driver_is_drawn_in_the_shape_of_the_person(pipe):
+    model, driver = PlainModel(), face(9)
+    options = {"control_image": driver, "control_kind": "landmarks", "face_model": model}
+    options |= {"face_detector": FakeDetector(LEFT)}
+    seen, result = seen_by(pipe, prompt="a cat", face_image=A, **options)
+    fits = [model.fit(A), model.fit(driver, LEFT)]
+    expected = draw_landmarks(model.points(fits[0].shape, fits[1].expression, fits[1].pose), driver.size)
+    found = (seen[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(found, np.asarray(expected)) and not hasattr(result, "face_boxes")
+    own, _ = seen_by(pipe, prompt="a cat", **options)  # nobody in particular: the driver's own shape
+    assert not torch.equal(own, seen)
+    pipe.face_model = model
+    options.pop("face_model")
+    again, _ = seen_by(pipe, prompt="a cat", face_image=pipe.encode_face(A), control_source=A, **options)
+    assert torch.equal(again, seen)
+    with pytest.raises(FaceFusionError, match="control_source="):
+        generate(pipe, face_image=pipe.encode_face(A), **options)
+
+
+def test_strength_0_of_landmarks_is_the_stock_pipeline(pipe):
+    options = {"control_image": face(9), "control_kind": "landmarks", "face_model": PlainModel()}
+    off = generate(pipe, controlnet_conditioning_scale=0.0, face_detector=FakeDetector(LEFT), **options)
+    assert torch.equal(off, generate(stock_pipeline(family_of(pipe))))
+
+
+def test_each_of_several_people_has_the_points_of_its_place(pipe):
+    model, driver = PlainModel(), face(9)
+    options = {"prompt": "a cat", "control_image": driver, "control_kind": "landmarks", "face_model": model}
+    seen, result = seen_by(pipe, face_image=[[A], [B]], face_detector=FakeDetector(RIGHT, LEFT), **options)
+    assert result.face_boxes_source == "given"
+    np.testing.assert_allclose(result.face_boxes, [[LEFT, RIGHT]], atol=0.1)
+    swapped, _ = seen_by(pipe, face_image=[[B], [A]], face_detector=FakeDetector(RIGHT, LEFT), **options)
+    assigned, _ = seen_by(
+        pipe, face_image=[[B], [A]], face_detector=FakeDetector(RIGHT, LEFT), face_assign=[1, 0], **options
+    )
+    half = seen.shape[-1] // 2
+    assert not torch.equal(swapped[..., :half], seen[..., :half])
+    assert torch.equal(assigned, seen)
+    boxes = {"face_boxes": [RIGHT, LEFT], "face_detector": FakeDetector(LEFT)}  # one face drives both
+    placed, result = seen_by(pipe, face_image=[[A], [B]], **boxes, **options)
+    assert placed[..., :half].any() and placed[..., half:].any()
+    np.testing.assert_allclose(result.face_boxes, [[RIGHT, LEFT]])
+
+
+def test_each_prompt_has_its_own_people_under_one_driver(pipe):
+    options = {"control_image": face(9), "control_kind": "landmarks", "face_model": PlainModel()}
+    options |= {"face_detector": FakeDetector(LEFT)}
+    seen, _ = seen_by(pipe, prompt=["a cat", "a dog"], face_image=[[[A]], [[B]]], **options)
+    alone = [seen_by(pipe, prompt="a cat", face_image=[[who]], **options)[0][0] for who in (A, B)]
+    assert torch.equal(seen, torch.stack(alone)) and not torch.equal(*alone)
+
+
+def test_landmarks_beside_depth_and_points_as_they_are():
+    pipe = with_nets(2)
+    model = PlainModel()
+    points = model.points(np.array([0.5]), np.array([0.2]), Pose(x=8, y=8, scale=4))
+    options = {"num_inference_steps": 1, "control_kind": ["depth", "landmarks"], "control_image": [DEPTH, points]}
+    assert generate(pipe, **options).shape == generate(pipe, num_inference_steps=1).shape
+    options["control_image"] = [DEPTH, points + 500]
+    with pytest.raises(LandmarksError, match="no point of the face"):
+        generate(pipe, **options)
+    with pytest.raises(FaceFusionError, match="auto, depth, photo, map, landmarks, got 'pose'"):
+        generate(pipe, control_image=[DEPTH, DEPTH], control_kind="pose")
+
+
+def test_landmarks_without_a_face_model_say_where_one_is_from(pipe, monkeypatch):
+    monkeypatch.delenv("FACE_FUSION_FACE_MODEL", raising=False)
+    with pytest.raises(ModelNotFoundError, match="face-fusion face-model"):
+        generate(pipe, control_image=face(9), control_kind="landmarks")
+    with pytest.raises(NoFaceError, match="no face found in the 16x16 driver"):
+        options = {"control_kind": "landmarks", "face_model": PlainModel(), "face_detector": FakeDetector()}
+        generate(pipe, control_image=face(9), **options)

@@ -22,7 +22,6 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model, face_detectors
 from face_fusion_pipeline.avatars import caption, render, sample_scene
 from face_fusion_pipeline.cli import avatars_evaluate, evaluate, main
-from face_fusion_pipeline.face_alignment import face_template
 from face_fusion_pipeline.evaluation.clip_score import QUALITY_PROMPTS, ClipScore
 from face_fusion_pipeline.evaluation.comparison_tables import summarise
 from face_fusion_pipeline.evaluation.copying import (
@@ -52,10 +51,12 @@ from face_fusion_pipeline.evaluation.pictures import (
     read_pictures,
     read_prompts,
 )
-from face_fusion_pipeline.evaluation.recognisers import DeepFaceRecogniser, OnnxRecogniser, insightface_recogniser
+from face_fusion_pipeline.evaluation.recognisers import DeepFaceRecogniser
 from face_fusion_pipeline.face_adapter import create_adapter, save_adapter
+from face_fusion_pipeline.face_alignment import face_template
 from face_fusion_pipeline.face_detectors import Face, HaarDetector, YuNetDetector
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
+from face_fusion_pipeline.face_recognisers import OnnxRecogniser, insightface_recogniser
 from face_fusion_pipeline.training.sources import Photo
 
 

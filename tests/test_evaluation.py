@@ -39,7 +39,6 @@ from face_fusion_pipeline.avatars.training.rendered import scenes
 from face_fusion_pipeline.avatars.world.caption import caption
 from face_fusion_pipeline.avatars.world.dataset import write
 from face_fusion_pipeline.cli import avatars_evaluate
-from face_fusion_pipeline.face_alignment import align_faces, face_template, similarity_transform
 from face_fusion_pipeline.evaluation.generation import METHODS, Settings
 from face_fusion_pipeline.evaluation.image_files import from_pil, read_image, to_pil, write_image
 from face_fusion_pipeline.evaluation.metrics import (
@@ -51,9 +50,11 @@ from face_fusion_pipeline.evaluation.metrics import (
     psnr,
     verification_auc,
 )
-from face_fusion_pipeline.evaluation.recognisers import OnnxRecogniser, load_recognisers
+from face_fusion_pipeline.evaluation.recognisers import load_recognisers
+from face_fusion_pipeline.face_alignment import align_faces, face_template, similarity_transform
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError, NoFaceError
 from face_fusion_pipeline.face_images import Face
+from face_fusion_pipeline.face_recognisers import OnnxRecogniser
 from face_fusion_pipeline.training.errors import TrainingError
 
 

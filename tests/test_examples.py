@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from tiny_models import tiny_pipeline
 
+from face_fusion_pipeline import embedded_model
 from face_fusion_pipeline.avatars import render, sample_scene
+from face_fusion_pipeline.avatars.face_model import FaceEstimator, save_estimator
+from face_fusion_pipeline.avatars.training.controlnet import create_controlnet
 from face_fusion_pipeline.avatars.world import sheet
 from face_fusion_pipeline.evaluation.image_files import to_pil
 from face_fusion_pipeline.face_depth import depth_image
@@ -27,7 +31,9 @@ EXAMPLES = {
     "two_people": (["ada.png", "bob.png", TWO], "two_people.png", None),
     "two_people_depth": (["ada.png", "bob.png", "layout.png", TWO, "depth.png"], "two_people_depth.png", None),
     "small_faces": (["ada.png", "bob.png", TWO, "a person in a suit", "a person in a crown"], "small_faces.png", None),
+    "finished_picture": (["layout.png", "ada.png", "a photo of a person"], "finished_picture.png", None),
     "identity_file": (["ada.png", ONE], "identity_file.png", (128, 128)),
+    "pose_of_another": (["ada.png", "bob.png", ONE, "net", "landmarks.safetensors"], "pose_of_another.png", None),
     "stable_diffusion_xl": (["ada.png", ONE, "xl.tiny"], "stable_diffusion_xl.png", (16, 16)),
     "custom_pipeline": (["ada.png", ONE, str(ROOT / "face_fusion_pipeline")], "custom_pipeline.png", (128, 128)),
 }
@@ -47,6 +53,9 @@ def photos(tmp_path_factory):
     rendered = render([pair], 256)
     to_pil(rendered.images[0]).save(folder / "layout.png")
     depth_image(rendered.depth[0]).save(folder / "depth.png")
+    unet = UNet2DConditionModel.from_pretrained(embedded_model() / "unet")
+    create_controlnet(unet, reads_text=False).save_pretrained(folder / "net")  # untrained, as is the face model
+    save_estimator(FaceEstimator(), folder / "landmarks.safetensors", {"world": 1})
     return folder
 
 
@@ -65,6 +74,15 @@ def test_example(name, photos, tmp_path, monkeypatch):
     with Image.open(tmp_path / picture) as image:
         assert size is None or image.size == size
         assert len(set(image.convert("L").getdata())) > 20  # not a blank picture
+
+
+def test_two_people_need_no_photos(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("two_people", ROOT / "examples" / "two_people.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+    module.main(*module.portraits(), steps=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ada.png", "bob.png", "two_people.png"]
 
 
 def test_every_example_is_tested_and_says_how_it_is_called():

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -315,6 +316,25 @@ def test_validation_shares_nobody_with_training(data: Path) -> None:
     assert split_people(rows, 3, seed=1)[1] == aside != split_people(rows, 3, seed=2)[1]
     with pytest.raises(ValueError, match="none of 7"):
         split_people(rows, 7, seed=0)
+
+
+@pytest.mark.parametrize(("people", "aside"), [(1, 0), (3, 0), (4, 2), (39, 2), (60, 3), (2000, 32)])
+def test_how_many_are_set_aside_by_default(people: int, aside: int) -> None:
+    rows: list[Any] = [{"identity": str(i // 2)} for i in range(2 * people)]
+    assert [len(part) for part in split_people(rows, None, seed=0)] == [people - aside, aside]
+
+
+def test_a_run_by_time_has_a_bar_over_time() -> None:
+    options = loop.LoopOptions(batch_size=1, lr=1.0, minutes=2)
+    bar = loop.progress_bar(options, "face-fusion", 7, 30.0, silent=False)
+    assert (bar.total, bar.n) == (120, 30)
+    bar.update(60)
+    assert "75%" in str(bar) and "left" in str(bar)
+    bar.close()
+    assert loop.progress_bar(options, "face-fusion", 7, 999.0, silent=False).n == 120  # a run that had ended
+    by_steps = loop.progress_bar(replace(options, steps=50), "face-fusion", 7, 30.0, silent=False)
+    assert (by_steps.total, by_steps.n) == (50, 7)
+    assert loop.progress_bar(options, "face-fusion", 0, 0.0, silent=True).disable
 
 
 def test_latents_are_those_of_the_pictures(data: Path, base: Any) -> None:
@@ -765,13 +785,18 @@ def test_a_student_comes_to_predict_what_its_teacher_does(data: Path, base: Any,
 # --- Command -----------------------------------------------------------------------------------------------------
 
 
+said: list[str] = []  # on stdout, by the runs of `train`
+
+
 @pytest.fixture
 def train(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     def run(*words: str, **options: Any) -> tuple[int, str]:
         given: dict[str, Any] = {"model": model, "data": data, "out": tmp_path / "out", "max-train-steps": 2}
         given |= {key.replace("_", "-"): value for key, value in options.items()}
         status = main(["train", *(f"--{key}={value}" for key, value in given.items()), *words])
-        return status, capsys.readouterr().err
+        captured = capsys.readouterr()
+        said.append(captured.out)
+        return status, captured.err
 
     return run
 
@@ -793,6 +818,8 @@ def test_weights_card_and_pictures(train: Any, tmp_path: Path, family: str) -> N
     last = json.loads((out / "logs/face-fusion/metrics.jsonl").read_text().splitlines()[-1])
     assert {"validation_loss_right_face", "validation_loss_wrong_face", "validation_loss_no_face"} <= last.keys()
     card = (out / "README.md").read_text()
+    assert "](logs/face-fusion/sample_0000002.png)" in card
+    assert "2 sheets of pictures drawn meanwhile: " in said[-1] and "the last is sample_0000002.png" in said[-1]
     assert "--max-train-steps 2" in card and "10 of 10, of 7 people" in card and str(tmp_path) not in card
     assert "right face " in card and "wrong face " in card
     record = json.loads((out / "training.json").read_text())["face-fusion"]
@@ -808,6 +835,7 @@ def test_photos_are_prepared_on_the_way(train: Any, tmp_path: Path) -> None:
     in_half = ["--mixed-precision", "bf16", "--gradient-checkpointing", "--init", "xavier"]
     status, errors = train(*selected, *in_half, data=photos, num_train_epochs=1)
     assert status == 0, errors
+    assert "no pictures were drawn meanwhile: --validation-prompt TEXT" in said[-1]
     assert json.loads((tmp_path / "out/prepared/report.json").read_text())["paired_with_another_photo"] == 2
 
 

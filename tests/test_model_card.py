@@ -12,6 +12,7 @@ from tiny_models import tiny_pipeline
 
 from face_fusion_pipeline import create_adapter, save_adapter
 from face_fusion_pipeline.face_adapter import ADAPTER_WEIGHTS_NAME
+from face_fusion_pipeline.generation.provenance import public_name
 from face_fusion_pipeline.publishing import repository
 from face_fusion_pipeline.training.model_card import write_card
 from face_fusion_pipeline.training.task import FaceFusionOptions
@@ -107,3 +108,26 @@ def test_a_folder_is_no_base_of_the_hub(pushed: Any, tmp_path: Path, given: str)
     assert card.data.base_model is None and "models/mine" not in card.content
     assert bases(card) == [("mine", ""), ("", "mine")]
     assert '# "mine" was a folder' in card.text
+
+
+def test_the_base_is_named_as_it_was_given(pushed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link keeps its own name, and the folder where one stands has one."""
+    (tmp_path / "3f2a").mkdir()
+    (tmp_path / "sd15").symlink_to(tmp_path / "3f2a", target_is_directory=True)
+    assert bases(pushed("sd15")) == [("sd15", ""), ("", "sd15")]
+    assert [public_name(word) for word in ("sd15/", "./sd15", str(tmp_path / "sd15"))] == ["sd15"] * 3
+    monkeypatch.chdir(tmp_path / "3f2a")
+    assert public_name(".") == "3f2a" and public_name("a portrait") == "a portrait"
+    assert public_name("word " * 2000) == "word " * 2000 and public_name("a\0b") == "a\0b"
+
+
+def test_the_card_shows_the_last_picture_here_and_not_on_the_hub(pushed: Any, tmp_path: Path) -> None:
+    logs = tmp_path / "weights" / "logs" / "face-fusion"
+    logs.mkdir(parents=True)
+    for step in (5, 10):
+        (logs / f"sample_{step:07d}.png").touch()
+    card = pushed("someone/sd-1.5")
+    here = (tmp_path / "weights" / "README.md").read_text()
+    assert "<Gallery />\n\n<!-- of the training" in here and "](logs/face-fusion/sample_0000010.png)" in here
+    assert "sample_" not in card.content and "of the training, on this machine" not in card.content
+    assert "<Gallery />\n\n## Use" in card.content

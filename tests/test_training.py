@@ -449,7 +449,7 @@ def test_the_shipped_face_embedder_of_trainings_tells_unseen_people_apart(tmp_pa
         # A cosine of the whole is the mean of those of its towers, each of which counts the same.
         points = torch.tensor([[[48.0, 60], [80, 60], [64, 72], [52, 86], [76, 86]]]).repeat(2, 1, 1)
         whole = task.embedder(unseen.pixels[:2] / 255, points)
-        towers = [task.embedder.look(name, unseen.pixels[:2] / 255, points) for name in task.embedder.towers]
+        towers = [task.embedder.see(name, unseen.pixels[:2] / 255, points) for name in task.embedder.towers]
     assert measured["validation_auc_head"] > 0.98 and measured["validation_auc_features"] > 0.98
     cosine = torch.nn.functional.cosine_similarity
     torch.testing.assert_close(cosine(*whole, dim=0), torch.stack([a @ b for a, b in towers]).mean())

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..face_errors import FaceFusionError
 from ..generation.arguments import add_version_arguments
 from ._arguments import COUNT, DECAY, FRACTION, POSITIVE, POWER, RATE, SEED, STEPS, Gather, real, whole
+from ._train_studio import CONDITIONERS, add_studio_arguments, check_studio_arguments
 from .prepare import add_selection_arguments, add_source_arguments, check_selection, given_words
 
 
@@ -32,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_version_arguments(parser)
     parser.add_argument(
         "--seed", type=SEED, default=0, help="equal seeds give equal weights, on any number of processes"
+    )
+
+    parser.add_argument(
+        "--conditioner", choices=CONDITIONERS, default=CONDITIONERS[0], help="what is trained: the system's weights"
     )
 
     length = parser.add_argument_group("length and speed")
@@ -111,15 +116,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     look.add_argument("--validation-steps", type=COUNT, default=500, help="between two validations")
     look.add_argument("--validation-inference-steps", type=STEPS, default=25, help="denoising steps of a picture")
     look.add_argument(
-        "--validation-people", type=whole(0), metavar="N", help="set aside; default: 1 of 20, at most 32"
+        "--validation-people",
+        type=whole(0),
+        metavar="N",
+        help="set aside; default: 1 in 20, 2 to 32, of four or more",
     )
     look.add_argument(
         "--log-every", type=COUNT, default=20, metavar="STEPS", help="steps between two lines of the log"
     )
     look.add_argument("--report-to", metavar="TRACKER", help="tensorboard, wandb, ... or all")
     look.add_argument("--push-to-hub", action="store_true")
-    look.add_argument("--hub-model-id", metavar="OWNER/NAME", help="default: the name of OUT")
+    look.add_argument("--hub-model-id", metavar="OWNER/NAME", help="you, and the repository; default: the name of OUT")
     look.add_argument("--hub-private-repo", action="store_true")
+    add_studio_arguments(parser)
     add_source_arguments(parser)
     add_selection_arguments(parser)
 
@@ -132,6 +141,7 @@ def command_line(args: argparse.Namespace) -> list[str]:
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
     check_selection(args)
+    check_studio_arguments(args)
     if args.text_dropout + args.face_dropout + args.both_dropout > 1:
         raise FaceFusionError("--text-dropout, --face-dropout and --both-dropout add up to more than 1")
     if (args.identity_loss_weight > 0) != (args.identity_embedder is not None):

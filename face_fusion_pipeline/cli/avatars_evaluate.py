@@ -18,8 +18,8 @@ from ._arguments import AVATAR_SIDE, COUNT, GUIDANCE, GUIDED, SEED, STEPS, STREN
 if TYPE_CHECKING:
     from ..avatars.evaluation.scoring import Panel
     from ..evaluation.generation import Settings
-    from ..evaluation.recognisers import Recogniser
     from ..face_detectors import FaceDetector
+    from ..face_recognisers import Recogniser
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_generation(morph)
     _add_adapter(morph)
     morph.add_argument("--identities", type=COUNT, default=50, help="pairs of test people (default: 50)")
+
+    studio = actions.add_parser("studio", help="FaceStudio: likeness by text and picture, the slider, mixing")
+    _add_generation(studio)
+    _add_adapter(studio)
+    studio.add_argument("--studio", help="FaceStudio weights, file or folder (default: face_studio of the model)")
+    studio.add_argument("--identities", type=COUNT, default=24, help="test people (default: 24)")
+    studio.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
 
     savings = actions.add_parser("savings", help="smaller references, fewer steps or layers: the likeness lost")
     _add_generation(savings)
@@ -126,7 +133,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     eyes.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     eyes.add_argument("--renders", type=COUNT, default=1000, help="true renders that have to pass (default: 1000)")
 
-    for action in (table, model, people, depth, morph, savings, recognition, train, choose, eyes):
+    generated = actions.add_parser(
+        "generated", help="weights trained on people whom the model drew itself, beside weights trained on renders"
+    )
+    _add_generation(generated)
+    generated.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="a folder of `face-fusion prepare generated:N`"
+    )
+    generated.add_argument("--identities", type=COUNT, default=50, help="test people (default: 50)")
+    generated.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
+    generated.add_argument("--training-steps", type=COUNT, default=2000, help="of both trainings (default: 2000)")
+    generated.add_argument("--train-batch-size", type=COUNT, default=16, help="of both trainings (default: 16)")
+
+    for action in (table, model, people, depth, morph, studio, savings, recognition, train, choose, eyes, generated):
         action.add_argument("--threads", type=THREADS, help="CPU threads of torch (default: torch decides)")
         action.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -144,11 +163,13 @@ def run(args: argparse.Namespace) -> int:
         "people": _people,
         "depth": _depth,
         "morph": _morph,
+        "studio": _studio,
         "savings": _savings,
         "recognition": _recognition,
         "train-evaluators": _train,
         "choose": _choose,
         "eyes": _eyes,
+        "generated": _generated,
     }
     result, text = actions[args.action](args)
     print(json.dumps(result, indent=1) if args.json else text)
@@ -285,6 +306,23 @@ def _table(args: argparse.Namespace) -> tuple[dict, str]:
     return result, as_markdown(result, panel.names)
 
 
+def _generated(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..avatars.evaluation.generated_table import Schooling, compare_generated, table_of
+    from ..avatars.evaluation.trials import plan_trials
+    from ..avatars.measures.panel import load_measures
+    from ..training.base_model import load_base
+
+    exclude = _training_captions(args.training_data)
+    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
+    panel = _panel(args)
+    panel.measures = load_measures(panel.evaluators)
+    base = load_base(_model_folder(args))
+    base.pipeline.to(args.device)
+    schooling = Schooling(args.training_steps, args.train_batch_size, seed=args.seed)
+    result = compare_generated(base, args.data, trials, panel, _settings(args), schooling, args.out)
+    return result, table_of(result, panel.names)
+
+
 def _model(args: argparse.Namespace) -> tuple[dict, str]:
     from ..avatars.evaluation.model_quality import as_markdown, measure_model, quality_trials
     from ..evaluation.generation import pipeline_of
@@ -342,6 +380,24 @@ def _morph(args: argparse.Namespace) -> tuple[dict, str]:
     evaluators = load_evaluators(args.evaluators or SHIPPED)
     result = compare_morphs(pipeline_of(settings, args.device), trials, evaluators, settings, args.out)
     return result, as_markdown(result)
+
+
+def _studio(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..avatars.evaluation.studio_table import as_markdown, compare_studio
+    from ..avatars.evaluation.trials import plan_trials
+    from ..avatars.measures.panel import load_measures
+    from ..evaluation.generation import pipeline_of
+
+    settings = _settings(args, adapter=_adapter(args), face_scale=args.scale)
+    pipe = pipeline_of(settings, args.device)
+    weights = args.studio or str(Path(_model_folder(args)) / "face_studio")
+    pipe.load_face_studio(weights)
+    exclude = _training_captions(args.training_data)
+    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
+    panel = _panel(args)
+    panel.measures = load_measures(panel.evaluators)
+    result = compare_studio(pipe, trials, panel, settings, args.out)
+    return result, as_markdown(result, panel.names)
 
 
 def _savings(args: argparse.Namespace) -> tuple[dict, str]:

@@ -24,7 +24,8 @@ HELP = (
     "drawing)"
 )
 MEASURES = ("traits", "drawing")
-STAGES = ("vae", "clip", "unet", "controlnet", "prior", "face-embedder", *MEASURES)
+OWN_PORTRAITS = (*MEASURES, "landmarks")  # stages that draw what they learn from
+STAGES = ("vae", "clip", "unet", "controlnet", "prior", "face-embedder", *OWN_PORTRAITS)
 PORTRAITS = {"train": 24000, "validation": 2000}  # that measures learn from, and are tried on
 
 
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--render", type=COUNT, metavar="N", help="render N training images on the device instead; --data takes caches"
     )
     parser.add_argument("--size", type=AVATAR_SIDE, help="pixels of a rendered image's side (default: 128)")
-    parser.add_argument("--world", type=whole(1, 2), help="traits, drawing: of the people (default: 1)")
+    parser.add_argument("--world", type=whole(1, 2), help="traits, drawing, landmarks: of the people (default: 1)")
     parser.add_argument("--threads", type=THREADS, help="CPU threads of torch (default: torch decides)")
     parser.add_argument(
         "--processes",
@@ -86,6 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     vae.add_argument("--equivariance", type=real(), help="weight of the loss on shrunken latents; 0 for none")
 
+    controlnet = parser.add_argument_group("controlnet")
+    controlnet.add_argument(
+        "--control",
+        choices=("depth", "landmarks"),
+        help="what it sees: depth maps, or dots at the facial points, without text (default: depth)",
+    )
+
     drawing = parser.add_argument_group("drawing")
     drawing.add_argument(
         "--verdicts",
@@ -107,6 +115,7 @@ ONLY_FOR = {
     "latent_noise": "vae",
     "equivariance": "vae",
     "verdicts": "drawing",
+    "control": "controlnet",
 }
 
 
@@ -117,13 +126,13 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise FaceFusionError(f"--{name.replace('_', '-')} is for the stage {stage}, not {args.stage}")
     if args.render and args.images:
         raise FaceFusionError("--render says how many images there are: leave --images out")
-    if args.world and args.stage not in MEASURES:
-        raise FaceFusionError(f"--world is for the stages {' and '.join(MEASURES)}, not {args.stage}")
-    if args.images and args.stage in MEASURES:
+    if args.world and args.stage not in OWN_PORTRAITS:
+        raise FaceFusionError(f"--world is for the stages {', '.join(OWN_PORTRAITS)}, not {args.stage}")
+    if args.images and args.stage in OWN_PORTRAITS:
         raise FaceFusionError(f"the stage {args.stage} draws its own images: say how many with --render")
     if args.size and args.size % 32 and args.stage in MEASURES:
         raise FaceFusionError(f"--size is {args.size}: for the stage {args.stage} choose a multiple of 32")
-    if args.size and not args.render and args.stage not in MEASURES:
+    if args.size and not args.render and args.stage not in OWN_PORTRAITS:
         raise FaceFusionError("--size is for --render: images from disk have a size of their own")
 
 
@@ -143,11 +152,11 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed or 0)  # the initial weights
     preset = PRESETS[args.stage][args.preset]
     options = loop_options(preset.loop, args)
-    if args.stage in MEASURES:
+    if args.stage in OWN_PORTRAITS:
         data, validation = (own_portraits(args, split) for split in PORTRAITS)
     elif args.render:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        depth = args.stage == "controlnet"
+        depth = args.stage == "controlnet" and args.control != "landmarks"
         size = args.size or 128
         data = render_avatars(args.data, "train", args.render, device, size, depth=depth)
         held_out = max(1, min(args.render // 4, 2000))
@@ -241,6 +250,12 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
         from ..avatars.training.face_embedder import FaceEmbedderTask, TrainingEmbedder, load_training_embedder
 
         return FaceEmbedderTask(load_training_embedder(source) if source else TrainingEmbedder(), data, validation)
+    if args.stage == "landmarks":
+        from ..avatars.face_model import FaceEstimator, load_avatar_face_model
+        from ..avatars.training.landmarks import LandmarksTask
+
+        estimator = load_avatar_face_model(source).estimator if source else FaceEstimator()
+        return LandmarksTask(estimator, data, validation, args.world)
     if args.stage == "traits":
         from ..avatars.measures.traits import TraitNetwork, load_traits
         from ..avatars.measures.traits_training import TraitsTask
@@ -259,5 +274,9 @@ def create_task(args: argparse.Namespace, preset: Preset, data: AvatarImages, va
     from ..avatars.training.unet import load_frozen, load_unet
 
     frozen, base = load_frozen(args.out).to(process_group().device), load_unet(args.out)
-    controlnet = load_controlnet_for(frozen, base, source, data.captions[:1000]) if source else create_controlnet(base)
-    return ControlNetTask(controlnet, base, frozen, data, validation)
+    control = args.control or "depth"
+    if source:
+        controlnet = load_controlnet_for(frozen, base, source, data.captions[:1000], control)
+    else:
+        controlnet = create_controlnet(base, reads_text=control == "depth")
+    return ControlNetTask(controlnet, base, frozen, data, validation, control)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line: generate pictures of them")
     parser.add_argument("--images", type=Path, metavar="DIR", help="pictures that exist, with a metadata.jsonl")
     parser.add_argument("--max-identities", type=COUNT, metavar="N", help="only the first N people")
+    parser.add_argument(
+        "--multiid-bench",
+        action="store_true",
+        help="also write the pictures in the folder layout of MultiID-Bench, for scorers of others: OUT/multiid_bench",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     _add_generation(parser.add_argument_group("generation"))
     _add_evaluators(parser.add_argument_group("what looks at the pictures"))
@@ -103,6 +109,9 @@ def _add_evaluators(group: Any) -> None:
     group.add_argument("--clip", metavar="DIR_OR_HUB_ID", help="CLIP; default: the model's own, else one in the cache")
     group.add_argument("--evaluators", nargs="?", type=Path, const=Path(), metavar="DIR",
                        help="the evaluators of avatars; on by themselves with an avatar model")  # fmt: skip
+    group.add_argument(
+        "--no-evaluators", action="store_const", const=False, dest="evaluators", help="without these evaluators"
+    )
     group.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
     group.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
 
@@ -113,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.comparison import evaluate
     from ..evaluation.comparison_tables import as_markdown
     from ..evaluation.generation import pipeline_of
+    from ..evaluation.multiid_bench import FOLDER as MULTIID_BENCH
+    from ..evaluation.multiid_bench import write_multiid_bench
     from ..evaluation.people import read_people
     from ..evaluation.pictures import photos_to_compare
 
@@ -134,6 +145,10 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     if result is not None:
+        if args.multiid_bench:
+            left = write_multiid_bench(pictures, panel.people, args.out / MULTIID_BENCH)
+            for name, why in left.items():
+                print(f"face-fusion: not in {MULTIID_BENCH}: {name}: {why}", file=sys.stderr)
         print(json.dumps(result, indent=1) if args.json else as_markdown(result))
     return 0
 
@@ -211,7 +226,9 @@ def _panel(
     from ..face_detectors import load_detector
 
     avatars = model is not None and is_pipeline_folder(Path(model))
-    evaluators = SHIPPED if args.evaluators == Path() or (avatars and args.evaluators is None) else args.evaluators
+    evaluators = (
+        SHIPPED if args.evaluators == Path() or (avatars and args.evaluators is None) else args.evaluators or None
+    )
     return load_panel(
         {person.name: person for person in people},
         load_detector(args.detector, args.detector_model),

@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,15 @@ from ..generation.provenance import describe
 from ..generation.references import reference_crops
 from ..training.photos import begins_as_picture
 from ._arguments import GUIDANCE, GUIDED, STEPS, STRENGTH, whole
+from ._driver_options import add_driver_arguments, check_driver, driven, driver_picture, driver_settings, posed
+from ._generate_studio import (
+    add_studio_arguments,
+    check_studio,
+    load_studio,
+    read_identity,
+    style_of,
+    style_settings,
+)
 
 
 if TYPE_CHECKING:
@@ -42,21 +51,42 @@ HELP = "new pictures of the person in a photo, as a prompt describes them"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = known_words()
-    parser.add_argument(
-        "--face",
-        action="append",
-        required=True,
-        metavar="FILE_OR_DIR",
-        help="photo of the person, a folder of such photos, or an identity saved by FaceIdentity.save "
-        "(.safetensors); repeat for several photos of the same person",
-    )
+    add_face_argument(parser)
     parser.add_argument(
         "--prompt", action="append", required=True, metavar="TEXT", help="what the pictures show; repeat for several"
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what they should not show")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for images and contact sheet")
+    add_model_arguments(parser)
+    add_studio_arguments(parser)
+    add_number_arguments(parser)
+    add_photo_arguments(parser)
+    add_driver_arguments(parser)
+    parser.add_argument("--no-sheet", action="store_true", help="skip the contact sheet and its pictures without face")
     parser.add_argument(
-        "--model", metavar="DIR_OR_FILE_OR_HUB_ID", help="Stable Diffusion 1.x model; default: the avatars"
+        "--refine-faces", action="store_true", help="draw the face again, larger, where it came out small"
+    )
+    add_output_arguments(parser)
+
+
+def add_face_argument(parser: argparse.ArgumentParser) -> None:
+    """Whose face it is; also of `refine`."""
+    parser.add_argument(
+        "--face",
+        action="append",
+        default=[],
+        metavar="FILE_OR_DIR",
+        help="photo of the person, a folder of such photos, or an identity saved by FaceIdentity.save "
+        "(.safetensors); repeat for several photos of the same person",
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, how strongly it sees the face, and how it denoises; also of `refine`."""
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_FILE_OR_HUB_ID",
+        help="Stable Diffusion 1.x, 2.x or XL model; default: the avatars",
     )
     add_version_arguments(parser)
     parser.add_argument(
@@ -66,9 +96,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mode",
-        choices=FACE_MODES,
+        choices=(*FACE_MODES, "face-studio"),
         help="where the face joins: trained weights at the cross-attention (the paper), the model's own at the "
-        "self-attention, or both; default: as the model recommends (the avatars: both), else the adapter, if any",
+        "self-attention, or both; face-studio: identity by FaceStudio; "
+        "default: as the model recommends (the avatars: both), else the adapter, if any",
     )
     parser.add_argument("--scale", type=STRENGTH, default=1.0, help="strength of the face: 0 off, 1 as in the paper")
     parser.add_argument(
@@ -87,6 +118,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--low-noise-guidance", type=GUIDED, help="guidance in the low-noise half of the timesteps; default: the same"
     )
+
+
+def add_number_arguments(parser: argparse.ArgumentParser) -> None:
+    """How many pictures, and of what size."""
     parser.add_argument(
         "--num-images", type=whole(1, MAX_IMAGES), default=4, help="number of pictures for each prompt"
     )
@@ -98,6 +133,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--height", type=SIDE, help="pixels; default: --width, else the model's own")
     parser.add_argument("--width", type=SIDE, help="pixels; default: --height, else the model's own")
+
+
+def add_photo_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the face is found in the photos of `--face`; also of `refine`."""
     parser.add_argument(
         "--face-index", type=whole(0, 999), help="which face of the photo, from the left, counted from 0"
     )
@@ -105,15 +144,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
     parser.add_argument("--no-detect", action="store_true", help="the photo already is a face crop")
     parser.add_argument(
-        "--refine-faces", action="store_true", help="draw the face again, larger, where it came out small"
-    )
-    parser.add_argument(
         "--mirror",
         action=argparse.BooleanOptionalAction,
         help="show each photo mirrored as well, as one more reference; default: a single photo, if the model "
         "recommends it (the avatars do)",
     )
-    parser.add_argument("--no-sheet", action="store_true", help="skip the contact sheet and its pictures without face")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """The watermark, where it is computed, and what is printed; also of `refine`."""
     parser.add_argument("--watermark", action="store_true", help="hide in the pixels, too, that they are generated")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
@@ -138,13 +177,16 @@ def run(args: argparse.Namespace) -> int:
     check_arguments(args)
     faces = read_faces(args)
     pipe = load_model(args)
+    load_studio(pipe, args)
     warn(pipe, args)
     if args.watermark:
         from ..generation.watermark import add_watermark, check_size
 
         check_size(args.width or pipe._default_resolution(), args.height or pipe._default_resolution())
-    references, identity = encode(pipe, faces, args.mirror, args.mode)
+    references, identity = encode(pipe, faces, args.mirror, args.mode) if faces else ([], None)
     settings = settings_of(args, pipe, identity)
+    if posed(args):
+        args.dots = driver_picture(pipe, args, faces)
 
     from ..generation.contact_sheet import contact_sheet, save_new_png, save_png
 
@@ -157,7 +199,7 @@ def run(args: argparse.Namespace) -> int:
         names = (f"image_{number:03d}.png" for number in numbers)
         written.append(save_new_png(marked, args.out, names, text))
         fused.append(picture)
-    if not args.no_sheet:
+    if not args.no_sheet and identity is not None:
         plain = [picture for *_, picture in generate(pipe, args, None)]
         columns = {"reference": references, "without Face Fusion": plain, "with Face Fusion": fused}
         rows = [prompt[:60] for prompt in args.prompt for _ in range(args.num_images)] if len(args.prompt) > 1 else []
@@ -175,15 +217,19 @@ def run(args: argparse.Namespace) -> int:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
+    check_studio(args)
+    check_driver(args)
     for prompt in args.prompt:
         check_prompt(prompt, "--prompt")
     if args.negative_prompt:
         check_prompt(args.negative_prompt, "--negative-prompt")
     if args.refine_faces and args.steps < 3:
         raise FaceFusionError("--refine-faces does a part of the steps again: give --steps 3 or more")
+    if not args.face and not args.style_image:
+        raise FaceFusionError("give the photo of a person, --face, or a picture whose style is taken, --style-image")
     if any(face.endswith(".safetensors") for face in args.face) and len(args.face) > 1:
         raise FaceFusionError("a saved identity holds all references of a person: give it alone as --face")
-    if args.mirror and args.face[0].endswith(".safetensors"):
+    if args.mirror and args.face and args.face[0].endswith(".safetensors"):
         raise FaceFusionError("--mirror is for photos: a saved identity is encoded already")
     if args.watermark:
         from ..generation.watermark import blind_watermark, check_size
@@ -216,13 +262,18 @@ def set_defaults(args: argparse.Namespace) -> None:
         args.mirror = single and defaults is not None and bool(defaults.face_mirrored)
 
 
+def pictures_in(folder: Path) -> list[str]:
+    """The pictures of a folder, without those below it, by their names."""
+    files = (path for path in folder.iterdir() if path.is_file() and not is_litter(path.name))
+    return sorted(str(path) for path in files if begins_as_picture(path))
+
+
 def photos_in(face: str) -> list[str]:
     """The photos of a folder by their names; of anything else itself. Raises [`FaceFusionError`] for none or many."""
     folder = Path(face)
     if not folder.is_dir():
         return [face]
-    files = (path for path in folder.iterdir() if path.is_file() and not is_litter(path.name))
-    photos = sorted(str(path) for path in files if begins_as_picture(path))
+    photos = pictures_in(folder)
     if not photos:
         raise FaceFusionError(f"--face {face} has no photos in it")
     if len(photos) > MOST_PHOTOS:
@@ -230,12 +281,17 @@ def photos_in(face: str) -> list[str]:
     return photos
 
 
-def warn(pipe: Any, args: argparse.Namespace) -> None:
-    """Say what the model is likely to draw badly: words and sizes that it was not trained with."""
+def warn_of_words(pipe: Any, prompts: Sequence[str]) -> None:
+    """Say which words of the prompts the model was not trained with."""
     vocabulary = pipe.face_defaults.vocabulary if pipe.face_defaults is not None else None
-    for words in dict.fromkeys(unknown_words_line(prompt, vocabulary) for prompt in args.prompt):
+    for words in dict.fromkeys(unknown_words_line(prompt, vocabulary) for prompt in prompts):
         if words:
             print(f"face-fusion: {words}; the words that the avatars know: --help", file=sys.stderr)
+
+
+def warn(pipe: Any, args: argparse.Namespace) -> None:
+    """Say what the model is likely to draw badly: words and sizes that it was not trained with."""
+    warn_of_words(pipe, args.prompt)
     side = pipe._default_resolution()
     if args.width is not None and (
         max(args.width, args.height) >= 2 * side or min(args.width, args.height) <= side / 2
@@ -257,10 +313,8 @@ def denoising(args: argparse.Namespace) -> dict[str, Any]:
 
 def read_faces(args: argparse.Namespace) -> "list[FacePhoto] | Any":
     """The photos with the face in each, or a saved identity; before the model is loaded, for it takes longer."""
-    if args.face[0].endswith(".safetensors"):
-        from ..face_identity import FaceIdentity
-
-        return FaceIdentity.load(args.face[0])
+    if args.face and args.face[0].endswith(".safetensors"):
+        return read_identity(args.face[0])
     from ..face_detectors import load_detector
     from ..face_images import locate_face
 
@@ -282,7 +336,9 @@ def load_model(args: argparse.Namespace) -> Any:
     """The pipeline; `args.adapter` then says which adapter it has."""
     args.adapter = args.adapter or adapter_beside(args.model)
     version = {"revision": args.revision, "variant": args.variant, "config": args.model_config}
-    pipe = load_pipeline(args.model, args.adapter, args.device, args.dtype, **version)
+    pipe = load_pipeline(
+        args.model, args.adapter, args.device, args.dtype, getattr(args, "controlnet", None), **version
+    )
     if args.adapter is None:
         print(
             f"face-fusion: no --adapter for {args.model or 'it'}: training-free mode, a weaker likeness",
@@ -337,6 +393,8 @@ def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[tu
             face_image=identity,
             face_scale=args.scale,
             face_self_scale=args.self_scale,
+            **(style_of(args) if identity is not None or not args.face else {}),
+            **driven(args),
             **denoising(args),
             num_images_per_prompt=count,
             height=args.height,
@@ -357,6 +415,7 @@ def refined(
     """The picture after a second pass over its largest face; as it is, if no face is found in it."""
     import torch
 
+    from ..face_detectors import load_detector
     from ..face_errors import InvalidLayoutError
 
     try:
@@ -364,6 +423,7 @@ def refined(
             picture,
             prompt,
             face_image=identity,
+            face_detector=load_detector(args.detector, args.detector_model),
             face_scale=args.scale,
             face_self_scale=args.self_scale,
             negative_prompt=args.negative_prompt,
@@ -378,13 +438,15 @@ def refined(
 
 def settings_of(args: argparse.Namespace, pipe: Any, identity: Any) -> dict[str, object]:
     """What made the pictures, for PNG text chunks and --json."""
-    own = identity.self_attention
+    own = getattr(identity, "self_attention", None)
     settings: dict[str, object] = {
         "prompt": args.prompt[0] if len(args.prompt) == 1 else args.prompt,
         "negative_prompt": args.negative_prompt,
         "face_scale": args.scale,
         "face_self_scale": args.self_scale if args.self_scale is not None or own is None else own.scale,
-        "face_mode": identity.mode,
+        "face_mode": None if identity is None else identity.mode,
+        **style_settings(args),
+        **driver_settings(args),
         "steps": args.steps,
         "guidance": args.guidance,
         "low_noise_guidance": args.low_noise_guidance,

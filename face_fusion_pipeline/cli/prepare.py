@@ -14,6 +14,7 @@ from ..face_errors import FaceFusionError
 from ..files.atomic import check_new
 from ..generation.arguments import add_version_arguments, check_version
 from ._arguments import COUNT, real, whole
+from ._generated import PREFIX, add_generated_arguments, run_generated
 
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PHOTOS",
         help="folder with metadata.jsonl (file_name, text, and if known identity, box, reference_file_name), or with "
         "one folder of photos for each person, or of .tar shards; a pattern such as 'laion/{0000..0099}.tar'; the "
-        "Hub id of a dataset; or avatars:N, so many scenes of the avatar world, rendered on the device of the model",
+        "Hub id of a dataset; or avatars:N, so many scenes of the avatar world, rendered on the device of the model; "
+        "or generated:N, so many people drawn by the model itself",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the training data")
     parser.add_argument(
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_version_arguments(parser)
     add_source_arguments(parser)
     add_selection_arguments(parser)
+    add_generated_arguments(parser)
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +108,10 @@ def given_words(args: argparse.Namespace, add: Callable[[argparse.ArgumentParser
 def run(args: argparse.Namespace) -> int:
     check_selection(args)
     check_version(args.model, args.revision, args.variant, args.model_config)
+    if args.source.startswith(PREFIX):
+        return run_generated(args)
+    if words := given_words(args, add_generated_arguments):
+        raise FaceFusionError(f"{words[0]} is for people whom the model draws, {PREFIX}N")
     if args.source.startswith("avatars:"):
         return run_rendered(args)
     pieces = first_look(args.source, args)
@@ -165,6 +172,8 @@ def first_look(source: str, args: argparse.Namespace) -> Iterator[Piece]:
         limit=args.limit,
         exclude=(args.out,),
     )
+    if source.startswith(("avatars:", PREFIX)):
+        raise DataError(f"{source} takes a command of its own first: `face-fusion prepare {source} --model ...`")
     check_place(Path(source), args.out)
     pieces = iter(open_source(source, options))
     first = next(pieces, None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..face_errors import FaceFusionError
 from ._arguments import STRENGTH, Gather, whole
+from ._driver_options import posed
 from .generate import (
     BATCH_SIZE,
     check_arguments,
@@ -72,6 +73,7 @@ def check(args: argparse.Namespace) -> None:
         "--batch-size": args.batch_size != BATCH_SIZE,
         "--refine-faces": args.refine_faces,
         "--no-sheet": args.no_sheet,
+        "the pose": posed(args),
         "--self-scale": args.self_scale is not None,
         "the second --prompt": len(args.prompt) > 1,
     }

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..generation.arguments import add_version_arguments, check_version
 from ._train_options import add_arguments, check_arguments, command_line, resume
+from ._train_studio import create_studio_task
 from .prepare import (
     add_selection_arguments,
     add_source_arguments,
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     base = load(args.model, args)
     folder = prepared_folder(args, base)
     task = create_task(args, base, folder)
+    base.schedule = replace(base.schedule, alphas=base.schedule.alphas.to(base.unet.device))  # read in every step
     options = loop_options(args, task.size, processes.num_processes)
     earlier = args.init_adapter.parent if args.init_adapter and args.init_adapter.is_file() else args.init_adapter
     record = train(task, options, args.out, source=earlier)
@@ -69,9 +71,20 @@ def run(args: argparse.Namespace) -> int:
         write_card(args.out, args.model, folder, task, record, command_line(args))
         minutes = record["seconds"] / 60
         print(f"{record['steps']} steps of {options.batch_size} in {minutes:.1f} minutes, written to {args.out}")
+        print(where_samples_lie(args.out / "logs" / task.name))
         if repository is not None:
             print(upload(repository_files(args.out, repository), repository))
     return 0
+
+
+def where_samples_lie(logs: Path) -> str:
+    """The pictures that were drawn meanwhile, or how to have some."""
+    from ..training.model_card import SAMPLES
+
+    drawn = sorted(logs.glob(SAMPLES))
+    if not drawn:
+        return "no pictures were drawn meanwhile: --validation-prompt TEXT draws people set aside"
+    return f"{len(drawn)} sheets of pictures drawn meanwhile: {logs}; the last is {drawn[-1].name}"
 
 
 def prepared_folder(args: argparse.Namespace, base: BaseModel) -> Path:
@@ -127,6 +140,9 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
     from ..training.preparation import read_rows
     from ..training.task import FaceFusionOptions, FaceFusionTask
 
+    frozen = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision(args), torch.float32)
+    if args.conditioner == "face-studio":
+        return create_studio_task(args, base, folder, frozen)
     cache = cache_folders(folder, base, args.augmentations)
     people, aside = split_people(read_rows(folder), args.validation_people, args.seed)
     pairs, held_out = Pairs(folder, cache, people), Pairs(folder, cache, aside) if aside else None
@@ -149,8 +165,7 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
     embedder = load_face_embedder(args.identity_embedder) if args.identity_embedder else None
     samples = create_samples(args, base, adapter, folder, held_out) if args.validation_prompt else None
     task = FaceFusionTask(base, adapter, pairs, held_out, options, embedder, samples)
-    base.cast({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision(args), torch.float32))
-    base.schedule = replace(base.schedule, alphas=base.schedule.alphas.to(base.unet.device))  # read in every step
+    base.cast(frozen)
     if base.unet.device.type == "cuda":  # the layout in which tensor cores convolve
         base.unet.to(memory_format=torch.channels_last)
     needed = set(task.modules())

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..face_errors import FaceFusionError, UnreadableImageError
 from ..files.atomic import replacing, write_text
 from ..files.texts import UnreadableFileError, read_json
+from ..generation.provenance import public_name
 from ..generation.references import reference_crops
 from ..training.loop import process_group
 from .comparison_tables import as_markdown, columns, summarise
@@ -29,6 +30,7 @@ from .picture_rows import PicturePanel, Row
 from .pictures import Picture
 from .plots import draw_plots
 from .reports import circumstances, write_report
+from .separation import check_recognisers
 
 
 ROWS_FORMAT = 1  # another number when rows of an older version must not be taken
@@ -52,9 +54,11 @@ def evaluate(
         left_out: what is not measured, and how to get it.
         seed: of the bootstrap.
 
-    Returns the content of `table.json` in the main process, None in others.
+    Returns the content of `table.json` in the main process, None in others. Raises FaceFusionError if nothing can be
+    scored, or by evaluators that take strangers for the person, see `separation.check_recognisers`.
     """
     processes = process_group()
+    doubts = check_recognisers(panel)
     # only in this folder anything is made: nothing is ever written where photos lie
     here = {p for p in pictures if isinstance(p.source, Path) and p.path.parent == out / "images"}
     planned, others = [p for p in pictures if p in here], [p for p in pictures if p not in here]
@@ -72,7 +76,7 @@ def evaluate(
     write_parquet(rows, out / "rows.parquet")
     summary = summarise(rows, seed=seed)
     result = {
-        "model": "pictures that exist" if settings is None else _name(settings.model),
+        "model": "pictures that exist" if settings is None else public_name(settings.model),
         "settings": None if settings is None else asdict(settings),
         "people": len({name for picture in pictures for name in picture.people}),
         "people_in_a_picture": max(len(picture.people) for picture in pictures),
@@ -80,17 +84,13 @@ def evaluate(
         **circumstances(),
         "columns": columns(summary),
         "methods": summary,
+        "doubts": doubts,
         "left_out": left_out or {},
         "unusable": unusable,
     }
     write_report(out, "table", result, as_markdown(result))
     draw_plots(result, out / "plots")
     return result
-
-
-def _name(model: str) -> str:
-    """A Hub id as it is, of a folder the last part."""
-    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def _make(pipe: Any, pictures: Sequence[Picture], panel: PicturePanel, settings: Settings) -> None:

@@ -123,6 +123,9 @@ def as_markdown(result: dict[str, Any]) -> str:
             f"{denoising(settings)}, face scale {settings['face_scale']} "
             f"(training-free {settings['training_free_scale']}), seed {settings['seed']}.\n"
         )
+    if result["doubts"]:
+        lines = [f"* **{what}**: {why}" for what, why in result["doubts"].items()]
+        parts.append("## To be read with care\n\n" + "\n".join(lines) + "\n")
     if result["left_out"]:
         lines = [f"* **{what}**: {why}" for what, why in result["left_out"].items()]
         parts.append("## Left out\n\n" + "\n".join(lines) + "\n")

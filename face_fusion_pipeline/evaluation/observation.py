@@ -13,10 +13,10 @@ from PIL import Image
 
 from ..face_alignment import align_faces
 from ..face_detectors import Face
+from ..face_recognisers import CROP_SIZE, Recogniser
 from .copying import head_rotation
 from .faces import FaceFinder
 from .image_files import from_pil
-from .recognisers import CROP_SIZE, Recogniser
 
 
 class Classifier(Protocol):

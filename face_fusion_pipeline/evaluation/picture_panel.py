@@ -11,12 +11,13 @@ from huggingface_hub import try_to_load_from_cache
 
 from ..face_detectors import YUNET_WAYS, FaceDetector
 from ..face_errors import ModelNotFoundError, also_named
+from ..face_recognisers import OnnxRecogniser, Recogniser, insightface_recogniser
 from .clip_score import CLIP_ID, ClipScore
 from .faces import FaceFinder, Locator
 from .observation import Classifier, Observer
 from .people import Person
 from .picture_rows import PicturePanel
-from .recognisers import DeepFaceRecogniser, OnnxRecogniser, Recogniser, insightface_recogniser, load_recognisers
+from .recognisers import DeepFaceRecogniser, load_recognisers
 
 
 PAPER = {  # the recognisers of the paper's tables, and how to have them

@@ -194,9 +194,14 @@ class _LookingProcessor(FaceFusionAttnProcessor):
         self.maps: list[FaceMaps] = []
 
     def _attend_rows(
-        self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: LayerPeople | None
+        self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: LayerPeople
     ) -> Tensor:
-        if row is not None:
+        if row.context is not None or any(person.context for person in row.people):
+            raise FaceFusionError(
+                "attention maps show which cells of a reference are looked at, and FaceStudio's tokens are of none: "
+                "leave out style_image and people of FaceStudio"
+            )
+        if row.people:
             if query.shape[1] not in self.levels:
                 raise FaceFusionError(
                     f"a layer has {query.shape[1]} queries, the latents make {sorted(self.levels)}: this UNet does "

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 SHEET = "sheet.png"  # a contact sheet among the pictures of a repository
 REPOSITORY = "OWNER/NAME"  # stands for the repository in a card until that is pushed to one
 TAGS = ["face-fusion", "stable-diffusion", "text-to-image"]
+_GALLERY = "<Gallery />"
+_OF_TRAINING = "<!-- of the training, on this machine only -->"
 _OWN_COPY = '# "{base}" was a folder: put that of your copy of the same model\n'
 NOT_MEASURED = "Nothing measured yet: `face-fusion push --table FILE` puts the tables of an evaluation here."
 
@@ -71,6 +73,15 @@ def render_card(
     )
 
 
+def with_picture_of_training(card: str, picture: Path) -> str:
+    """A card that shows a picture of its training, by its path from the card.
+
+    It may show photos of those who were set aside: [`finish_card`] takes it out, and it is never pushed.
+    """
+    figure = f"{_OF_TRAINING}\n![Reference, without and with Face Fusion]({picture.as_posix()})"
+    return card.replace(_GALLERY, f"{_GALLERY}\n\n{figure}", 1)
+
+
 def finish_card(
     path: Path,
     repository: str = REPOSITORY,
@@ -96,7 +107,7 @@ def finish_card(
         raise FaceFusionError(f"no model card {path}: {error.strerror or error}") from error
     except Exception as error:  # YAML has many errors, and metadata may be of a wrong type
         raise FaceFusionError(f"the metadata of the model card {path} cannot be read: {error}") from error
-    card.text = card.text.replace(REPOSITORY, repository)
+    card.text = re.sub(rf"\n\n{_OF_TRAINING}\n.*", "", card.text).replace(REPOSITORY, repository)
     if license:
         card.data["license"] = license
     elif not card.data.get("license"):
@@ -104,7 +115,7 @@ def finish_card(
     pictures = list(pictures)
     if any(picture.name == SHEET for picture in pictures):
         figure = f"![Reference, without and with Face Fusion](images/{SHEET})"
-        card.text = card.text.replace("<Gallery />", f"<Gallery />\n\n{figure}")
+        card.text = card.text.replace(_GALLERY, f"{_GALLERY}\n\n{figure}")
     if widget := [example for picture in pictures if picture.name != SHEET and (example := _example(picture))]:
         card.data["widget"] = widget
     if text := "\n\n".join(table.strip() for table in tables):

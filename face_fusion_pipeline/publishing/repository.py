@@ -17,9 +17,11 @@ from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
 from ..face_defaults import DEFAULTS_NAME, read_defaults
+from ..face_embedders import WEIGHTS_NAME as EMBEDDER_WEIGHTS_NAME
 from ..face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError
 from ..face_file_checks import check_tensors
 from ..face_files import read_tensors
+from ..face_studio import STUDIO_WEIGHTS_NAME, StudioMetadata
 from ..files.atomic import new_folder
 from .card import REPOSITORY, finish_card
 
@@ -28,8 +30,9 @@ PACKAGE = Path(__file__).parents[1]
 TASKS = ("", "_img2img", "_inpaint", "_controlnet")  # ends of the names of pipeline files
 MODEL_PARTS = (
     *("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
-    *("scheduler", "image_encoder", "clip_score", "controlnet"),
+    *("scheduler", "image_encoder", "clip_score", "controlnet", "face_studio"),
 )
+STUDIO_PARTS = ("prior", "prior_scheduler", "tokenizer", "text_encoder")  # that may lie beside FaceStudio's weights
 RECORDS = ("training.json", "logs/*/metrics.jsonl")
 PICTURES = "images/*.png"
 
@@ -54,20 +57,14 @@ def repository_files(
             f"{folder} has no README.md: name a folder that `face-fusion train` or `avatars-publish` wrote"
         )
     weights = (folder / "README.md").resolve().parent
-    adapter = weights / ADAPTER_WEIGHTS_NAME
-    if not adapter.is_file():
-        raise ModelNotFoundError(f"{weights} has no {ADAPTER_WEIGHTS_NAME} beside its card")
-    tensors, strings = read_tensors(adapter, check=AdapterMetadata.from_strings)  # refuses anything else of that name
-    check_tensors(tensors, str(adapter), AdapterMismatchError)
-    metadata = AdapterMetadata.from_strings(strings)
-
+    family, trained = trained_files(weights)
     pictures = sorted(folder.glob(PICTURES))
     files: dict[str, Path | bytes] = {
         "README.md": finish_card(folder / "README.md", repository, pictures, tables, license).encode(),
         "LICENSE": license_file(),
     }
-    files |= pipeline_modules(metadata.base_family == "sdxl" or says_xl(weights))
-    taken = [adapter, *(path for pattern in RECORDS for path in sorted(weights.glob(pattern)))]
+    files |= pipeline_modules(family == "sdxl" or says_xl(weights))
+    taken = [*trained, *(path for pattern in RECORDS for path in sorted(weights.glob(pattern)))]
     if (weights / "model_index.json").is_file():
         taken.append(weights / "model_index.json")
         if (defaults := read_defaults(weights)) is not None:  # refuses one that would stop whoever loads the model
@@ -76,6 +73,28 @@ def repository_files(
     files |= {path.relative_to(weights).as_posix(): path for path in taken}
     files |= {path.relative_to(folder).as_posix(): path for path in pictures}
     return files
+
+
+def trained_files(weights: Path) -> tuple[str, list[Path]]:
+    """The base family of the weights in a folder, Face Fusion's or FaceStudio's, and their files.
+
+    Raises:
+        ModelNotFoundError: there are neither. AdapterMismatchError: a file of that name with something else in it.
+    """
+    adapter, studio = weights / ADAPTER_WEIGHTS_NAME, weights / STUDIO_WEIGHTS_NAME
+    if not adapter.is_file() and not studio.is_file():
+        raise ModelNotFoundError(f"{weights} has no {ADAPTER_WEIGHTS_NAME} beside its card, nor {STUDIO_WEIGHTS_NAME}")
+    families, files = [], []
+    for path, kind in ((adapter, AdapterMetadata), (studio, StudioMetadata)):
+        if path.is_file():
+            tensors, strings = read_tensors(path, check=kind.from_strings)  # refuses anything else of that name
+            check_tensors(tensors, str(path), AdapterMismatchError)
+            families.append(kind.from_strings(strings).base_family)
+            files.append(path)
+    if studio.is_file():
+        files += [path for path in (weights / EMBEDDER_WEIGHTS_NAME,) if path.is_file()]
+        files += sorted(path for part in STUDIO_PARTS for path in (weights / part).rglob("*") if path.is_file())
+    return families[0], files
 
 
 def says_xl(weights: Path) -> bool:

@@ -154,10 +154,8 @@ def picture_shard(
     """The tensors of the pictures of `members`; `augmentations` of each of all rows."""
 
     def pictures(index: int) -> list[Image.Image]:
-        row = rows[index]
-        crop = read_picture(folder / row["face_file_name"])
-        copies = [augmented(crop, random.Random(f"{index} {k}")) for k in range(augmentations[index])]
-        return [read_picture(folder / row["file_name"]), crop, *copies]
+        picture = read_picture(folder / rows[index]["file_name"])
+        return [picture, *reference_pictures(folder, rows[index], index, augmentations[index])]
 
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(pictures, members))
@@ -166,6 +164,12 @@ def picture_shard(
         "references": encode_pictures(base, [picture for item in found for picture in item[1:]]),
         "reference_start": torch.tensor([0, *(len(item) - 1 for item in found)]).cumsum(0),
     }
+
+
+def reference_pictures(folder: Path, row: Row, index: int, augmentations: int) -> list[Image.Image]:
+    """The plain face crop of example `index`, then its augmentations."""
+    crop = read_picture(folder / row["face_file_name"])
+    return [crop, *(augmented(crop, random.Random(f"{index} {k}")) for k in range(augmentations))]
 
 
 def caption_shard(base: BaseModel, captions: list[str]) -> dict[str, Tensor]:

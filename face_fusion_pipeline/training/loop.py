@@ -294,7 +294,7 @@ def train(
 
     task.train()
     silent = export_only or not accelerator.is_main_process
-    bar = tqdm(total=options.steps, initial=step, desc=task.name, unit="step", disable=silent)
+    bar = progress_bar(options, task.name, step, used, silent)
     while (done := progress()) < 1 and not export_only:
         lr = learning_rate(options, step, done)
         for group in optimizer.param_groups:
@@ -314,14 +314,17 @@ def train(
             metrics.add(loss, extra, 1 / options.accumulation)
         step += 1
         ema.update(step)
-        bar.update()
+        # the last step may end after the time
+        bar.update(1 if options.steps else min(time.monotonic() - started, bar.total) - bar.n)
 
         if step % options.log_every == 0:
             logged = metrics.flush(step, lr=lr, batch_size=options.batch_size)
             if not math.isfinite(logged["loss"]):
                 loss_now = logged["loss"]
                 raise TrainingError(f"the loss is {loss_now} after {step} steps: try a smaller --lr than {options.lr}")
-            bar.set_postfix(loss=f"{logged['loss']:.4f}", images=f"{logged['images_per_second']:.0f}/s")
+            speed = f"{logged['images_per_second']:.0f}/s"
+            steps = {} if options.steps else {"step": step}
+            bar.set_postfix(**steps, loss=f"{logged['loss']:.4f}", images=speed)
         now = time.monotonic()
         if is_due(step, options.checkpoint_steps, now - last_checkpoint, options.checkpoint_minutes):
             save()
@@ -351,6 +354,19 @@ def train(
             task.export(folder)
         add_record(folder / RECORD, task.name, record)
     return record
+
+
+def progress_bar(options: LoopOptions, name: str, step: int, seconds: float, silent: bool) -> tqdm:
+    """A bar over the steps; without a number of steps over the time, with what is left of it.
+
+    Args:
+        step, seconds: where a run goes on.
+    """
+    if options.steps:
+        return tqdm(total=options.steps, initial=step, desc=name, unit="step", disable=silent)
+    whole = 60 * (options.minutes or 0)
+    line = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+    return tqdm(total=whole, initial=min(seconds, whole), desc=name, bar_format=line, disable=silent)
 
 
 def usable_precision(asked: str) -> str:

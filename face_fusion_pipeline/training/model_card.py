@@ -9,16 +9,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..face_studio import FORMAT as STUDIO_FORMAT
 from ..files.atomic import write_text
 from ..files.texts import read_log
-from ..publishing.card import render_card
+from ..generation.provenance import public_name
+from ..publishing.card import render_card, with_picture_of_training
 from .preparation import data_key, read_report
 from .run_records import RECORD, add_record
+from .studio_card import studio_card
 from .task import FaceFusionTask
 
 
+SAMPLES = "sample_*.png"  # in the folder of logs
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_IN_HUB_CACHE = re.compile(r".*/models--([\w.-]+?)--([\w.-]+)/snapshots/\w+/?")
 
 
 def write_card(
@@ -44,18 +47,11 @@ def write_card(
         "command": shlex.join(map(public_name, command)),
     }
     add_record(out / RECORD, task.name, record)
-    write_text(out / "README.md", card(record, last_validation(out / "logs" / task.name / "metrics.jsonl")))
-
-
-def public_name(word: str) -> str:
-    """A path of this machine reduced to its last part, or to the Hub id that it is a copy of; all else as it is."""
-    if copied := _IN_HUB_CACHE.fullmatch(word):
-        return "/".join(copied.groups())
-    try:
-        is_path = word.startswith(("/", "~", "../")) or Path(word).exists()
-    except OSError:  # longer than a path can be, such as a prompt
-        is_path = False
-    return Path(word).name if is_path else word
+    logs = out / "logs" / task.name
+    text = card(record, last_validation(logs / "metrics.jsonl"))
+    if drawn := sorted(logs.glob(SAMPLES)):
+        text = with_picture_of_training(text, drawn[-1].relative_to(out))
+    write_text(out / "README.md", text)
 
 
 def last_validation(metrics: Path) -> dict[str, float]:
@@ -67,10 +63,14 @@ def last_validation(metrics: Path) -> dict[str, float]:
 def card(record: dict[str, Any], validation: dict[str, float]) -> str:
     """The text of the card."""
     options, data, adapter, base = record["options"], record["data"], record["adapter"], record["base"]
+    studio = adapter["format"] == STUDIO_FORMAT
+    trained = "FaceStudio's Linear and LoRA" if studio else "`to_k_face`, `to_v_face` of all cross-attentions"
+    described = f"tokens {adapter['tokens']}, mask {adapter['picture_mask']}" if studio else options_of(adapter)
     skipped = ", ".join(f"{reason} {number}" for reason, number in data["skipped"].items()) or "none"
     rows = {
-        "base": f"{base} (`{adapter['base_family']}`, {options_of(adapter)})",
-        "trained": f"{record['trained_parameters']:,} parameters: `to_k_face`, `to_v_face` of all cross-attentions",
+        "base": f"{base} (`{adapter['base_family']}`, {described})",
+        "trained": f"{record['trained_parameters']:,} parameters: {trained}",
+        **drawn_people(data),
         "photos": f"{data['kept']} of {data['read']}, of {data['people']} people; skipped: {skipped}",
         "pairs": f"{data['paired_with_another_photo']} with another photo of the same person, "
         f"{data['paired_with_itself']} with an altered crop of the same photo",
@@ -81,15 +81,16 @@ def card(record: dict[str, Any], validation: dict[str, float]) -> str:
         "machine": f"{record['processes']} × {record['machine']}, {record['date'][:10]}",
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     }
+    table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
+    if studio:
+        return studio_card(record, validation, "\n".join([*table, "", "```bash", record["command"], "```"]))
     losses = "; ".join(
         f"{kind} face {validation[key]:.4f}"
         for kind in ("right", "wrong", "no")
         if (key := f"validation_loss_{kind}_face") in validation
     )
     training = [
-        "| | |",
-        "| --- | --- |",
-        *(f"| {name} | {value} |" for name, value in rows.items()),
+        *table,
         "",
         "The command, with paths reduced to their last part; everything else is in `training.json`:",
         "",
@@ -105,10 +106,27 @@ def card(record: dict[str, Any], validation: dict[str, float]) -> str:
         f"of Face Fusion for `{base}`, two for each of its cross-attention layers.",
         base=base,
         training="\n".join(training),
-        limits="The licence of the base and the rights in the training photos apply.",
+        limits="The licence of the base applies, and its idea of what people look like: no photograph was used."
+        if "drawn_by" in data["settings"]
+        else "The licence of the base and the rights in the training photos apply.",
         base_model=base if _HUB_ID.fullmatch(base) else None,
         tags=["stable-diffusion-xl"] if "XL" in record.get("pipeline", "") else [],
     )
+
+
+def drawn_people(data: dict[str, Any]) -> dict[str, str]:
+    """The row that says who drew the people, where they are no photographs."""
+    how, alike = data["settings"], data.get("similarity", {})
+    if "drawn_by" not in how:
+        return {}
+    by = "without training" if how["drawn_with"] is None else f"with weights `{how['drawn_with']}`"
+    alike_enough = f"{how['false_matches']:.0%} of unrelated pairs reach {alike['threshold']:.3f}"
+    return {
+        "people": f"no photographs: drawn by {how['drawn_by']} (UNet `{how['unet']}`), words of {how['prompts']}, "
+        f"seed {how['seed']}, {how['steps']} steps, guidance {how['guidance']:g}; further pictures of a person {by}, "
+        f"round {how['round']} of at most {how['rounds']}; pairs kept by {how['embedder'] or 'the UNet itself'}: "
+        f"{alike_enough}, kept ones have {alike['kept']:.3f} on average"
+    }
 
 
 def options_of(adapter: dict[str, str]) -> str:

@@ -90,8 +90,8 @@ def split_people(rows: list[Row], validation: int | None, seed: int) -> tuple[li
     """Examples by person, of training and of validation, which share nobody.
 
     Args:
-        validation: number of people set aside; None: one in twenty, at most 32. Somebody without a name is somebody
-            else in every photo.
+        validation: number of people set aside; None: of four or more one in twenty, at least 2 and at most 32.
+            Somebody without a name is somebody else in every photo.
 
     Raises:
         DataError: nobody would be left to train on.
@@ -100,7 +100,8 @@ def split_people(rows: list[Row], validation: int | None, seed: int) -> tuple[li
     for index, row in enumerate(rows):
         identity = row["identity"]
         members[f"photo {index}" if identity is None else f"person {identity}"].append(index)
-    count = min(len(members) // 20, MAX_VALIDATION_PEOPLE) if validation is None else validation
+    few = 2 if len(members) >= 4 else 0
+    count = min(max(len(members) // 20, few), MAX_VALIDATION_PEOPLE) if validation is None else validation
     if not 0 <= count < len(members):
         raise DataError(f"{count} people for validation leave none of {len(members)} to train on")
     aside = set(random.Random(f"validation {seed}").sample(sorted(members), count))

@@ -77,7 +77,7 @@ def prepare(pieces: Iterable[Piece], out: Path, options: PrepareOptions, progres
         ModelNotFoundError: no such detector.
     """
     out, options = Path(out), options.decided()
-    _stamp(out / "settings.json", options.settings())
+    stamp(out / "settings.json", options.settings())
     for name in ("images", "faces", "parts"):
         (out / name).mkdir(parents=True, exist_ok=True)
     count = 0
@@ -99,7 +99,8 @@ def prepare(pieces: Iterable[Piece], out: Path, options: PrepareOptions, progres
     return report
 
 
-def _stamp(path: Path, settings: dict[str, Any]) -> None:
+def stamp(path: Path, settings: dict[str, Any]) -> None:
+    """Note what a folder is prepared with. Raises [`DataError`] where it was begun with something else."""
     found = read_json(path, "name another folder for --out") if path.is_file() else settings
     if isinstance(found, dict):
         found = renamed(found, EARLIER_NAMES, path)

@@ -9,14 +9,15 @@ expression, as those that the prior makes of a prompt do.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..face_studio import STUDIO_WEIGHTS_NAME, FaceStudio, lora_state, save_studio, wake_lora
+from ..face_adapter import FaceFusionAdapter, face_fused_unet
+from ..face_studio import STUDIO_WEIGHTS_NAME, FaceStudio, lora_asleep, lora_state, save_studio, wake_lora
 from ..unet_family import TEXT
 from .base_model import BaseModel
 from .kernels import plain_attention_on_cpu
@@ -24,6 +25,9 @@ from .loop import Batch, Part, seeded
 from .pairs import Pairs, Reference
 from .studio_cache import Embeddings
 from .task import FaceFusionOptions, FaceFusionTask
+
+
+FACE_SPREAD = 0.3  # how far a face moves the first tokens, over the spread of text states
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class StudioOptions(FaceFusionOptions):
         style_dropout: share of examples without their picture.
         whole_pictures: share of the pictures that are not covered.
         appended: share of the batches whose tokens follow the caption instead of taking its place.
+        teacher_weight: share of a teacher's prediction in what is learned, the rest is the noise itself. The teacher
+            is Face Fusion, which sees the caption and another photo of the person, see `task`.
     """
 
     face_dropout: float = 0.1  # of the paper
@@ -41,6 +47,7 @@ class StudioOptions(FaceFusionOptions):
     style_dropout: float = 0.64  # of the paper
     whole_pictures: float = 0.0
     appended: float = 0.5
+    teacher_weight: float = 0.0
 
 
 class StudioTask(FaceFusionTask):
@@ -48,6 +55,7 @@ class StudioTask(FaceFusionTask):
 
     Args:
         embeddings: of the folder that `train` and `validation` are from.
+        teacher: Face Fusion weights for the same base.
     """
 
     name = "face-studio"
@@ -61,12 +69,11 @@ class StudioTask(FaceFusionTask):
         embeddings: Embeddings,
         validation: Pairs | None = None,
         options: StudioOptions | None = None,
-        samples: Any = None,
+        teacher: FaceFusionAdapter | None = None,
     ) -> None:
-        self.embeddings = None
-        super().__init__(base, studio, train, validation, options or StudioOptions(), None, samples)  # type: ignore[arg-type]
+        chosen = options or StudioOptions()
+        super().__init__(base, studio, train, validation, chosen, teacher=teacher)  # type: ignore[arg-type]
         self.embeddings = embeddings
-        self.learned = self.options  # its own type is lost above
         self.adapter.requires_grad_(True)
         for tensor in lora_state(self.unet).values():
             tensor.requires_grad_(True)
@@ -95,11 +102,16 @@ class StudioTask(FaceFusionTask):
     def examples(self, pairs: Pairs, rows: Tensor, references: list[Reference]) -> Batch:
         indices = [pairs.targets[row] for row in rows.tolist()]
         starts = pairs.shards.reference_starts
-        return pairs.batch(rows) | {
-            "whole": self.embeddings.whole(indices).float(),
-            "covered": self.embeddings.covered(indices).float(),
-            "face": self.embeddings.faces([starts[example] + number for example, number in references]).float(),
-        }
+        seen = {} if self.teacher is None else {"reference": pairs.reference_latents(references)}
+        return (
+            pairs.batch(rows)
+            | seen
+            | {
+                "whole": self.embeddings.whole(indices).float(),
+                "covered": self.embeddings.covered(indices).float(),
+                "face": self.embeddings.faces([starts[example] + number for example, number in references]).float(),
+            }
+        )
 
     # --- Loss ----------------------------------------------------------------------------------------------------
 
@@ -122,8 +134,17 @@ class StudioTask(FaceFusionTask):
         with plain_attention_on_cpu(noisy):
             return self.unet(noisy.to(self.base.dtype), batch["timesteps"], **arguments).sample.float()
 
-    def places(self, batch: Batch) -> None:
-        """Who else is in a picture is in its covered squares: the whole picture sees one face."""
+    @torch.no_grad()
+    def taught(self, batch: Batch, noisy: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        """The noise, and what Face Fusion predicts of it, in their shares."""
+        options: Any = self.options
+        schedule = self.base.schedule
+        target = schedule.target(batch["latents"], batch["noise"], batch["timesteps"])
+        with lora_asleep(self.unet):
+            states = super().identity_tokens(batch)
+            with face_fused_unet(self.unet, self.teacher, states, batch["has_face"], places=self.places(batch)):
+                predicted = super().predicted(batch, noisy)
+        return torch.lerp(target, predicted, options.teacher_weight)
 
     # --- Result --------------------------------------------------------------------------------------------------
 
@@ -134,7 +155,7 @@ class StudioTask(FaceFusionTask):
 
 @torch.no_grad()
 def fit_to_captions(studio: FaceStudio, pairs: Pairs, embeddings: Embeddings, ridge: float = 1.0) -> float:
-    """Let the Linear begin with tokens that say what the last states of a caption say, and nothing of the face.
+    """Let the Linear begin with tokens that say what the last states of a caption say; a face moves them at random.
 
     Those states hold the whole caption, and the UNet knows how to read them: so a training begins with pictures of the
     right kind. Least squares with a ridge, from the embeddings of pictures as they are.
@@ -157,11 +178,8 @@ def fit_to_captions(studio: FaceStudio, pairs: Pairs, embeddings: Embeddings, ri
     weight, bias = studio.projection.weight, studio.projection.bias
     weight.zero_()
     weight[:, :width] = solved[:-1].T.to(weight)
+    spread = FACE_SPREAD * float(states.std()) / studio.metadata.face_width**0.5
+    torch.nn.init.normal_(weight[:, width:], std=spread)  # zeros would be read by nobody, and so stay for long
     bias.copy_(solved[-1])
     left = (states - known @ solved).square().sum() / (states - states.mean(0)).square().sum()
     return 1 - float(left)
-
-
-def record_of(options: StudioOptions) -> dict[str, Any]:
-    """The options that a card states."""
-    return asdict(options)

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...evaluation.image_files import from_pil
-from ...evaluation.recognisers import Recogniser, load_recognisers
+from ...evaluation.recognisers import load_recognisers
 from ...face_errors import FaceFusionError
+from ...face_recognisers import Recogniser
 from ..evaluation.evaluators import SHIPPED, load_evaluators
 from ..training.face_embedder import load_training_embedder
 

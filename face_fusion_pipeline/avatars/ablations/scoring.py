@@ -10,7 +10,7 @@ import torch
 
 from ...evaluation.image_files import from_pil, read_image
 from ...evaluation.metrics import cosine_similarity
-from ...evaluation.recognisers import Recogniser
+from ...face_recognisers import Recogniser
 from ..evaluation.avatar_table import ASKED, CEILING, FLOOR
 from ..evaluation.evaluators import IMAGE_SIZE, Evaluators
 from ..evaluation.people_table import members, portrait_crops, true_boxes

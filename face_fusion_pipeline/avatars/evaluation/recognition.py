@@ -10,9 +10,9 @@ import torch
 
 from ...evaluation.image_files import to_pil
 from ...evaluation.metrics import box_iou, normalised_similarity, verification_auc
-from ...evaluation.recognisers import Recogniser
 from ...face_detectors import FaceDetector
 from ...face_images import detect_faces
+from ...face_recognisers import Recogniser
 from .. import render, sample_scene
 from .renders import coarse
 from .trials import FIRST_TEST_IDENTITY, NEAR_FRONTAL

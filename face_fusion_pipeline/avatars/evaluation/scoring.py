@@ -10,9 +10,9 @@ import torch
 
 from ...evaluation.image_files import to_pil
 from ...evaluation.metrics import cosine_similarity
-from ...evaluation.recognisers import Recogniser
 from ...face_detectors import FaceDetector
 from ...face_images import detect_faces
+from ...face_recognisers import Recogniser
 from .evaluators import Evaluators
 from .trials import Portraits, Trial
 

@@ -1,7 +1,8 @@
-"""A depth ControlNet for the avatar UNet, trained on the renderer's exact depth; everything else stays frozen.
+"""ControlNets for the avatar UNet, trained on the renderer's exact depth or facial points; all else stays frozen.
 
 The encoder starts as a copy of the UNet's, without the attention of the middle block, which keeps the file below
 15 MB. Depth maps are drawn as photo depth estimators draw them: near is white, and stretched to the picture's range.
+Facial points are drawn as `face_landmarks` draws them; they say where a face is, and the UNet alone reads the text.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...face_landmarks import POINTS, landmark_maps
 from ...face_pictures import open_picture
 from ...training.kernels import plain_attention_on_cpu
 from ...training.latent_cache import cached
@@ -31,6 +33,7 @@ from .unet import (
 )
 
 
+FOLDERS = {"depth": "controlnet", "landmarks": "controlnet_landmarks"}  # in a model's folder, by what it sees
 EMBEDDING_CHANNELS = (16, 16, 32, 64)  # of the four convolutions that bring the depth map to an eighth of its size
 
 
@@ -47,16 +50,17 @@ def create_controlnet(unet: UNet2DConditionModel, reads_text: bool = True) -> Co
 
 
 def load_controlnet_for(
-    frozen: Frozen, base: UNet2DConditionModel, folder: Path, captions: list[str]
+    frozen: Frozen, base: UNet2DConditionModel, folder: Path, captions: list[str], control: str = "depth"
 ) -> ControlNetModel:
     """The ControlNet of the model `folder`, fitted to the UNet `base` instead of the one in `folder`.
 
     What its training added to the copy of its own UNet's encoder is added to this UNet's; the text encoder is changed
     as in `load_unet_for`. A ControlNet that lies without a UNet stays as it is.
     """
-    if not (folder / "controlnet").is_dir():
-        raise TrainingError(f"{folder / 'controlnet'} does not exist: leave out --continue-from to train a new one")
-    controlnet = ControlNetModel.from_pretrained(folder / "controlnet", torch_dtype=torch.float32)
+    path = folder / FOLDERS[control]
+    if not path.is_dir():
+        raise TrainingError(f"{path} does not exist: leave out --continue-from to train a new one")
+    controlnet = ControlNetModel.from_pretrained(path, torch_dtype=torch.float32)
     if (folder / "unet").is_dir():
         fit_text(controlnet, frozen, folder, captions)
         now, before = base.state_dict(), load_unet_for(frozen, folder, captions).state_dict()
@@ -85,10 +89,29 @@ def load_depth(data: AvatarImages) -> Tensor:
     return cached(data.folder / "depth.safetensors", f"{data.key} stretched", read)
 
 
+def load_dots(data: AvatarImages) -> Tensor:
+    """Facial points of everybody as dots, uint8 (N, 3, S, S), see `face_landmarks.landmark_maps`."""
+    if any("landmarks72" not in record for record in data.records):
+        raise TrainingError(f"{data.folder} has no 72 facial points: write the dataset again with `avatars-dataset`")
+    side = data.pixels.shape[-1]
+    most = max(record["people"] for record in data.records)
+    points = torch.full((len(data), most, POINTS, 2), torch.nan)
+    for row, record in enumerate(data.records):
+        points[row, : record["people"]] = torch.tensor(record["landmarks72"])
+    return torch.cat([landmark_maps(part.to(data.pixels.device), (side, side)).cpu() for part in points.split(256)])
+
+
+LOADED = {"depth": load_depth, "landmarks": load_dots}
+
+
 class ControlNetTask(Task):
-    """Trains the ControlNet with the UNet's own loss; captions are dropped as often as in its training."""
+    """Trains the ControlNet with the UNet's own loss; captions are dropped as often as in its training.
+
+    `control` is what it sees, `"depth"` or `"landmarks"`; a depth map in the names below is that picture.
+    """
 
     name = "controlnet"
+    control = "depth"
     data: Any  # `LatentData` with its depth maps, or what else has them
     held_out: Any
 
@@ -99,19 +122,22 @@ class ControlNetTask(Task):
         frozen: Frozen,
         train: AvatarImages,
         validation: AvatarImages,
+        control: str = "depth",
     ) -> None:
         super().__init__()
+        self.control = control
         self.controlnet = controlnet.requires_grad_(True)
         self.unet, self.frozen = unet.requires_grad_(False).eval(), frozen
         self.vae, self.text_encoder = frozen.vae, frozen.text_encoder
         self.validation, self.size = validation, len(train)
         self.data, self.held_out = LatentData(frozen, train), LatentData(frozen, validation)
-        self.data.depth, self.held_out.depth = load_depth(train), load_depth(validation)
+        self.data.depth, self.held_out.depth = LOADED[control](train), LOADED[control](validation)
         self.loss = DiffusionLoss(face_weight=1.0)
 
     @property
     def subject(self) -> dict[str, Any]:
-        return {"data": self.data.key, "unet": digest(self.unet.state_dict()), **self.frozen.subject}
+        seen = {} if self.control == "depth" else {"control": self.control}
+        return {"data": self.data.key, **seen, "unet": digest(self.unet.state_dict()), **self.frozen.subject}
 
     @property
     def device(self) -> torch.device:
@@ -172,8 +198,8 @@ class ControlNetTask(Task):
         for kind, depths in (("right", rows), ("wrong", rows.roll(1))):
             batch = self.examples(self.held_out, rows, depths)
             batch |= self.loss.draw(batch["latents"].shape, seeded(0, 0, "validation", self.device))
-            losses[f"validation_loss_{kind}_depth"] = float(self.forward(batch)[0])
+            losses[f"validation_loss_{kind}_{self.control}"] = float(self.forward(batch)[0])
         return losses
 
     def export(self, folder: Path) -> None:
-        copy.deepcopy(self.controlnet).half().cpu().save_pretrained(folder / "controlnet")
+        copy.deepcopy(self.controlnet).half().cpu().save_pretrained(folder / FOLDERS[self.control])

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...evaluation.metrics import verification_auc
-from ...face_alignment import align_faces
+from ...face_embedders import WEIGHTS_NAME, ZOOMS, FaceTowers
 from ...face_errors import ModelNotFoundError
 from ...face_files import save_tensors
 from ...files.folders import present
@@ -33,71 +33,21 @@ from .data import AvatarImages, landmarks5, portraits
 
 
 SHIPPED = Path(__file__).parent / "face_embedder"
-WEIGHTS_NAME, EARLIER_WEIGHTS_NAME = "face_embedder.safetensors", "recogniser.safetensors"
-CROP = 96  # pixels
-ZOOMS = {"head": 0.55, "features": 1.1}  # of the aligned face: below 1 hair, ears and chin are in the crop
+EARLIER_WEIGHTS_NAME = "recogniser.safetensors"
 BLURS = {"head": (2, 4, 8), "features": (2,)}  # pixels, each of them with the probability 0.3
-WIDTHS = (32, 64, 96, 160)
-EMBEDDING = 128
 TEMPERATURE = 0.1
 LANDMARK_JITTER = 1.0  # pixels
 
 
-class _Residual(nn.Module):
-    """x↓ + f(x) at half the size."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.skip = nn.Conv2d(inputs, outputs, 1)
-        self.body = nn.Sequential(
-            nn.GroupNorm(8, inputs),
-            nn.SiLU(),
-            nn.Conv2d(inputs, outputs, 3, 2, 1),
-            nn.GroupNorm(8, outputs),
-            nn.SiLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.skip(F.avg_pool2d(x, 2)) + self.body(x)
-
-
-class _Tower(nn.Module):
-    """Embedding (B, 128) of aligned crops (B, 3, 96, 96) in [0, 1]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, WIDTHS[0], 5, 2, 2)
-        self.blocks = nn.Sequential(*(_Residual(a, b) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)))
-        self.norm = nn.GroupNorm(8, WIDTHS[-1])
-        self.attention = nn.Conv2d(WIDTHS[-1], 8, 1)  # eight places that are looked at
-        self.head = nn.Linear(8 * WIDTHS[-1], EMBEDDING)
-
-    def forward(self, faces: Tensor) -> Tensor:
-        x = F.silu(self.norm(self.blocks(self.stem(faces - 0.5)))).flatten(2)
-        weights = self.attention(x.unflatten(2, (CROP // 16, -1))).flatten(2).softmax(-1)  # (B, 8, cells)
-        return self.head((weights @ x.mT).flatten(1))
-
-
-class TrainingEmbedder(nn.Module):
+class TrainingEmbedder(FaceTowers):
     """Embeddings of avatars: a `training.objective.FaceEmbedder`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.towers = nn.ModuleDict({name: _Tower() for name in ZOOMS})
-
-    def look(self, name: str, images: Tensor, landmarks5: Tensor) -> Tensor:
-        """What the tower `name` finds, (B, 128) of length 1."""
-        with torch.autocast(images.device.type, enabled=False):  # in bf16 a place would be half a pixel off
-            faces = align_faces(images.float(), landmarks5.float(), CROP, zoom=ZOOMS[name])
-        return F.normalize(self.towers[name](faces).float(), dim=-1)
 
     def forward(self, images: Tensor, landmarks5: Tensor) -> Tensor:
         """(B, 256) of images (B, 3, H, W) in [0, 1] and landmarks (B, 5, 2) in their pixels.
 
         A cosine of two is the mean of those of the towers.
         """
-        return torch.cat([self.look(name, images, landmarks5) for name in self.towers], -1)
+        return torch.cat(list(self.look(images, landmarks5).values()), -1)
 
 
 def load_training_embedder(folder: Path = SHIPPED) -> TrainingEmbedder:
@@ -152,7 +102,7 @@ class FaceEmbedderTask(Task):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses, measured = [], {}
         for name in ZOOMS:
-            first, second = self.embedder.look(name, batch[name], batch["landmarks5"]).chunk(2)
+            first, second = self.embedder.see(name, batch[name], batch["landmarks5"]).chunk(2)
             logits = first @ second.T / TEMPERATURE
             truth = torch.arange(len(logits), device=logits.device)
             losses.append((F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2)

@@ -77,14 +77,20 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
     "prior": {
         "cpu": Preset(
-            {"width": 128, "layers": 4},
-            LoopOptions(batch_size=128, lr=1e-3, steps=2500, warmup=100, ema_decay=0.995, precision="auto"),
+            {"width": 128, "layers": 2},
+            LoopOptions(batch_size=64, lr=1.5e-3, steps=600, warmup=50, ema_decay=0.99, precision="auto"),
         ),
         "gpu": Preset({"width": 128, "layers": 4}, LoopOptions(batch_size=512, lr=2e-3, steps=6000, warmup=200)),
     },
     "face-embedder": {
         "cpu": Preset({}, LoopOptions(batch_size=96, lr=2e-3, steps=2400, warmup=50, ema_decay=0.99)),
         "gpu": Preset({}, LoopOptions(batch_size=512, lr=4e-3, steps=2000, warmup=50, ema_decay=0.99)),
+    },
+    "landmarks": {
+        "cpu": Preset(
+            {}, LoopOptions(batch_size=32, lr=2e-3, steps=6000, warmup=100, ema_decay=0.99, precision="auto")
+        ),
+        "gpu": Preset({}, LoopOptions(batch_size=256, lr=3e-3, steps=6000, warmup=100, ema_decay=0.995)),
     },
     "traits": {
         "cpu": Preset(

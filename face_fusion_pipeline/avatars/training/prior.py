@@ -179,7 +179,7 @@ class PriorTask(Task):
     def export(self, folder: Path) -> None:
         copy.deepcopy(self.prior).cpu().half().save_pretrained(folder / "prior")
         self.scheduler.save_pretrained(folder / "prior_scheduler")
-        write_text(folder / PRIOR_SETTINGS, SETTINGS.to_json())
+        write_text(folder / "prior" / PRIOR_SETTINGS, SETTINGS.to_json())
 
 
 def agreement(predicted: Tensor, true: Tensor, mean: Tensor, captions: list[str]) -> dict[str, float]:

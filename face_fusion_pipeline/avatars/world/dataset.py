@@ -46,7 +46,8 @@ def plan(split: str, index: int, per_identity: int, world: int | None = None) ->
 def scene_records(scenes: list[Scene], rendered: Rendered) -> list[dict[str, Any]]:
     """The metadata of each picture, ready for JSON: caption, who, how, and where the faces are (pixels, XYXY)."""
     vectors = [torch.stack([p.identity.vector for p in scene.people]) for scene in scenes]
-    numbers = (_rounded(found) for found in (vectors, rendered.boxes, rendered.landmarks5, rendered.landmarks68))
+    dots = [points[..., :2] for points in rendered.landmarks72]
+    numbers = (_rounded(found) for found in (vectors, rendered.boxes, rendered.landmarks5, rendered.landmarks68, dots))
     return [_record(scene, *found) for scene, *found in zip(scenes, *numbers, strict=True)]
 
 
@@ -74,7 +75,12 @@ def _rounded(found: list[torch.Tensor]) -> list[Any]:
 
 
 def _record(
-    scene: Scene, vectors: list[Any], boxes: list[Any], landmarks5: list[Any], landmarks68: list[Any]
+    scene: Scene,
+    vectors: list[Any],
+    boxes: list[Any],
+    landmarks5: list[Any],
+    landmarks68: list[Any],
+    landmarks72: list[Any],
 ) -> dict[str, Any]:
     people = scene.people
     return {
@@ -94,6 +100,7 @@ def _record(
         "boxes": boxes,
         "landmarks5": landmarks5,
         "landmarks68": landmarks68,
+        "landmarks72": landmarks72,
     }
 
 

@@ -102,6 +102,11 @@ def measure(genes: dict[str, Tensor], expressions: list[str]) -> Face:
     )
 
 
+def relative_size(genes: dict[str, Tensor]) -> Tensor:
+    """How large a head is (P,), as a share of the `scale` of its place in a scene."""
+    return (0.94 + 0.12 * genes["size"]) * (1 - 0.08 * genes["kind=child"])
+
+
 # Materials that the shader tells apart.
 SKIN, EAR, NECK, EYE, HAIR, CLOTH, GOLD, SUIT_GLASS, TIE, WHITE_CLOTH, GREY = range(11)
 

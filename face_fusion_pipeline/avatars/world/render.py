@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backgrounds, head, raycast, shade, styles
+from . import backgrounds, head, points, raycast, shade, styles
 from .first_world import head as first_head
 from .first_world import shade as first_shade
 from .identity import traits
@@ -32,6 +32,7 @@ class Rendered(NamedTuple):
         Tensor
     ]  # (people, 5, 2) pixels: left eye, right eye, nose, left and right mouth corner (image sides)
     landmarks68: list[Tensor]  # (people, 68, 2) pixels, 300-W order
+    landmarks72: list[Tensor]  # (people, 72, 3) pixels and, in the same unit, towards the viewer: `points.points72`
 
 
 def rotations(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:
@@ -75,7 +76,8 @@ def render(scenes: list[Scene], size: int = 128, device: torch.device | str = "c
     worlds = {person.identity.world for _, person in people}
     if len(worlds) != 1:
         raise ValueError(f"people of the worlds {sorted(worlds)} cannot be rendered together: one world at a time")
-    forms, paints = _WORLDS[worlds.pop()]
+    number = worlds.pop()
+    forms, paints = _WORLDS[number]
     batch, fine = len(scenes), size * _SUPERSAMPLE
 
     def column(*values: float) -> Tensor:
@@ -88,7 +90,7 @@ def render(scenes: list[Scene], size: int = 128, device: torch.device | str = "c
     yaw, pitch, roll, x, y, half = (
         column(*(v for _, p in people for v in (p.yaw, p.pitch, p.roll, p.x, p.y, p.scale))).view(-1, 6).unbind(1)
     )
-    half = half * (0.94 + 0.12 * genes["size"]) * (1 - 0.08 * genes["kind=child"])
+    half = half * head.relative_size(genes)
     # People stand one behind the other, so that shoulders overlap instead of growing into each other.
     order = column(*(float(i % 2) for scene in scenes for i in range(len(scene.people))))
     origin = torch.stack((x, y, order), 1)
@@ -165,10 +167,12 @@ def render(scenes: list[Scene], size: int = 128, device: torch.device | str = "c
     masks = covered > 0.5  # a pixel shared half and half belongs to nobody
 
     five, all68 = forms.landmarks(genes, face)
-    points = torch.cat((five, all68, _face_box_points(genes, face)), 1)
-    world = origin.unsqueeze(1) + scale * (points @ turned.transpose(1, 2))
+    all72 = points.points72(genes, face, parts, number)
+    of_face = torch.cat((five, all68, all72, _face_box_points(genes, face)), 1)
+    world = scale * (of_face @ turned.transpose(1, 2))
+    depths, world = world[:, 73:145, 2:] * size / 2, world + origin.unsqueeze(1)
     pixels = torch.stack(((world[..., 0] + 1) * size / 2, (1 - world[..., 1]) * size / 2), 2)
-    corners = pixels[:, 73:]
+    corners = pixels[:, 145:]
     boxes = torch.cat((corners.amin(1), corners.amax(1)), 1)
     counts = [len(s.people) for s in scenes]
     return Rendered(
@@ -178,4 +182,5 @@ def render(scenes: list[Scene], size: int = 128, device: torch.device | str = "c
         list(boxes.split(counts)),
         list(pixels[:, :5].split(counts)),
         list(pixels[:, 5:73].split(counts)),
+        list(torch.cat((pixels[:, 73:145], depths), 2).split(counts)),
     )

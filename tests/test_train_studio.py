@@ -1,0 +1,125 @@
+"""FaceStudio is trained by the command that trains Face Fusion, from embeddings that are computed once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_face_studio import IMAGE_WIDTH, toy_encoder
+from tiny_models import tiny_pipeline, with_adapter
+
+from face_fusion_pipeline.cli import main
+from face_fusion_pipeline.face_embedders import WEIGHTS_NAME, AvatarEmbedder
+from face_fusion_pipeline.face_files import read_tensors, save_tensors
+from face_fusion_pipeline.face_studio import STUDIO_WEIGHTS_NAME, StudioMetadata
+from face_fusion_pipeline.publishing import repository
+from face_fusion_pipeline.training import studio_cache
+from face_fusion_pipeline.training.base_model import load_base
+from face_fusion_pipeline.training.latent_cache import cache_folders
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: Any) -> Path:
+    """A base with an image encoder, Face Fusion weights for it, a face embedder, and rendered data for the base."""
+    place = tmp_path_factory.mktemp("studio")
+    pipe = tiny_pipeline()
+    pipe.unet.register_to_config(sample_size=16)  # pictures of 32 pixels: smaller ones are not rendered
+    pipe.register_modules(image_encoder=toy_encoder())
+    pipe.save_pretrained(place / "base")
+    with_adapter(pipe).save_face_fusion_adapter(place / "teacher")
+    torch.manual_seed(0)
+    embedder = AvatarEmbedder()
+    save_tensors(place / WEIGHTS_NAME, embedder.state_dict(), embedder.metadata)
+    assert main(["prepare", "avatars:12", "--model", str(place / "base"), "--out", str(place / "data")]) == 0
+    return place
+
+
+def train(place: Path, out: Path, *options: str) -> int:
+    words = ["--model", str(place / "base"), "--data", str(place / "data"), "--out", str(out)]
+    words += ["--face-embedder", str(place / WEIGHTS_NAME), "--train-batch-size", "2", "--log-every", "1"]
+    return main(["train", "--conditioner", "face-studio", *words, "--validation-people", "1", *options])
+
+
+def weights(out: Path) -> tuple[dict[str, torch.Tensor], StudioMetadata]:
+    tensors, strings = read_tensors(out / STUDIO_WEIGHTS_NAME)
+    return tensors, StudioMetadata.from_strings(strings)
+
+
+def test_weights_card_and_resume(place, tmp_path, capsys, monkeypatch):
+    options = ("--fit-captions", "--studio-tokens", "3", "--studio-rank", "2", "--checkpointing-steps", "2")
+    teacher = ("--teacher", str(place / "teacher"))
+    straight, again = tmp_path / "straight", tmp_path / "again"
+    assert train(place, straight, *options, *teacher, "--max-train-steps", "4") == 0
+    assert "the tokens begin with" in capsys.readouterr().out
+    tensors, metadata = weights(straight)
+    assert (metadata.tokens, metadata.rank, metadata.image_width, metadata.face_width) == (3, 2, IMAGE_WIDTH, 256)
+    assert metadata.face_embedder.startswith("face_embedder-")
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if ".lora_B." in name)
+    record = json.loads((straight / "training.json").read_text())["face-studio"]
+    assert record["learned"]["teacher_weight"] == 0.7
+    card = (straight / "README.md").read_text()
+    assert "# FaceStudio weights for base" in card
+    assert str(tmp_path) not in card + json.dumps(record)
+
+    # Embeddings are there already, and a run that was stopped goes on to the same weights.
+    monkeypatch.setattr(studio_cache, "picture_embeddings", None)
+    assert train(place, again, *options, *teacher, "--max-train-steps", "4", "--checkpoints-total-limit", "2") == 0
+    (again / STUDIO_WEIGHTS_NAME).unlink()
+    for path in (again / "checkpoint-4").iterdir():
+        path.unlink()
+    (again / "checkpoint-4").rmdir()
+    assert train(place, again, *options, *teacher, "--max-train-steps", "4", "--checkpoints-total-limit", "2") == 0
+    resumed, _ = weights(again)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in tensors.items())
+
+    files = repository.repository_files(straight, "me/studio")
+    assert {"README.md", "pipeline.py", STUDIO_WEIGHTS_NAME, "training.json"} <= files.keys()
+
+
+def test_a_trained_file_draws(place, tmp_path):
+    assert train(place, tmp_path / "out", "--max-train-steps", "1", "--studio-rank", "2") == 0
+    pipe = tiny_pipeline()
+    pipe.image_encoder = toy_encoder()
+    pipe.load_face_studio(tmp_path / "out", face_embedder=str(place / WEIGHTS_NAME))
+    from tiny_models import face
+
+    picture = pipe("a cat", face_image=face(), style_image=face(1), style_scale=1, num_inference_steps=2).images[0]
+    assert picture.size == (16, 16)
+
+
+def test_embeddings_of_rendered_data_are_of_their_pictures(place):
+    base = load_base(place / "base")
+    cache = cache_folders(place / "data", base)
+    seen: list[int] = []
+
+    class Counting(AvatarEmbedder):
+        name = "counting"
+
+        def __call__(self, faces: Any) -> torch.Tensor:
+            seen.append(len(faces))
+            return torch.full((len(faces), 4), 0.5)  # of length 1, as embedders give them
+
+    made = studio_cache.encode_embeddings(
+        place / "data", base, cache, base.pipeline.image_encoder, Counting(), mask=1.5, progress=False
+    )
+    rows = len((place / "data" / "metadata.jsonl").read_text().splitlines())
+    found = studio_cache.Embeddings(made, rows)
+    assert found.whole([0, 1]).shape == (2, IMAGE_WIDTH)
+    assert not torch.allclose(found.whole([0]), found.covered([0]))
+    assert torch.allclose(found.faces([0, 1]), torch.ones(2, 4))  # of mean square 1, as pipelines give them
+    assert sum(seen) == rows
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--face-embedder", ""], "needs a --face-embedder"),
+        (["--keep-references"], "of Face Fusion's training"),
+        (["--face-embedder", "nowhere.safetensors"], "no face embedder"),
+        (["--teacher", "nowhere"], "no such file"),
+    ],
+)
+def test_bad_options(place, tmp_path, capsys, options, words):
+    assert train(place, tmp_path / "out", "--max-train-steps", "1", *options) == 2
+    assert words in capsys.readouterr().err
