@@ -128,14 +128,15 @@ def told_apart(
     Raises:
         FaceFusionError: fewer than [`HELD_OUT`] pictures of a kind.
     """
-    seen, held = [], []
+    seen: list[dict[str, Tensor]] = []
+    held: list[dict[str, Tensor]] = []
     for kind, found in (("familiar", familiar), ("unfamiliar", unfamiliar)):
         kept = torch.arange(len(next(iter(found.values())))) // how.repeats % HELD_OUT < HELD_OUT - 1
         if kept.all():
             raise FaceFusionError(f"{kept.sum() // how.repeats} {kind} pictures are too few: give hundreds")
         for part, chosen in ((seen, kept), (held, ~kept)):
             part.append({name: tensor[chosen] for name, tensor in found.items()})
-    weights, bias = logistic(*(flat(part) for part in seen), how.l2)
+    weights, bias = logistic(flat(seen[0]), flat(seen[1]), how.l2)
     known, unknown = (flat(part) @ weights + bias for part in held)
     edge = float(known.quantile(1 - how.right))
     figures = {
