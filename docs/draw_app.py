@@ -1,6 +1,6 @@
-"""The page of the web app with two people in boxes, docs/images/app.png.
+"""The page of the web app: with two people in boxes, docs/images/app.png, and on a phone, docs/images/app_phone.png.
 
-    python docs/draw_app.py [FILE [WIDTH]]
+    python docs/draw_app.py [FOLDER]
 
 Needs Playwright and a Chromium, as the tests of the app do. To be run again when the page or the embedded model
 changed.
@@ -18,8 +18,8 @@ from face_fusion_pipeline.app.server import serving
 from face_fusion_pipeline.cli import app, build_parser
 
 
-OUT = Path(__file__).parent / "images" / "app.png"
-WIDTH = 1280  # pixels of the browser's window
+OUT = Path(__file__).parent / "images"
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}  # pixels of the browser's window
 BOXES = [(0.14, 0.3, 0.38, 0.62), (0.62, 0.3, 0.86, 0.62)]  # XYXY in [0, 1] of the area
 PATIENCE = 600_000  # milliseconds; two pictures take their time on two cores
 
@@ -34,6 +34,14 @@ def draw_box(page: Page, box: tuple[float, float, float, float]) -> None:
     page.mouse.down()
     page.mouse.move(x1, y1, steps=3)
     page.mouse.up()
+
+
+def draw_phone(page: Page, out: Path) -> None:
+    """What a phone shows when the example is done: the results, and the button below them."""
+    page.get_by_role("button", name="One photo").click()
+    expect(page.locator("#status")).to_contain_text("Done.")
+    page.wait_for_timeout(1000)  # the pictures appear
+    page.screenshot(path=out)
 
 
 def draw(page: Page, out: Path) -> None:
@@ -52,17 +60,19 @@ def draw(page: Page, out: Path) -> None:
     page.screenshot(path=out, full_page=True)
 
 
-def main(out: Path = OUT, width: int = WIDTH) -> None:
+def main(out: Path = OUT) -> None:
     engine = app.load_engine(build_parser().parse_args(["app"]))
     browser = os.environ.get("FACE_FUSION_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     expect.set_options(timeout=PATIENCE)
     with serving(engine, port=0) as address, sync_playwright() as playwright:
         window = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        page = window.new_page(viewport={"width": width, "height": 900})
-        page.goto(address)
-        draw(page, out)
+        for size, draws, name in ((DESKTOP, draw, "app.png"), (PHONE, draw_phone, "app_phone.png")):
+            page = window.new_page(viewport=size)
+            page.set_default_timeout(PATIENCE)
+            page.goto(address)
+            draws(page, out / name)
         window.close()
 
 
 if __name__ == "__main__":
-    main(*(kind(word) for kind, word in zip((Path, int), sys.argv[1:], strict=False)))
+    main(*map(Path, sys.argv[1:2]))

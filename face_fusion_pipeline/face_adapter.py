@@ -228,6 +228,34 @@ def load_adapter(
 # --- Training ----------------------------------------------------------------------------------------------------
 
 
+def face_keys(
+    adapter: Any,
+    identity_tokens: Mapping[str, Tensor],
+    face_mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+    token_count_bias: bool | None = None,
+    places: Mapping[int, Tensor] | None = None,
+) -> dict[str, PersonKeys]:
+    """What layers see of the faces of a batch, projected by `adapter`; the arguments are those of [`face_fused_unet`].
+
+    Args:
+        adapter: also anything else that makes keys and values of tokens.
+    """
+    if token_count_bias is None:
+        token_count_bias = bool(getattr(adapter, "module", adapter).metadata.token_count_bias)
+    tokens = next(iter(identity_tokens.values()))
+    if weights is None:
+        weights = torch.ones(tokens.shape[1])
+    drop = None if face_mask is None else ~face_mask.bool().to(tokens.device)
+    log_weights = reference_log_weights(weights.float(), drop)
+    log_weights = None if log_weights is None else log_weights.to(tokens.device)
+    return {
+        name: PersonKeys(key, value, log_weights, scale, token_count_bias, places)
+        for name, (key, value) in adapter(identity_tokens).items()
+    }
+
+
 @contextmanager
 def face_fused_unet(
     unet: Any,
@@ -252,19 +280,7 @@ def face_fused_unet(
         token_count_bias: default as the adapter's metadata.
         places: which queries see the face of their sample, see `PersonKeys`.
     """
-    if token_count_bias is None:
-        token_count_bias = bool(getattr(adapter, "module", adapter).metadata.token_count_bias)
-    tokens = next(iter(identity_tokens.values()))
-    if weights is None:
-        weights = torch.ones(tokens.shape[1])
-    drop = None if face_mask is None else ~face_mask.bool().to(tokens.device)
-    log_weights = reference_log_weights(weights.float(), drop)
-    log_weights = None if log_weights is None else log_weights.to(tokens.device)
-    processors = {
-        name: FaceFusionAttnProcessor(
-            [LayerPeople((PersonKeys(key, value, log_weights, scale, token_count_bias, places),))]
-        )
-        for name, (key, value) in adapter(identity_tokens).items()
-    }
+    keys = face_keys(adapter, identity_tokens, face_mask, weights, scale, token_count_bias, places)
+    processors = {name: FaceFusionAttnProcessor([LayerPeople((seen,))]) for name, seen in keys.items()}
     with installed_processors(unet, processors):
         yield

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from .face_detectors import YUNET_WAYS, DetectorName, Face, FaceDetector, faces_on_picture, load_detector
 from .face_errors import FaceTooSmallError, NoFaceError, SeveralFacesError, UnreadableImageError
@@ -21,6 +21,7 @@ SURE = 0.5  # a face of this score needs no other look at the picture
 TURNED_MARGIN = 0.03  # of the mean score: so much surer a turned picture has to be than as it is
 TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)  # anticlockwise
 BYSTANDER = 1 / 3  # a face below this part of the largest face's height is taken for a passer-by
+STREAKS = 0.05  # of the crop: the blur of what lies beyond the picture, and how soon it sets in
 CROP_ENLARGE = 1.6  # side of the crop in face heights: hair and chin are in
 
 
@@ -152,18 +153,37 @@ def crop_box(image: Image.Image, box: tuple[float, float, float, float]) -> Imag
     return Image.fromarray(inside[np.ix_(rows - top, columns - left)])
 
 
+def without_streaks(square: Image.Image, image: Image.Image, corner: tuple[float, float]) -> Image.Image:
+    """A crop by [`crop_box`] whose upper left is at `corner` of the image, blurred where it lies beyond that."""
+    left, top = (round(value) for value in corner)
+    beyond_x, beyond_y = (
+        np.maximum(-np.arange(start, start + size), np.arange(start, start + size) - end + 1).clip(0)
+        for start, size, end in ((left, square.width, image.width), (top, square.height, image.height))
+    )
+    beyond = np.maximum(beyond_x[None], beyond_y[:, None])  # pixels from the image, 0 inside
+    if not beyond.any():
+        return square
+    radius = STREAKS * max(square.size)
+    blurred = square.filter(ImageFilter.GaussianBlur(radius))
+    share = Image.fromarray((255 * (beyond / radius).clip(0, 1)).astype(np.uint8))
+    return Image.composite(blurred, square, share)
+
+
 def crop_face(
     image: Image.Image,
     box: tuple[float, float, float, float],
     enlarge: float = CROP_ENLARGE,
     resolution: int | None = None,
 ) -> Image.Image:
-    """The square around a face, `enlarge` times the box's longer side, resized to `resolution` pixels if given."""
+    """The square around a face, `enlarge` times the box's longer side, resized to `resolution` pixels if given.
+
+    Beyond the image its edge goes on, ever more blurred: repeated alone it would be streaks, which a model draws.
+    """
     if not enlarge > 0 or (resolution is not None and resolution < 1):
         raise ValueError(f"enlarge and resolution must be positive, got {enlarge} and {resolution}")
     x0, y0, x1, y1 = box
     x, y, half = (x0 + x1) / 2, (y0 + y1) / 2, enlarge * max(x1 - x0, y1 - y0) / 2
-    square = crop_box(image, (x - half, y - half, x + half, y + half))
+    square = without_streaks(crop_box(image, (x - half, y - half, x + half, y + half)), image, (x - half, y - half))
     if resolution is None:
         return square
     return square.resize((resolution, resolution), Image.Resampling.LANCZOS)

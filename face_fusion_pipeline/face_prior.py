@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import KandinskyPriorPipeline, PriorTransformer, UnCLIPScheduler
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -32,7 +33,7 @@ KARLO_BYTES = "4 GB"
 
 @dataclass(frozen=True)
 class PriorSettings:
-    """How a prior is sampled; where `prior_settings.json` lies beside it, that says so. The defaults are Karlo's.
+    """How a prior is sampled; where `prior_settings.json` lies in `prior/`, that says so. The defaults are Karlo's.
 
     Raises:
         FaceFusionError: a value out of range.
@@ -121,9 +122,10 @@ class TextPrior:
         return torch.stack([self._kept(prompt) for prompt in prompts])
 
     def _sampled(self, prompt: str) -> Tensor:
+        pipeline = self.pipeline  # which may bring its settings along
         settings = self.settings
         with torch.no_grad():
-            found = self.pipeline(
+            found = pipeline(
                 prompt,
                 num_inference_steps=settings.num_inference_steps,
                 guidance_scale=settings.guidance_scale,
@@ -146,7 +148,7 @@ def load_prior(
         source: folder or Hub id; by default Karlo, about 4 GB, for models whose image encoder is CLIP's ViT-L/14.
         subfolder: where in it `prior/` and `prior_scheduler/` lie.
         text: folder or Hub id with tokenizer and text encoder; by default `source`.
-        settings: default: what stands beside the prior, else Karlo's.
+        settings: default: what `prior/prior_settings.json` says, else Karlo's.
         hub: `revision`, `token`, `cache_dir`, `local_files_only` and the like, for `from_pretrained`.
 
     Raises:
@@ -157,11 +159,13 @@ def load_prior(
         raise ModelNotFoundError(f"no prior in {folder}: it has to hold prior/ and prior_scheduler/, as {KARLO} has")
     if not Path(source).is_dir() and (os.path.isabs(source) or str(source).count("/") != 1):
         raise ModelNotFoundError(f"no prior {source}: give a folder, or a Hub id such as {KARLO}")
-    if settings is None and (folder / PRIOR_SETTINGS).is_file():
-        settings = _read_settings(folder / PRIOR_SETTINGS)
+    local = folder / "prior" / PRIOR_SETTINGS
+    given = _read_settings(local) if settings is None and local.is_file() else settings
 
     def load() -> PriorPipeline:
         try:
+            if given is None and not folder.is_dir() and (fetched := _fetched_settings(str(source), subfolder, hub)):
+                prior.settings = _read_settings(fetched)
             return _read(str(source), subfolder, str(text or source), hub)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelNotFoundError(
@@ -169,7 +173,8 @@ def load_prior(
                 f"run `hf download {source}` where there is a network and give the folder"
             ) from error
 
-    return TextPrior(load, str(source) if not subfolder else f"{source}/{subfolder}", settings)
+    prior = TextPrior(load, str(source) if not subfolder else f"{source}/{subfolder}", given)
+    return prior
 
 
 def _read(source: str, subfolder: str, text: str, hub: dict[str, Any]) -> PriorPipeline:
@@ -191,6 +196,14 @@ def _read(source: str, subfolder: str, text: str, hub: dict[str, Any]) -> PriorP
     for model in (prior, encoder):
         model.eval().requires_grad_(False)
     return PriorPipeline(prior, encoder, tokenizer, scheduler)
+
+
+def _fetched_settings(source: str, subfolder: str, hub: dict[str, Any]) -> Path | None:
+    """The file of a repository that says how its prior is sampled; None where there is none, as in Karlo's."""
+    try:
+        return Path(hf_hub_download(source, f"{subfolder}/prior/{PRIOR_SETTINGS}".lstrip("/"), **hub))
+    except (OSError, ValueError):  # no such file, or offline and not in the cache
+        return None
 
 
 def _read_settings(path: Path) -> PriorSettings:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .face_attention import attention_layers
 from .face_errors import AdapterMismatchError, FaceFusionError, short, shown
 from .face_file_checks import check_range, check_tensors, number
 from .face_files import read_tensors, save_tensors
@@ -24,7 +25,7 @@ STUDIO_WEIGHTS_NAME = "face_studio.safetensors"
 STUDIO = "face_studio"  # name of the module in the UNet, and of the LoRA
 FORMAT, FORMAT_VERSION = "face-studio", "1"
 CONTEXTS = ("replace", "append")
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+LORA_TARGETS = ("to_k", "to_v")  # of the cross-attention: what reads the tokens
 PROJECTION = "projection."
 
 
@@ -193,8 +194,7 @@ def _inject(unet: Any, rank: int, weights: Mapping[str, Tensor] | None) -> None:
 
 
 def _targets(unet: Any) -> list[str]:
-    layers = [name for name, _ in unet.named_modules() if name.endswith((".attn1", ".attn2"))]
-    return [f"{layer}.{target}" for layer in layers for target in LORA_TARGETS]
+    return [f"{layer}.{target}" for layer in attention_layers(unet, "attn2") for target in LORA_TARGETS]
 
 
 def lora_layers(unet: Any) -> dict[str, Any]:

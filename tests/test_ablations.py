@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from face_fusion_pipeline import create_adapter, save_adapter
 from face_fusion_pipeline.avatars.ablations import training
 from face_fusion_pipeline.avatars.ablations.added_attention import face_attention
-from face_fusion_pipeline.avatars.ablations.conditioning import (
-    Conditioning,
-    EncoderTokens,
-    UNetFeatures,
-    central_cells,
-    create_conditioning,
-)
+from face_fusion_pipeline.avatars.ablations.conditioners import create_conditioning
+from face_fusion_pipeline.avatars.ablations.conditioning import Conditioning, References
 from face_fusion_pipeline.avatars.ablations.encoders import (
     FaceEmbedderEncoder,
     ImageEncoder,
@@ -30,19 +26,22 @@ from face_fusion_pipeline.avatars.ablations.encoders import (
     load_conditioner,
     load_evaluator,
 )
+from face_fusion_pipeline.avatars.ablations.ip_adapter import EncoderTokens
 from face_fusion_pipeline.avatars.ablations.laboratory import Run
-from face_fusion_pipeline.avatars.ablations.pictures import plain_pipeline, reference_photos
+from face_fusion_pipeline.avatars.ablations.pictures import Sampling, make_pictures, reference_photos
 from face_fusion_pipeline.avatars.ablations.questions import QUESTIONS, Condition
 from face_fusion_pipeline.avatars.ablations.report import draw, fill, sentences, table
 from face_fusion_pipeline.avatars.ablations.summary import difference, equal_accuracy, summarise
 from face_fusion_pipeline.avatars.ablations.training import Budget, Trainer, VariantTask
+from face_fusion_pipeline.avatars.ablations.unet_features import UNetFeatures, central_cells
 from face_fusion_pipeline.avatars.ablations.variants import METHOD, NO_FACE, VARIANTS, Variant, chosen_layers
 from face_fusion_pipeline.avatars.evaluation.avatar_table import CEILING, FLOOR
 from face_fusion_pipeline.avatars.evaluation.evaluators import SHIPPED, Evaluators, load_evaluators
 from face_fusion_pipeline.avatars.evaluation.trials import FIRST_TEST_IDENTITY, portraits
 from face_fusion_pipeline.cli import main
+from face_fusion_pipeline.conditioner import Person, PictureRow, register_conditioner
 from face_fusion_pipeline.face_adapter import ADAPTER_WEIGHTS_NAME
-from face_fusion_pipeline.face_attention import attention_layers
+from face_fusion_pipeline.face_attention import GUIDED, FaceCall, attention_layers
 from face_fusion_pipeline.face_errors import FaceFusionError
 from face_fusion_pipeline.training.base_model import base_of
 from face_fusion_pipeline.training.latent_cache import encode
@@ -124,6 +123,12 @@ def states_of(conditioning: Conditioning, *seeds: int) -> dict[str, torch.Tensor
     return {name: state[None] for name, state in states.items()}
 
 
+def shown(conditioning: Conditioning, states: dict[str, torch.Tensor], scale: float = 1.0, call: Any = None) -> Any:
+    """Within it the UNet of a pipeline sees the person with these `states_of`."""
+    person = Person(References({name: state[0] for name, state in states.items()}, conditioning.mode), scale)
+    return conditioning.installed(SimpleNamespace(unet=conditioning.unet), [PictureRow((person,))], call or FaceCall())
+
+
 def predict(base: Any, rows: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 4, 8, 8, generator=generator).expand(rows, -1, -1, -1)
@@ -164,13 +169,13 @@ def test_a_face_changes_the_picture_and_a_hidden_one_or_scale_zero_does_not(
     assert (first - plain[0]).abs().max() > 1e-4
     if variant.encoder == "unet":  # IP-Adapter's hidden image is zeros, which still are tokens
         torch.testing.assert_close(second, plain[1], atol=1e-5, rtol=1e-5)
-    with conditioning.applied(states, scale=0.0):
+    with shown(conditioning, states, 0.0):
         torch.testing.assert_close(predict(base), plain)
-    with conditioning.applied(states, guided=True):
+    with shown(conditioning, states, call=FaceCall(GUIDED)):
         half, seen = predict(base)
     torch.testing.assert_close(seen, first, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(half, second, atol=1e-5, rtol=1e-5)
-    with pytest.raises(RuntimeError, match="stop"), conditioning.applied(states):
+    with pytest.raises(RuntimeError, match="stop"), shown(conditioning, states):
         raise RuntimeError("stop")
     assert dict(base.unet.attn_processors) == processors and torch.equal(predict(base), plain)
 
@@ -202,8 +207,11 @@ def test_the_joint_variant_is_face_fusion(base: Any, data: Path) -> None:
 @pytest.mark.parametrize("name", [METHOD, "noised-reference", "no-count-bias", "layers-up", "training-free"])
 def test_variants_of_the_method_generate_what_its_pipeline_does(name: str, base: Any, data: Path) -> None:
     conditioning, pipe = conditioning_of(base, data, VARIANTS[name]), base.pipeline
-    with conditioning.applied(states_of(conditioning, 1, 2), scale=2.0, guided=True):
-        found = tiny_models.generate(plain_pipeline(base))
+    register_conditioner(conditioning)
+    photos = [photo(1), photo(2)]
+    with torch.inference_mode():
+        identity = pipe.encode_face(photos, face_mode=conditioning.mode)
+        found = tiny_models.generate(pipe, face_image=identity, face_scale=2.0)
     if VARIANTS[name].trained:
         pipe.set_face_fusion_adapter(conditioning.adapter)
     faces = [photo(1).face, photo(2).face]
@@ -217,25 +225,54 @@ def test_ip_adapters_are_those_of_diffusers(base: Any, data: Path) -> None:
     """What the pipeline makes of `ip_adapter_image_embeds` is what the variant makes; its keys start as the text's."""
     conditioning = conditioning_of(base, data, VARIANTS["ip-adapter"])
     assert isinstance(conditioning, EncoderTokens)
-    states = states_of(conditioning, 1)
-    with conditioning.applied(states, guided=True):
-        found = tiny_models.generate(base.pipeline)
-    unet, adapter = base.unet, conditioning.adapter
+    register_conditioner(conditioning)
+    tokens = states_of(conditioning, 1)["tokens"][0].double()
+    unet, adapter = base.unet, conditioning.adapter.double()
     plain = dict(unet.attn_processors)
     layers = attention_layers(unet, "attn2")
     own = dict(zip((f"{name}.processor" for name in layers), adapter.processors, strict=True))
     try:
+        base.pipeline.to(torch.float64)  # rounding adds up from step to step
+        found = tiny_models.generate(base.pipeline, face_image=References({"tokens": tokens}, conditioning.mode))
+        assert not torch.allclose(found, tiny_models.generate(base.pipeline), atol=1e-2)
         unet.encoder_hid_proj, unet.config.encoder_hid_dim_type = adapter.image_projection, "ip_image_proj"
         unet.set_attn_processor({**plain, **own})
-        image = states["tokens"][:, :, 0]
-        both = torch.cat([torch.zeros_like(image), image])
+        both = torch.stack([torch.zeros_like(tokens), tokens])[:, :, 0]
         expected = tiny_models.generate(base.pipeline, ip_adapter_image_embeds=[both])
     finally:
         unet.set_attn_processor(plain)
         unet.encoder_hid_proj, unet.config.encoder_hid_dim_type = None, None
+        base.pipeline.to(torch.float32)
     torch.testing.assert_close(found, expected)
     first = next(iter(layers.values()))
-    assert torch.equal(adapter.processors[0].to_v_ip[0].weight, first.to_v.weight)
+    assert torch.equal(adapter.processors[0].to_v_ip[0].weight.float(), first.to_v.weight)
+
+
+@pytest.mark.parametrize("people", [1, 2])
+def test_pictures_of_one_and_of_several_people(people: int, base: Any, data: Path, tmp_path: Path) -> None:
+    """Every variant draws by one way; people in one picture keep their places, as many pictures of one go together."""
+    sampling, condition = Sampling(identities=1, prompts=2, steps=2), Condition(people=people, references=2)
+    trials = sampling.trials(people, set())
+    drawn = {}
+    for name in (NO_FACE, METHOD, "added-attention", "ip-adapter"):
+        conditioning = None if name == NO_FACE else conditioning_of(base, data, VARIANTS[name])
+        paths = make_pictures(base, conditioning, trials, condition, sampling, tmp_path / name)
+        drawn[name] = np.stack([np.asarray(Image.open(path)) for path in paths]).astype(float)
+    assert drawn[NO_FACE].shape[0] == len(trials) == 2
+    for name in drawn.keys() - {NO_FACE}:
+        assert np.abs(drawn[name] - drawn[NO_FACE]).max(axis=(1, 2, 3)).min() > 0, name
+    assert make_pictures(base, None, trials, condition, sampling, tmp_path / METHOD) == [
+        tmp_path / METHOD / path.relative_to(tmp_path / "ip-adapter") for path in paths
+    ]
+    again = np.asarray(Image.open(tmp_path / METHOD / paths[0].relative_to(tmp_path / "ip-adapter")))
+    assert np.array_equal(again, drawn[METHOD][0]), "what exists is not made again"
+
+
+def test_references_of_an_ablation_count_equally(base: Any, data: Path) -> None:
+    conditioning = conditioning_of(base, data, VARIANTS[METHOD])
+    register_conditioner(conditioning)
+    with pytest.raises(FaceFusionError, match="count equally"):
+        base.pipeline.encode_face([photo(1), photo(2)], weights=[1, 2], face_mode=conditioning.mode)
 
 
 def test_the_face_region_is_the_middle_of_the_crop(base: Any, data: Path) -> None:

@@ -98,6 +98,7 @@ BAD = {
     "no pictures": ({"count": 0}, "count"),
     "too many pictures": ({"count": 9}, "count"),
     "no steps": ({"steps": 0}, "steps"),
+    "too few steps to draw faces again": ({"refine": True, "steps": 2}, "steps"),
     "guidance that is no number": ({"guidance": float("nan")}, "guidance"),
     "no guidance": ({"guidance": None}, "guidance"),
     "no strength": ({"people": (PersonForm(1, (Path("a.png"),), strength=None),)}, "person_1"),
@@ -216,6 +217,47 @@ def test_compare_gives_the_picture_without_a_face(photo: Path) -> None:
     (off,) = run(engine, replace(form, people=(PersonForm(1, (photo,), strength=0),)))
     assert compared.plain is not None and np.array_equal(np.asarray(compared.plain), np.asarray(off.image))
     assert run(engine, form)[0].plain is None and differ(compared, off)
+
+
+def test_small_faces_are_drawn_again(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    monkeypatch.setattr(engine, "size", lambda shape=None: (64, 64))  # the model draws 16 x 16
+    form = replace(FORM, people=(PersonForm(1, (photo,)),), count=1, steps=4)
+    boxes = [(4, 4, 9, 10), (40, 40, 46, 47)]
+    monkeypatch.setattr(engine, "find_boxes", lambda picture: boxes)
+    said: list[str] = []
+    (before,), (after,) = (
+        run(engine, replace(form, refine=refine), on_step=lambda part, words: said.append(words))
+        for refine in (False, True)
+    )
+    difference = (np.asarray(before.image) != np.asarray(after.image)).any(-1)
+    assert difference[40:47, 40:46].any() and not difference[:30].any()  # the largest face, and nothing else
+    assert (before.text["refine_faces"], after.text["refine_faces"]) == (False, True)
+    assert "Picture 1 of 1, faces again" in said
+    boxes.clear()
+    assert not differ(run(engine, replace(form, refine=True))[0], before)
+    cancelled = iter([False] * 6 + [True] * 99)  # at a step of the second pass
+    boxes.append((4, 4, 10, 11))
+    with pytest.raises(CancelledError):
+        run(engine, replace(form, refine=True), cancelled=lambda: next(cancelled))
+
+
+def test_what_is_said_where_faces_are_drawn_again() -> None:
+    people = tuple(PersonForm(number, (Path("a.png"),)) for number in (1, 2))
+    form = replace(FORM, prompt="a person in a suit", style="watercolor", people=people[:1])
+    assert form.prompt_of_one == "a person in a suit, watercolor"
+    assert replace(form, people=people).prompt_of_one == "a photo of a person, watercolor"
+
+
+def test_the_page_says_what_draws(photo: Path) -> None:
+    engine = make_engine()
+    assert engine.described == (
+        "Draws with somebody/model, 16 × 16 pixels, training-free, a weaker likeness than with weights."
+    )
+    engine.adapter = str(photo.parent)
+    assert engine.described.endswith(f"with the weights {photo.parent.name}.")
+    engine.model = None
+    assert engine.described.startswith("Draws avatars, 16 × 16 pixels")
 
 
 def test_several_people_in_drawn_boxes_or_in_a_draft(photo: Path) -> None:
@@ -512,6 +554,9 @@ def test_examples_are_found_and_always_the_same(tmp_path: Path) -> None:
     assert len({example.label for example in examples}) == len(examples) >= 3
     files = {photo for example in examples for person in example.people for photo in person}
     assert all(locate_face(photo, "haar").face is not None for photo in files)
+    assert [Image.open(example.card).width // 96 for example in examples] == [
+        sum(map(len, example.people)) for example in examples
+    ]
     before = {file: file.read_bytes() for file in files}
     draw_examples(tmp_path)
     assert before == {file: file.read_bytes() for file in files}
@@ -629,6 +674,9 @@ def test_the_page_fits_the_model() -> None:
     depth = {"label": "Follow the depth of this picture"}
     assert not widget(config, **depth)["visible"] and widget(with_control, **depth)["visible"]
     assert widget(config, label="Denoising steps")["value"] == 9
+    assert widget(config, elem_id="compare")["value"] and not widget(config, elem_id="refine")["value"]
+    assert "Draws with somebody/model" in texts[0] and "Draws avatars" in texts[1]
+    assert "One photo\\na photo of a smiling person" in texts[0]  # the card of an example has its prompt
     assert not [fn for fn in config["dependencies"] if fn["api_visibility"] == "public"]  # nothing for other programs
 
 

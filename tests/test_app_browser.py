@@ -228,7 +228,7 @@ def test_an_example_works_at_first_click(
     text = finished(page, 2)
     assert any(re.search(r"Picture \d of 2", said) for said in page.evaluate("window.statuses"))  # the progress bar
     assert [entry["seed"] for entry in text] == [0, 1] and EXAMPLES[label] in text[0]["prompt"]
-    assert pipe.steps == 2 * len(pipe.calls) == 2 * 2 * text[0]["people"]  # two people take a draft, too
+    assert pipe.steps == 2 * len(pipe.calls) == 2 * 2 * 2  # each without the face, too; of two people it is the draft
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # nothing sticks out
 
 
@@ -236,6 +236,8 @@ def test_upload_and_generate(open_page: Any) -> None:
     page = open_page()
     upload(page, png(portrait(BOB), "bob.png"))
     expect(beside(page, "person_1")).to_have_text("1 photo, with a face.")
+    expect(page.locator("#crops_1 img")).to_have_count(1)
+    expect(page.locator("#model")).to_contain_text("Draws avatars, 128 × 128 pixels")
     page.locator("#prompt textarea").fill("a person in a suit on a beach")
     page.get_by_label("pencil sketch").check()
     page.locator("#seed input").fill("7")
@@ -279,11 +281,22 @@ def test_messages_stand_beside_their_fields(open_page: Any) -> None:
 def test_on_a_phone_a_message_far_above_the_button_comes_into_sight(open_page: Any) -> None:
     page = open_page(PHONE)
     unfold_places(page)
-    page.locator("#generate").scroll_into_view_if_needed()
+    page.locator("#more").scroll_into_view_if_needed()
     expect(page.locator("#photos_1")).not_to_be_in_viewport()
+    expect(page.locator("#generate")).to_be_in_viewport()  # wherever one is
     page.locator("#generate").click()
     expect(beside(page, "person_1")).to_be_in_viewport()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # nothing sticks out
+
+
+def test_on_a_phone_what_came_out_is_above_the_form(open_page: Any) -> None:
+    page = open_page(PHONE)
+    expect(page.locator("#generate")).to_be_in_viewport()
+    tops = [page.locator(f"#{name}").bounding_box()["y"] for name in ("model", "status", "people")]
+    assert tops == sorted(tops)
+    desktop = open_page()
+    left, right = (desktop.locator(f"#{name}").bounding_box()["x"] for name in ("people", "status"))
+    assert left < right
 
 
 def test_a_file_above_the_limit_is_refused(open_page: Any) -> None:
@@ -356,7 +369,7 @@ def test_the_depth_of_a_picture_is_followed(open_page: Any, pipe: SpiedPipeline)
     expect(beside(page, "places")).to_contain_text("0 faces found")
     page.locator("#generate").click()
     (text,) = finished(page, 1)
-    assert text["control"] and [call["control_image"].size for call in pipe.calls] == [(256, 128)]
+    assert text["control"] and [call["control_image"].size for call in pipe.calls] == [(256, 128)] * 2
     assert page.locator("#results img").first.evaluate("image => image.naturalWidth / image.naturalHeight") == 2
 
 
@@ -387,7 +400,7 @@ def test_the_same_example_again_while_it_is_being_made(open_page: Any, pipe: Spi
     page.get_by_role("button", name="One photo").click()
     assert [entry["steps"] for entry in finished(page, 1)] == [2]
     assert any("Picture 1 of 1" in said for said in page.evaluate("window.statuses"))  # its progress bar, too
-    assert [call["num_inference_steps"] for call in pipe.calls] == [150, 2] and pipe.steps < 150
+    assert [call["num_inference_steps"] for call in pipe.calls] == [150, 2, 2] and pipe.steps < 150
 
 
 def test_another_example_while_the_first_waits_for_another_user(open_page: Any, pipe: SpiedPipeline) -> None:
@@ -403,7 +416,7 @@ def test_another_example_while_the_first_waits_for_another_user(open_page: Any, 
     ada.locator("#cancel").click()
     assert all("watercolor" in entry["prompt"] for entry in finished(bob, 2))
     made = [call["prompt"] for call in pipe.calls]
-    assert len(made) == 3 and "red shirt" in made[0] and all("watercolor" in prompt for prompt in made[1:])
+    assert len(made) == 5 and "red shirt" in made[0] and all("watercolor" in prompt for prompt in made[1:])
 
 
 def test_nothing_of_a_page_is_left_when_it_is_closed(open_page: Any) -> None:
@@ -451,7 +464,7 @@ def test_cancel_keeps_what_there_is(open_page: Any, pipe: SpiedPipeline) -> None
     set_steps(page, 2)
     page.locator("#generate").click()
     assert len(finished(page, 2)) == 2  # the pipeline is free again
-    assert len(pipe.calls) == 3 and pipe.steps < 150  # it stopped in the middle of the first picture
+    assert len(pipe.calls) == 5 and pipe.steps < 150  # it stopped in the middle of the first picture
 
 
 def test_two_users_at_once(open_page: Any) -> None:

@@ -147,7 +147,7 @@ def test_depth_is_estimated_once_for_all_pictures(page: Page, monkeypatch: pytes
     form = dataclasses.replace(form, control=Image.new("RGB", (16, 16), "red"), count=2)
     identity = page.engine.identity(form.people[0])[1]
     assert len(list(page.engine.run(form, [identity], lambda *_: None, lambda: False))) == 2
-    assert len(estimated) == 1 and given == ["L", "L"]
+    assert len(estimated) == 1 and given == ["L"] * 4  # each without the face, too
 
 
 def test_words_that_the_model_does_not_know_are_named(page: Page) -> None:
@@ -181,6 +181,19 @@ def test_too_many_photos_are_said_at_once(page: Page, photo: Path) -> None:
     assert "9 photos: keep the best 8" in page.words(
         page.handlers_of_person().check_photos(page.values, page.request), "person_1"
     )
+
+
+def test_the_face_crops_are_shown_and_go(page: Page, photo: Path) -> None:
+    person, handlers = page.widgets.people[0], page.handlers_of_person()
+    page.values[person.photos] = [(str(photo), None)] * 2
+    shown = handlers.check_photos(page.values, page.request)
+    assert page.words(shown, "person_1").count("2 photos") == 1
+    assert shown[person.crops].visible and shown[person.crops].value.count('<img src="data:image/jpeg') == 2
+    assert handlers.clear_message(page.values, page.request) == gr.skip()
+    page.values[person.photos] = []
+    assert not handlers.clear_message(page.values, page.request)[person.crops].visible
+    page.values[person.photos] = [(str(photo.with_name("absent.png")), None)]
+    assert not handlers.check_photos(page.values, page.request)[person.crops].visible
 
 
 def test_every_bad_photo_of_every_person_is_named(page: Page, tmp_path: Path) -> None:

@@ -76,6 +76,15 @@ def test_example(name, photos, tmp_path, monkeypatch):
         assert len(set(image.convert("L").getdata())) > 20  # not a blank picture
 
 
+def test_two_people_need_no_photos(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("two_people", ROOT / "examples" / "two_people.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+    module.main(*module.portraits(), steps=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ada.png", "bob.png", "two_people.png"]
+
+
 def test_every_example_is_tested_and_says_how_it_is_called():
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
     assert names == EXAMPLES.keys() | SCRIPTS

@@ -137,6 +137,17 @@ def test_crop_is_square_centred_and_enlarged() -> None:
     assert abs(rows.mean() - 47.5) <= 1 and abs(columns.mean() - 47.5) <= 1
 
 
+def test_beyond_the_picture_a_face_crop_has_no_streaks() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)
+    image, box = Image.fromarray(pixels), (0, 10, 50, 60)  # a crop from -15 to 65, from -5 to 75
+    crop, repeated = np.asarray(crop_face(image, box)).astype(int), np.asarray(crop_box(image, (-15, -5, 65, 75)))
+    assert np.array_equal(crop[5:, 15:], pixels[:75, :65])  # what is in the picture stays as it is
+    left = slice(None), slice(0, 8)
+    assert np.abs(np.diff(crop[left], axis=0)).mean() < np.abs(np.diff(repeated[left].astype(int), axis=0)).mean() / 5
+    assert np.array_equal(crop_face(image, (30, 30, 60, 60)), crop_box(image, (21, 21, 69, 69)))
+    assert (np.asarray(crop_face(image, (500, 500, 540, 540))) == pixels[-1, -1]).all()  # far from the picture
+
+
 def test_a_prepared_face_keeps_the_pixels_of_the_photo(tmp_path: Path) -> None:
     """Whatever the model: a crop made small for one would be enlarged again for another."""
     pixels = np.random.default_rng(0).integers(0, 256, (1200, 1000, 3), dtype=np.uint8)

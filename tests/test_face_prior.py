@@ -10,9 +10,10 @@ from safetensors import safe_open
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from face_fusion_pipeline import face_prior
+from face_fusion_pipeline.avatar_model import embedded_model
 from face_fusion_pipeline.avatars.training import presets
 from face_fusion_pipeline.avatars.training.clip import create_clip
-from face_fusion_pipeline.avatars.training.data import load_avatars
+from face_fusion_pipeline.avatars.training.data import load_avatars, render_avatars
 from face_fusion_pipeline.avatars.training.prior import PriorTask, agreement, create_prior, describe
 from face_fusion_pipeline.avatars.training.tokenizer import train_tokenizer
 from face_fusion_pipeline.avatars.world.dataset import write
@@ -57,7 +58,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_writes_a_prior_and_says_how_it_agrees(work: Path) -> None:
     model = work / "model"
-    assert json.loads((model / PRIOR_SETTINGS).read_text())["num_inference_steps"] >= 2
+    assert json.loads((model / "prior" / PRIOR_SETTINGS).read_text())["num_inference_steps"] >= 2
     with safe_open(model / "prior" / "diffusion_pytorch_model.safetensors", "pt") as file:
         assert file.get_tensor("proj_in.weight").dtype == torch.float16
         assert float(file.get_tensor("clip_std").min()) > 0
@@ -80,6 +81,27 @@ def test_a_prompt_has_one_embedding_whatever_is_beside_it(work: Path, monkeypatc
         prior(["a", 3])  # type: ignore[list-item]
     monkeypatch.setattr(type(prior.pipeline), "__call__", lambda *_, **__: pytest.fail("it was kept"))
     assert torch.equal(prior(["a person in space"])[0], both[1])
+
+
+def test_a_repository_says_how_its_prior_is_sampled(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of a repository of the Hub stands the folder that is downloaded from it."""
+    pipeline = load_prior(work / "model").pipeline
+    asked = []
+
+    def download(source: str, file: str, **hub: object) -> str:
+        asked.append((source, file, hub))
+        if source == "somebody/none":
+            raise OSError("no such file")
+        return str(work / "model" / "prior" / PRIOR_SETTINGS)
+
+    monkeypatch.setattr(face_prior, "hf_hub_download", download)
+    monkeypatch.setattr(face_prior, "_read", lambda *_: pipeline)
+    prior = load_prior("somebody/prior", "studio", revision="main")
+    assert asked == []
+    assert torch.equal(prior(["a"]), load_prior(work / "model")(["a"])) and prior.settings == PriorSettings(2, 1.0)
+    assert asked == [("somebody/prior", f"studio/prior/{PRIOR_SETTINGS}", {"revision": "main"})]
+    other = load_prior("somebody/none")
+    assert other.pipeline is pipeline and other.settings == PriorSettings()
 
 
 def test_nothing_is_read_before_the_first_prompt() -> None:
@@ -112,7 +134,7 @@ def test_what_is_no_prior_is_refused_in_one_line(work: Path, tmp_path: Path, mon
         offline(["a"])
     assert "\n" not in str(caught.value)
     (tmp_path / "prior").mkdir()
-    (tmp_path / PRIOR_SETTINGS).write_text('{"steps": 3}')
+    (tmp_path / "prior" / PRIOR_SETTINGS).write_text('{"steps": 3}')
     with pytest.raises(FaceFusionError, match=f"{PRIOR_SETTINGS} does not say"):
         load_prior(tmp_path)
     for wrong in ({"num_inference_steps": 1}, {"num_inference_steps": 2.5}, {"guidance_scale": -1}):
@@ -170,6 +192,17 @@ def test_captions_without_their_padding_give_the_same(work: Path) -> None:
         torch.testing.assert_close(task(batch)[0], task(padded)[0])
     known = describe(clip, tokenizer, data)
     assert known.caption.min() > 0 and not known.words[0][2:].any()  # the first is the empty caption
+
+
+def test_the_shipped_prior_knows_what_unseen_scenes_look_like(tmp_path: Path) -> None:
+    model = embedded_model()
+    weights = model / "face_studio" / "prior" / "diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_size < 4_000_000
+    scenes = render_avatars(tmp_path, "test", 24, "cpu")
+    known = describe(load_clip(model), CLIPTokenizer.from_pretrained(model / "tokenizer"), scenes)
+    found = load_prior(model / "face_studio", text=model)(scenes.captions)
+    figures = agreement(found, known.images, known.images.mean(0, keepdim=True), scenes.captions)
+    assert figures["cosine"] > 0.85 and figures["cosine_of_another"] < 0.4 and figures["found"] > 0.6, figures
 
 
 def test_figures_of_agreement() -> None:

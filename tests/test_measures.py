@@ -152,7 +152,7 @@ def test_both_measures_are_trained_by_one_command_each_in_either_world(tmp_path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["vae", "--world", "2"], "--world is for the stages traits and drawing"),
+        (["vae", "--world", "2"], "--world is for the stages traits, drawing, landmarks"),
         (["traits", "--images", "5"], "say how many with --render"),
         (["traits", "--verdicts", "x"], "--verdicts is for the stage drawing"),
         (["drawing", "--size", "72"], "a multiple of 32"),

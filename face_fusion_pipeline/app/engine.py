@@ -17,7 +17,7 @@ from ..face_file_checks import check_identity_fits
 from ..face_identity import FaceIdentity
 from ..face_images import FacePhoto, detect_faces, locate_face
 from ..face_layout import Box, assign_boxes, even_boxes, scale_boxes
-from ..generation.provenance import describe
+from ..generation.provenance import describe, public_name
 from ..generation.references import reference_crops
 from ..generation.watermark import check_size
 from ..unet_family import unet_fingerprint
@@ -90,6 +90,19 @@ class Engine:
     def defaults(self) -> FaceDefaults:
         """What the model recommends; nothing, if it says nothing."""
         return settings_of_pipeline(self.pipe) or FaceDefaults()
+
+    @property
+    def described(self) -> str:
+        """What draws the pictures, in a sentence or two."""
+        width, height = self.size()
+        if self.model is None:
+            return (
+                f"Draws avatars, {width} × {height} pixels, with the small model that comes with the package: a real "
+                "person comes out as an avatar. For photographs start the app with your own checkpoint, --model."
+            )
+        name, adapter = public_name(self.model), self.adapter and public_name(self.adapter)
+        weights = f"with the weights {adapter}" if adapter else "training-free, a weaker likeness than with weights"
+        return f"Draws with {name}, {width} × {height} pixels, {weights}."
 
     @property
     def has_control(self) -> bool:
@@ -203,10 +216,11 @@ class Engine:
         passes = 2 if form.compare or draft else 1
         for index in range(form.count):
 
-            def report(part: float, done: int, index: int = index) -> None:
+            def report(part: float, done: int, index: int = index, words: str = "") -> None:
                 if cancelled():
                     raise CancelledError
-                words = f"Picture {index + 1} of {form.count}" + (", draft" if passes - done == 2 else "")
+                pass_ = ("draft" if draft else "without the face") if passes - done == 2 else ""
+                words = f"Picture {index + 1} of {form.count}" + (f", {pass_}" if pass_ else words)
                 on_step((index * passes + done + part) / (form.count * passes), words)
 
             one = replace(form, seed=form.seed + index)
@@ -220,8 +234,11 @@ class Engine:
             faces |= {"face_boxes": places} if places else {}
             output = self._denoise(one, faces, lambda part: report(part, passes - 1))
             hidden = any(getattr(output, "nsfw_content_detected", None) or [])
+            image = output.images[0]
+            if form.refine and not hidden:
+                image = self._refined(one, image, faces, lambda: report(1.0, passes - 1, words=", faces again"))
             text = self._text(one, identities, places, source)
-            yield Picture(output.images[0], plain, places, hidden, text)
+            yield Picture(image, plain, places, hidden, text)
 
     def _denoise(self, form: Form, faces: dict[str, Any], on_step: Callable[[float], None]) -> Any:
         import torch
@@ -254,6 +271,35 @@ class Engine:
         except InvalidLayoutError as error:  # boxes
             raise FieldError("places", error) from error
 
+    def _refined(
+        self, form: Form, image: Image.Image, faces: dict[str, Any], on_step: Callable[[], None]
+    ) -> Image.Image:
+        """The picture with its small faces drawn again; as it is, if fewer are found than there are people."""
+        import torch
+
+        boxes = faces.get("face_boxes") or self.find_boxes(image)
+        if len(boxes) < len(form.people):
+            return image
+
+        def after_step(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step()
+            return tensors
+
+        with self._unet_lock:
+            (again,) = self.pipe.refine_faces(
+                image,
+                form.prompt_of_one,
+                face_image=faces["face_image"],
+                face_scale=faces["face_scale"],
+                face_boxes=assign_boxes(boxes, len(form.people)) if "face_boxes" not in faces else boxes,
+                negative_prompt=form.negative_prompt or None,
+                num_inference_steps=form.steps,
+                guidance_scale=form.guidance,
+                generator=torch.Generator("cpu").manual_seed(form.seed),
+                callback_on_step_end=after_step,
+            )
+        return again
+
     def _boxes_in_draft(self, draft: Any, count: int) -> tuple[list[Box], str]:
         found = self.find_boxes(draft)
         if len(found) < count:
@@ -275,6 +321,7 @@ class Engine:
             "steps": form.steps,
             "guidance": form.guidance,
             "low_noise_guidance": form.guidance_in_low_noise_half,
+            "refine_faces": form.refine,
             "watermark": self.watermark,
             "control": None if form.control is None else "depth of the layout picture",
         }

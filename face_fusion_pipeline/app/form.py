@@ -14,6 +14,7 @@ from ..generation.arguments import MAX_SEED, check_prompt
 
 
 MAX_PEOPLE, MAX_PHOTOS, MAX_PICTURES, MAX_STEPS = 3, 8, 8, 200
+LEAST_REFINING = 3  # steps: a part of them is done again
 MAX_RATIO = 4  # of the sides of a picture whose shape is followed: beyond, the shorter one has too few pixels
 
 AS_WRITTEN = "as written"
@@ -93,6 +94,7 @@ class Form:
         low_noise_guidance: whether guidance is halved in the low-noise half of the timesteps.
         compare: whether each picture is made without faces, too.
         mode: one of `MODES`.
+        refine: whether faces that came out small are drawn again, larger.
     """
 
     people: tuple[PersonForm, ...]
@@ -105,6 +107,7 @@ class Form:
     guidance: float = 5.0
     low_noise_guidance: bool = False
     compare: bool = False
+    refine: bool = False
     boxes: dict[int, Box] | None = None
     control: Any = None
     layout_size: tuple[int, int] | None = None
@@ -131,6 +134,12 @@ class Form:
         return self.prompt if self.style == AS_WRITTEN else f"{self.prompt}, {self.style}"
 
     @property
+    def prompt_of_one(self) -> str:
+        """What is seen of each person alone, where faces are drawn again."""
+        one = self.prompt if len(self.people) == 1 else "a photo of a person"
+        return one if self.style == AS_WRITTEN else f"{one}, {self.style}"
+
+    @property
     def face_boxes(self) -> list[Box] | None:
         """Boxes in the order of the people, or None: nothing was drawn."""
         return [self.boxes[person.number] for person in self.people] if self.boxes else None
@@ -150,6 +159,8 @@ class Form:
         for field, value, most in (("count", self.count, MAX_PICTURES), ("steps", self.steps, MAX_STEPS)):
             if not 1 <= value <= most:
                 raise FieldError(field, f"this must be from 1 to {most}, got {value}")
+        if self.refine and self.steps < LEAST_REFINING:
+            raise FieldError("steps", f"to draw small faces again takes {LEAST_REFINING} steps or more")
         if not isinstance(self.guidance, Real) or not 0 <= self.guidance <= 100:
             raise FieldError("guidance", f"this must be from 0 to 100, got {self.guidance}")
         if self.boxes:

@@ -55,7 +55,7 @@ class Handlers:
         """All widgets that [`read_form`] reads."""
         w = self.widgets
         fields = {w.run_id, w.prompt, w.style, w.seed, w.count, w.canvas, w.follow_depth}
-        fields |= {w.negative_prompt, w.steps, w.guidance, w.low_noise_guidance, w.compare, w.mode}
+        fields |= {w.negative_prompt, w.steps, w.guidance, w.low_noise_guidance, w.compare, w.refine, w.mode}
         return fields.union(*({p.photos, p.strength, p.which} for p in w.people))
 
     def read_person(self, values: Updates, number: int, session: Session | None) -> PersonForm:
@@ -85,6 +85,7 @@ class Handlers:
             guidance=values[w.guidance],
             low_noise_guidance=values[w.low_noise_guidance],
             compare=values[w.compare],
+            refine=values[w.refine],
             mode=values[w.mode],
             boxes=boxes,
             control=session.layout if values[w.follow_depth] else None,

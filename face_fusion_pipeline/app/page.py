@@ -58,6 +58,7 @@ class PersonWidgets:
     photos: gr.Gallery
     strength: gr.Slider
     which: gr.Dropdown
+    crops: gr.HTML
     load: gr.UploadButton
     save: gr.Button
     saved: gr.DownloadButton
@@ -88,6 +89,7 @@ class Widgets:
     low_noise_guidance: gr.Checkbox
     mode: gr.Dropdown
     compare: gr.Checkbox
+    refine: gr.Checkbox
     places_section: gr.Accordion
     more_section: gr.Accordion
     generate: gr.Button
@@ -105,7 +107,7 @@ class Widgets:
 
 
 def build_page(
-    examples: list[Example], ratio: float, steps: int, defaults: FaceDefaults, has_control: bool
+    examples: list[Example], ratio: float, steps: int, defaults: FaceDefaults, has_control: bool, described: str = ""
 ) -> Widgets:
     """Lay out all widgets; call it inside `gr.Blocks()`.
 
@@ -114,10 +116,12 @@ def build_page(
         steps: denoising steps at the beginning.
         defaults: what the model recommends, and the words that it knows, if they are few.
         has_control: whether the model can follow the depth of a picture.
+        described: what draws the pictures.
     """
     widgets: dict[str, Any] = {}
     messages: dict[str, gr.HTML] = {}
-    gr.HTML(INTRO, elem_classes="intro", apply_default_css=False)
+    model = f'<p id="model">{html.escape(described)}</p>'
+    gr.HTML(INTRO + model, elem_classes="intro", apply_default_css=False)
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
             gr.HTML("<h2>Examples, with avatars</h2>", apply_default_css=False, elem_classes="heading")
@@ -128,8 +132,8 @@ def build_page(
             _prompt(widgets, messages, defaults.vocabulary)
             _places(widgets, messages, ratio, has_control)
             _more(widgets, messages, steps, defaults)
-        with gr.Column(min_width=320):
-            with gr.Row():
+        with gr.Column(min_width=320, elem_id="outcome"):
+            with gr.Row(elem_id="actions"):
                 widgets["generate"] = gr.Button("Generate", variant="primary", elem_id="generate")
                 widgets["cancel"] = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel")
             widgets["run_id"] = gr.Textbox(visible="hidden")
@@ -140,7 +144,7 @@ def build_page(
 
 
 def _example(example: Example) -> gr.Button:
-    button = gr.Button(example.label, size="sm", icon=example.people[0][0])
+    button = gr.Button(f"{example.label}\n{example.prompt}", size="sm", icon=example.card)
     assert button.icon is not None
     button.keep_in_cache.add(button.icon["path"])  # or it would be removed with old uploads
     return button
@@ -165,6 +169,7 @@ def _person(number: int, messages: dict[str, gr.HTML]) -> PersonWidgets:
             elem_classes="photos",
         )
         messages[f"person_{number}"] = _message(f"person_{number}")
+        crops = gr.HTML(visible=False, elem_id=f"crops_{number}", elem_classes="crops", apply_default_css=False)
         with gr.Row():
             strength = gr.Slider(
                 0,
@@ -184,7 +189,7 @@ def _person(number: int, messages: dict[str, gr.HTML]) -> PersonWidgets:
             save = gr.Button("Save identity file", size="sm", min_width=120, elem_id=f"save_{number}")
             forget = gr.Button("Remove identity", size="sm", min_width=120, visible=False)
             saved = gr.DownloadButton(visible="hidden", elem_id=f"saved_{number}")
-    return PersonWidgets(photos, strength, which, load, save, saved, forget)
+    return PersonWidgets(photos, strength, which, crops, load, save, saved, forget)
 
 
 def _prompt(widgets: dict[str, Any], messages: dict[str, gr.HTML], vocabulary: Vocabulary | None) -> None:
@@ -266,7 +271,16 @@ def _more(widgets: dict[str, Any], messages: dict[str, gr.HTML], steps: int, def
         )
         messages["mode"] = _message("mode")
         widgets["compare"] = gr.Checkbox(
-            False, label="Also without a face", info="in the contact sheet, from the same seed; takes twice the time"
+            True,
+            label="Also without the face",
+            info="in the contact sheet, from the same seed: shows what the face changes, and takes twice the time",
+            elem_id="compare",
+        )
+        widgets["refine"] = gr.Checkbox(
+            False,
+            label="Draw small faces again",
+            info="each by itself and larger: for several people, and for pictures of the whole body",
+            elem_id="refine",
         )
 
 

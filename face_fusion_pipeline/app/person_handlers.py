@@ -1,9 +1,11 @@
 """What the widgets of one person do, and the examples that fill in the form."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
+from PIL import Image
 
 from ..face_errors import FaceFusionError
 from .avatar_examples import Example
@@ -11,6 +13,10 @@ from .engine import CancelledError
 from .form import ONLY_FACE, FieldError
 from .handlers import Handlers, Updates, message
 from .page import PersonWidgets
+from .places import data_url
+
+
+CROP = 96  # pixels of a face crop on the page
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,21 +41,25 @@ class PersonHandlers:
         person = self.page.read_person(values, self.number, session)
         if person.identity is not None:
             return gr.skip()
-        words, kind = "", "note"
+        words, kind, crops = "", "note", []
         if person.photos:
             self._forget(request)
             try:
                 person.check()
-                number = sum(1 for _ in self.page.engine.photos(person))
-                words = f"{count(number, 'photo')}, {'each ' * (number > 1)}with a face."
+                crops = self.page.engine.crops(person)
+                words = f"{count(len(crops), 'photo')}, {'each ' * (len(crops) > 1)}with a face."
             except FieldError as error:
                 words, kind = str(error), "error"
-        return {self.beside: message(words, kind), self.widgets.forget: gr.Button(visible=False)}
+        shown = {self.beside: message(words, kind), self.widgets.crops: shown_crops(crops)}
+        return {**shown, self.widgets.forget: gr.Button(visible=False)}
 
     def clear_message(self, values: Updates, request: gr.Request) -> Updates:
         """When the last photo goes, so does what was said about it."""
         person = self.page.read_person(values, self.number, self.page.sessions.get(request.session_hash))
-        return gr.skip() if person.is_given else {self.beside: message("")}
+        if person.photos:
+            return gr.skip()
+        hidden = {self.widgets.crops: shown_crops([])}
+        return hidden if person.is_given else {self.beside: message(""), **hidden}
 
     def load_identity(self, file: str, request: gr.Request) -> Updates:
         """An identity file in place of photos."""
@@ -111,8 +121,14 @@ class ExampleHandler:
         for number, person in enumerate(w.people):
             photos = example.people[number] if number < len(example.people) else ()
             updates |= {person.photos: [str(photo) for photo in photos] or None, person.which: ONLY_FACE}
-            updates |= {person.strength: 1.0, person.forget: gr.Button(visible=False)}
+            updates |= {person.strength: 1.0, person.forget: gr.Button(visible=False), person.crops: shown_crops([])}
         return updates
+
+
+def shown_crops(crops: Sequence[Image.Image]) -> gr.HTML:
+    """The update of the row of face crops; none hides it."""
+    pictures = "".join(f'<img src="{data_url(crop, CROP)}" alt="face crop {i}">' for i, crop in enumerate(crops, 1))
+    return gr.HTML(f"<p>What the model sees:</p>{pictures}" if crops else "", visible=bool(crops))
 
 
 def count(number: int, what: str) -> str:

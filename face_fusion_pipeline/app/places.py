@@ -35,10 +35,10 @@ def canvas_value(picture: Image.Image | None = None, boxes: Sequence[Box] = (), 
     }
 
 
-def data_url(picture: Image.Image) -> str:
-    """A small JPEG of the picture inside an address: no file has to be kept for it."""
+def data_url(picture: Image.Image, side: int = SHOWN) -> str:
+    """A small JPEG of the picture, `side` pixels at most, inside an address: no file has to be kept for it."""
     small = picture.convert("RGB")
-    small.thumbnail((SHOWN, SHOWN))
+    small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -27,8 +27,8 @@ QUOTA = 10  # of the largest file's size: what the files of all users may take t
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "unet"}
 # a button cannot download what its own click has yet to make: a hidden one is clicked when the file is there
 CLICK_SAVED = "() => { document.querySelector('#saved_%d').click(); }"
-# on a phone the results are below the form
-SHOW_STATUS = "() => { document.querySelector('#generate').scrollIntoView({behavior: 'smooth', block: 'nearest'}); }"
+# on a phone the results are above the form
+SHOW_STATUS = "() => { document.querySelector('#status').scrollIntoView({behavior: 'smooth', block: 'nearest'}); }"
 # and a message may be far above the button; a tab or section that was opened for it takes a moment to unfold
 SHOW_ERROR = """() => setTimeout(() => {
     document.querySelector("[id^=message_] .error")?.scrollIntoView({behavior: "smooth", block: "nearest"});
@@ -42,7 +42,7 @@ def build_app(engine: Engine, sessions: Sessions, steps: int = 25) -> gr.Blocks:
     width, height = engine.size()
     blocks = gr.Blocks(title="Face Fusion", analytics_enabled=False, delete_cache=(HOUR, HOUR))
     with blocks:
-        widgets = build_page(examples, width / height, steps, engine.defaults, engine.has_control)
+        widgets = build_page(examples, width / height, steps, engine.defaults, engine.has_control, engine.described)
         connect(Handlers(engine, sessions, widgets), examples)
 
         blocks.queue(max_size=WAITING)
@@ -98,7 +98,7 @@ def connect(handlers: Handlers, examples: list[Example]) -> None:
 
     runs = [generate_after(w.generate.click)]
     filled = [w.prompt, w.style, w.tabs, w.canvas, w.remove_layout, w.follow_depth, w.messages["places"]]
-    filled += [widget for p in w.people for widget in (p.photos, p.which, p.strength, p.forget)]
+    filled += [widget for p in w.people for widget in (p.photos, p.which, p.strength, p.forget, p.crops)]
     for example, button in zip(examples, w.examples, strict=True):
         fill = button.click(ExampleHandler(handlers, example).fill, outputs=filled, queue=False, **HIDDEN)
         runs.append(generate_after(fill.then))
@@ -116,8 +116,8 @@ def _connect_person(handlers: PersonHandlers) -> None:
     w, beside = handlers.widgets, handlers.beside
     fields: set[Block] = {w.photos, w.strength, w.which}
     changes = [w.photos.upload, w.photos.delete, w.which.input]
-    gr.on(changes, handlers.check_photos, fields, [beside, w.forget], **HIDDEN)
-    w.photos.change(handlers.clear_message, fields, beside, **HIDDEN)
+    gr.on(changes, handlers.check_photos, fields, [beside, w.crops, w.forget], **HIDDEN)
+    w.photos.change(handlers.clear_message, fields, [beside, w.crops], **HIDDEN)
     w.load.upload(handlers.load_identity, w.load, [beside, w.photos, w.forget], **HIDDEN)
     w.forget.click(handlers.forget_identity, outputs=[beside, w.forget], **HIDDEN)
     saved = w.save.click(handlers.save_identity, fields, [beside, w.saved], **HIDDEN, **ONE_AT_A_TIME)

@@ -126,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     look.add_argument("--report-to", metavar="TRACKER", help="tensorboard, wandb, ... or all")
     look.add_argument("--push-to-hub", action="store_true")
-    look.add_argument("--hub-model-id", metavar="OWNER/NAME", help="default: the name of OUT")
+    look.add_argument("--hub-model-id", metavar="OWNER/NAME", help="you, and the repository; default: the name of OUT")
     look.add_argument("--hub-private-repo", action="store_true")
     add_studio_arguments(parser)
     add_source_arguments(parser)

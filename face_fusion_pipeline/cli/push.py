@@ -24,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="what `face-fusion train` wrote; the avatar model: weights_card of the repository",
     )
-    parser.add_argument("--to", metavar="OWNER/NAME", help="the repository; made if it is not there")
+    parser.add_argument(
+        "--to",
+        metavar="OWNER/NAME",
+        help="your name or organisation on the Hub, and the repository, which is made if it is not there",
+    )
     parser.add_argument("--private", action="store_true", help="make it private")
     parser.add_argument("--license", metavar="ID", help="licence in the card's metadata, such as openrail")
     parser.add_argument(

@@ -57,7 +57,7 @@ def _write(picture: Picture, people: Sequence[Person], folder: Path) -> None:
     files["ori.jpg"] = side_by_side([load_image(person.others[0].content) for person in people])
     for name, image in files.items():
         with replacing(folder / name) as partial:
-            image.save(partial, format="JPEG", quality=QUALITY)
+            image.save(partial, format="JPEG", quality=QUALITY, subsampling=0)
     meta = {"prompt": picture.prompt, "identities": list(picture.people), "seed": picture.seed, "file": picture.name}
     write_text(folder / "meta.json", json.dumps(meta, ensure_ascii=False) + "\n")
 

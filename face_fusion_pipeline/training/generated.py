@@ -140,7 +140,7 @@ def is_drawn(out: Path, number: int, key: str) -> bool:
     return False
 
 
-class Studio:
+class PieceDrawer:
     """Draws, looks and writes: pictures to `out/images`, faces to `out/faces`, pieces to `out/parts`.
 
     Args:

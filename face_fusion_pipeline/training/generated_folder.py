@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..face_files import save_tensors
 from ..files.atomic import write_text
 from .base_model import BaseModel
-from .generated import Studio, key_of, tensors_path
+from .generated import PieceDrawer, key_of, tensors_path
 from .generated_pairs import Plan, merge
 from .generated_pictures import Artist
 from .latent_cache import (
@@ -63,18 +63,18 @@ def prepare_generated(
         return read_report(out)
     for name in ("images", "faces", "parts"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    studio = Studio(artist, plan.cast, plan.checks, out, key_of(settings), earlier)
+    drawer = PieceDrawer(artist, plan.cast, plan.checks, out, key_of(settings), earlier)
     pieces = list(enumerate(plan.cast.pieces()))[group.process_index :: group.num_processes]
     with tqdm(
         total=sum(len(people) for _, people in pieces), desc="drawing", unit="person", disable=not progress
     ) as bar:
         for number, people in pieces:
-            studio.draw(number, people, bar)
+            drawer.draw(number, people, bar)
     group.wait_for_everyone()
     report = merge(out, plan, settings) if group.is_main_process else {}
     group.wait_for_everyone()
     if on_gpu:  # caches are of the weights as they are trained with
-        del artist, studio
+        del artist, drawer, base
         base = load()
     encode_drawn(out, base, progress)
     if group.is_main_process:

@@ -26,7 +26,7 @@ OF_PARTS = ("person", "picture", "small_face")  # what rows of parts say and exa
 ASIDE, MOST_ASIDE = 20, 32  # one of so many people is set aside to compare rounds, at most so many
 OTHER, COPY, ALONE, HELD = (
     "not the same person",
-    "copy of the first picture",
+    "copy of another picture",
     "no other picture of the person",
     "set aside to compare rounds",
 )
@@ -132,7 +132,13 @@ def merge(out: Path, plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
         )
     least, aside = threshold(unrelated, plan.false_matches), set_aside(plan)
     reasons = {row["source"]: (row["reason"], row["message"]) for row in rows if "reason" in row}
-    reasons |= {pair.row["source"]: reason for pair in pairs if (reason := why_no_pair(pair, least)) is not None}
+    kept_of: dict[int, list[Row]] = {}
+    for pair in pairs:
+        others = kept_of.setdefault(pair.row["person"], [pair.first])
+        if (reason := why_no_pair(pair, others, least)) is None:
+            others.append(pair.row)
+        else:
+            reasons[pair.row["source"]] = reason
     paired = {pair.row["person"] for pair in pairs if pair.row["source"] not in reasons}
     similarity = describe_similarity(pairs, reasons, unrelated, least, aside)
     for row in rows:
@@ -159,13 +165,14 @@ def merge(out: Path, plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def why_no_pair(pair: Pair, least: float) -> tuple[str, str] | None:
-    """Reason and sentence why a further picture does not go with the first one; None: it does."""
+def why_no_pair(pair: Pair, others: list[Row], least: float) -> tuple[str, str] | None:
+    """Reason and sentence why a further picture does not go with `others` of its person; None: it does."""
     if pair.similarity < least:
         return OTHER, f"similarity {pair.similarity:.3f}, below {least:.3f}"
-    one, other = pair.row, pair.first
-    if is_copy((one["small_face"], other["small_face"]), (one["landmarks5"], other["landmarks5"])):
-        return COPY, f"{other['source']} has the same pose and expression"
+    one = pair.row
+    for other in others:
+        if is_copy((one["small_face"], other["small_face"]), (one["landmarks5"], other["landmarks5"])):
+            return COPY, f"{other['source']} has the same pose and expression"
     return None
 
 

@@ -11,6 +11,7 @@ from ..files.atomic import write_text
 from .generated_pairs import Plan
 from .loop import process_group
 from .preparation import METADATA, REPORT, is_prepared, read_report
+from .run_records import RECORD
 
 
 Draw = Callable[[Path, Plan, Path | None], dict[str, Any]]
@@ -39,7 +40,8 @@ def prepare_rounds(out: Path, plan: Plan, draw: Draw, learn: Learn) -> dict[str,
             break
         best = (figure, folder)
         if number < plan.rounds:
-            learn(folder, folder / "weights")
+            if not (folder / "weights" / RECORD).is_file():  # written last
+                learn(folder, folder / "weights")
             earlier, adapter = folder, str(folder / "weights")
     assert best is not None
     if process_group().is_main_process:

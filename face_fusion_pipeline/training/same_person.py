@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..conditioner_reference import LOOKING_GUIDANCE
+from ..face_images import CROP_ENLARGE
 from ..reference_pass import capture_hidden_states, noise_latents
 from .base_model import BaseModel
 from .latent_cache import encode_pictures
@@ -28,7 +29,7 @@ LAYERS = ".transformer_blocks.0.attn1"  # of a stack of blocks the first: XL has
 LEAST_SIDE = 16  # cells of a latent
 HEAD = 0.75  # radius of the disc around the middle of the crop, over half its side
 COPY_SHAPE = 0.04  # distance of five points after the best fit, over their extent
-COPY_GREY = 6.0  # grey levels between small pictures of two faces, equally bright
+COPY_GREY = 10.0  # grey levels between small pictures of two faces, equally bright
 FACE_CELLS = 16  # pixels a side of these
 
 
@@ -85,8 +86,10 @@ def threshold(unrelated: Iterable[float], false_matches: float) -> float:
 
 
 def small_face(crop: Image.Image) -> str:
-    """A face crop in grey cells as hexadecimal text, by which copies are recognised."""
-    return np.asarray(crop.convert("L").resize((FACE_CELLS,) * 2, Image.Resampling.BOX)).tobytes().hex()
+    """The inner face of a crop, without its surroundings, in grey cells as hexadecimal text: it tells copies."""
+    edge = round((1 - 1 / CROP_ENLARGE) / 2 * crop.width)
+    inner = crop.convert("L").crop((edge, edge, crop.width - edge, crop.height - edge))
+    return np.asarray(inner.resize((FACE_CELLS,) * 2, Image.Resampling.BOX)).tobytes().hex()
 
 
 def is_copy(faces: tuple[str, str], points: tuple[Sequence[Any], Sequence[Any]]) -> bool:

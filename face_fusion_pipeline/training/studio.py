@@ -27,6 +27,9 @@ from .studio_cache import Embeddings
 from .task import FaceFusionOptions, FaceFusionTask
 
 
+FACE_SPREAD = 0.3  # how far a face moves the first tokens, over the spread of text states
+
+
 @dataclass(frozen=True)
 class StudioOptions(FaceFusionOptions):
     """What is learned, and from what; those of Face Fusion that do not apply are left at their defaults.
@@ -152,7 +155,7 @@ class StudioTask(FaceFusionTask):
 
 @torch.no_grad()
 def fit_to_captions(studio: FaceStudio, pairs: Pairs, embeddings: Embeddings, ridge: float = 1.0) -> float:
-    """Let the Linear begin with tokens that say what the last states of a caption say, and nothing of the face.
+    """Let the Linear begin with tokens that say what the last states of a caption say; a face moves them at random.
 
     Those states hold the whole caption, and the UNet knows how to read them: so a training begins with pictures of the
     right kind. Least squares with a ridge, from the embeddings of pictures as they are.
@@ -175,6 +178,8 @@ def fit_to_captions(studio: FaceStudio, pairs: Pairs, embeddings: Embeddings, ri
     weight, bias = studio.projection.weight, studio.projection.bias
     weight.zero_()
     weight[:, :width] = solved[:-1].T.to(weight)
+    spread = FACE_SPREAD * float(states.std()) / studio.metadata.face_width**0.5
+    torch.nn.init.normal_(weight[:, width:], std=spread)  # zeros would be read by nobody, and so stay for long
     bias.copy_(solved[-1])
     left = (states - known @ solved).square().sum() / (states - states.mean(0)).square().sum()
     return 1 - float(left)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..face_style import picture_embeddings, without_faces
+from ..face_style import picture_embeddings, unit_rms, without_faces
 from .base_model import BaseModel
 from .latent_cache import BATCH, Cache, Column, Shards, _digest, open_shards, read_picture, shard_path, write_shards
 from .loop import digest
@@ -41,7 +41,7 @@ class Embeddings:
 
     def faces(self, references: Sequence[int]) -> Tensor:
         """(B, face width) of face crops, counted as `Shards.references` counts them."""
-        return self._columns["faces"].take(references)
+        return unit_rms(self._columns["faces"].take(references))  # as a pipeline gives them to the Linear
 
 
 def encode_embeddings(

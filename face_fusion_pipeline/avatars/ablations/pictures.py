@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 
+from ...conditioner import register_conditioner
 from ...evaluation.image_files import to_pil, write_image
 from ...face_images import crop_face
 from ...training.base_model import BaseModel
@@ -73,61 +72,37 @@ def make_pictures(
     The noise of a trial is the same for every variant. Several people are placed where the renderer puts them.
     """
     base.pipeline.to(base.unet.device)
+    if conditioning is not None:
+        register_conditioner(conditioning)
     paths = [image_path(out, trial, condition.slug) for trial in trials]
     missing = [(trial, path) for trial, path in zip(trials, paths, strict=True) if not path.is_file()]
-    make = _several_people if condition.people > 1 else _one_person
-    for images, targets in make(base, conditioning, missing, condition, sampling):
-        for image, path in zip(images, targets, strict=True):
+    for batch, face in _batches(base, conditioning, missing, condition, sampling):
+        images = _images(base.pipeline, [trial for trial, _ in batch], sampling, **face)
+        for image, (_, path) in zip(images, batch, strict=True):
             write_image(path, image)
     return paths
 
 
-def plain_pipeline(base: BaseModel) -> StableDiffusionPipeline:
-    """diffusers' own pipeline of the base's parts: whatever a variant is, it lies in the UNet."""
-    names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-    parts = {name: base.pipeline.components[name] for name in names}
-    without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline(**parts, **without)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+Planned = list[tuple[Trial, Path]]
 
 
-Drawn = Iterator[tuple[torch.Tensor, list[Path]]]
-
-
-def _one_person(
-    base: BaseModel, conditioning: Conditioning | None, missing: list[tuple[Trial, Path]], c: Condition, s: Sampling
-) -> Drawn:
-    pipe = plain_pipeline(base)
-    for person, group in groupby(missing, key=lambda item: item[0].person):
-        mine = list(group)
-        faces: AbstractContextManager[None] = nullcontext()
-        for start in range(0, len(mine), s.batch):
-            batch = mine[start : start + s.batch]
-            if conditioning is not None:
-                photos = list(reference_photos(person, c.references, s.seed))
-                states = conditioning.states(conditioning.from_photos(photos))
-                states = {name: state[None] for name, state in states.items()}
-                faces = conditioning.applied(states, scale=c.scale, guided=s.guidance_scale > 1)
-            with faces:
-                yield _images(pipe, [trial for trial, _ in batch], s), [path for _, path in batch]
-
-
-def _several_people(
-    base: BaseModel, conditioning: Conditioning | None, missing: list[tuple[Trial, Path]], c: Condition, s: Sampling
-) -> Drawn:
-    """The package's pipeline, which places people, with the weights of the method itself."""
-    pipe, shrink = base.pipeline, base.resolution / IMAGE_SIZE
-    if conditioning is not None:
-        pipe.set_face_fusion_adapter(conditioning.adapter)
-    for trial, path in missing:
-        face: dict[str, Any] = {}
+def _batches(
+    base: BaseModel, conditioning: Conditioning | None, missing: Planned, c: Condition, s: Sampling
+) -> Iterator[tuple[Planned, dict[str, Any]]]:
+    """Trials that are drawn together, all of the same people, and what their call says of faces."""
+    shrink = base.resolution / IMAGE_SIZE
+    for people, group in groupby(missing, key=lambda item: members(item[0])):
+        mine, face = list(group), {}
         if conditioning is not None:
-            photos = [reference_photos(person, c.references, s.seed) for person in members(trial)]
-            people = [pipe.encode_face([photo.face for photo in mine]) for mine in photos]
-            boxes = [[side * shrink for side in box] for box in true_boxes(trial)]
-            face = {"face_image": people, "face_scale": c.scale, "face_boxes": boxes}
-        yield _images(pipe, [trial], s, **face), [path]
+            photos = [list(reference_photos(person, c.references, s.seed)) for person in people]
+            identities = [base.pipeline.encode_face(faces, face_mode=conditioning.mode) for faces in photos]
+            face = {"face_image": identities, "face_scale": c.scale}
+        size = s.batch if c.people == 1 else 1  # places are those of one picture
+        for start in range(0, len(mine), size):
+            batch = mine[start : start + size]
+            if face and c.people > 1:
+                face["face_boxes"] = [[side * shrink for side in box] for box in true_boxes(batch[0][0])]
+            yield batch, face
 
 
 @torch.inference_mode()

@@ -25,7 +25,9 @@ from ...training.pairs import Pairs, Reference, split_people
 from ...training.preparation import has_partner, read_report, read_rows
 from ...training.run_records import read_records
 from ...training.task import FaceFusionOptions, FaceFusionTask, FeatureCache
-from .conditioning import Conditioning, UNetFeatures, create_conditioning, with_layers
+from .conditioners import create_conditioning
+from .conditioning import Conditioning
+from .unet_features import UNetFeatures, with_layers
 from .variants import Variant
 
 

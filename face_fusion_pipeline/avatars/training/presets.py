@@ -78,7 +78,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "prior": {
         "cpu": Preset(
             {"width": 128, "layers": 2},
-            LoopOptions(batch_size=64, lr=1.5e-3, steps=2500, warmup=50, ema_decay=0.99, precision="auto"),
+            LoopOptions(batch_size=64, lr=1.5e-3, steps=600, warmup=50, ema_decay=0.99, precision="auto"),
         ),
         "gpu": Preset({"width": 128, "layers": 4}, LoopOptions(batch_size=512, lr=2e-3, steps=6000, warmup=200)),
     },

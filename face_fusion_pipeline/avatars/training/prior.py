@@ -137,7 +137,7 @@ class PriorTask(Task):
         return {
             "clean": clean,
             "noise": torch.randn(clean.shape, generator=generator, device=generator.device).to(device),
-            "timesteps": ((1 - draws[1] ** 2) * (len(self.scheduler.alphas_cumprod) - 1)).long().to(device),
+            "timesteps": (draws[1] * len(self.scheduler.alphas_cumprod)).long().to(device),
             "states": self.known.states[caption, :longest].to(device).float(),
             "texts": self.known.texts[caption].to(device).float(),
             "words": words[:, :longest].to(device),
@@ -179,7 +179,7 @@ class PriorTask(Task):
     def export(self, folder: Path) -> None:
         copy.deepcopy(self.prior).cpu().half().save_pretrained(folder / "prior")
         self.scheduler.save_pretrained(folder / "prior_scheduler")
-        write_text(folder / PRIOR_SETTINGS, SETTINGS.to_json())
+        write_text(folder / "prior" / PRIOR_SETTINGS, SETTINGS.to_json())
 
 
 def agreement(predicted: Tensor, true: Tensor, mean: Tensor, captions: list[str]) -> dict[str, float]:
