@@ -6,20 +6,28 @@ import re
 from face_fusion_pipeline.cli import HelpFormatter, build_parser
 
 
-COMMANDS = "<!-- help of all commands -->"
+LIST, HELP = "<!-- list of all commands -->", "<!-- help of all commands -->"
 
 
 def on_page_markdown(markdown: str, **kwargs: object) -> str:
-    """The options of all commands, for the page that has the mark."""
-    return markdown.replace(COMMANDS, help_of_commands()) if COMMANDS in markdown else markdown
-
-
-def help_of_commands() -> str:
-    """Markdown: a heading and the help of each command, as wide as a page."""
+    """All commands and their options, from the parsers, for the page that has the marks."""
+    if HELP not in markdown:
+        return markdown
     parser = build_parser()
-    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    subparsers = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return markdown.replace(LIST, list_of_commands(subparsers)).replace(HELP, help_of_commands(subparsers))
+
+
+def list_of_commands(subparsers: argparse._SubParsersAction) -> str:  # type: ignore[type-arg]
+    """Markdown: a table of the commands with one line about each, which leads to its options."""
+    rows = [f"| [{c.dest}](#face-fusion-{c.dest}) | {c.help} |" for c in subparsers._choices_actions]
+    return "\n".join(["| `face-fusion` | |", "|---|---|", *rows])
+
+
+def help_of_commands(subparsers: argparse._SubParsersAction) -> str:  # type: ignore[type-arg]
+    """Markdown: a heading and the help of each command, as wide as a page."""
     sections = []
-    for name, command in commands.choices.items():
+    for name, command in subparsers.choices.items():
         command.formatter_class = lambda prog: HelpFormatter(prog, width=95)
         sections.append(f"## face-fusion {name}\n\n```text\n{command.format_help().strip()}\n```")
     return "\n\n".join(sections)

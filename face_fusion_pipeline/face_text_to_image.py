@@ -24,7 +24,11 @@ class TextToImageFaces(FaceFusionMixin):
     """Faces for a text-to-image pipeline with an optional component `controlnet`.
 
     A class of it says by which pipelines of its family it draws with a control image, and a face again.
+
+    `face_model` may be set to the face model that calls with `control_kind="landmarks"` use, see `face_models`.
     """
+
+    face_model: Any = None
 
     def _control_class(self) -> type:
         """The family's ControlNet pipeline; imported here, for diffusers' is slow to import."""

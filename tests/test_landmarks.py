@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from face_fusion_pipeline import face_landmarkers, face_models
 from face_fusion_pipeline.avatars import SPLITS, render, sample_scene
 from face_fusion_pipeline.avatars import face_model as avatar_models
+from face_fusion_pipeline.avatars.world import sheet
 from face_fusion_pipeline.avatars.world.render import rotations
 from face_fusion_pipeline.cli import face_model as command
 from face_fusion_pipeline.cli import main
@@ -449,6 +450,56 @@ def test_two_photos_of_a_person_have_nearer_shapes(photo_model, monkeypatch):
     same = np.array([alike[i, j] for i, j in pairs if people[i] == people[j]])
     other = np.array([alike[i, j] for i, j in pairs if people[i] != people[j]])
     assert (same[:, None] > other).mean() >= 0.75
+
+
+# --- The command generate -----------------------------------------------------------------------------------------
+
+
+def words_of(folder, *more):
+    words = ["--face", str(folder / "ada.png"), "--prompt", "a photo of a person", "--out", str(folder / "out")]
+    return ["generate", *words, "--steps", "1", "--num-images", "1", "--no-sheet", *more]
+
+
+@pytest.fixture(scope="module")
+def portraits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("portraits")
+    sheet.portrait(TEST + 4).save(folder / "ada.png", format="PNG")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--yaw", "20"], "has no controlnet_landmarks"),
+        (["--control-scale", "1"], "--control-scale goes with --driver or a pose"),
+        (["--driver", "nobody.png"], "there is no driver nobody.png"),
+        (["--yaw", "200"], "--yaw must be"),
+        (["--face", "ada.safetensors", "--yaw", "2"], "identity"),
+    ],
+)
+def test_a_pose_that_cannot_be_taken_is_refused_in_one_line(portraits, more, message, capsys):
+    assert main(words_of(portraits, *more)) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and message in said[0]
+
+
+def test_generate_draws_the_person_in_a_pose(portraits):
+    from diffusers import UNet2DConditionModel
+
+    from face_fusion_pipeline import embedded_model
+    from face_fusion_pipeline.avatars.training.controlnet import create_controlnet
+
+    unet = UNet2DConditionModel.from_pretrained(embedded_model() / "unet")
+    create_controlnet(unet, reads_text=False).save_pretrained(portraits / "net")
+    avatar_models.save_estimator(avatar_models.FaceEstimator(), portraits / "landmarks.safetensors", {"world": 1})
+    more = ["--driver", str(portraits / "ada.png"), "--yaw", "10", "--expression", "smiling"]
+    more += ["--controlnet", str(portraits / "net"), "--face-model", str(portraits / "landmarks.safetensors")]
+    assert main(words_of(portraits, *more)) == 0
+    (picture,) = (portraits / "out").glob("*.png")
+    with Image.open(picture) as image:
+        assert image.size == (128, 128)
+        written = json.dumps({name: str(value) for name, value in image.info.items()})
+    assert "posed" in written and "smiling" in written and "ada.png" not in written
 
 
 # --- The estimator of avatars -------------------------------------------------------------------------------------
