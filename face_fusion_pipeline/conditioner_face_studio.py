@@ -26,7 +26,7 @@ from .face_identity import checked_weights
 from .face_pictures import load_images
 from .face_prior import load_prior
 from .face_studio import CONTEXTS, STUDIO, FaceStudio, studio_lora
-from .face_style import picture_embeddings, unit_rms, without_faces
+from .face_style import picture_embeddings, unit_length, without_faces
 from .joint_attention import PersonKeys
 
 
@@ -38,7 +38,7 @@ STYLE_SCALE = 0.5  # where a style picture is given and no strength
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StudioIdentity:
-    """The face of one person as embeddings: `(n_refs, width)`, with the mean square 1, and how much each counts.
+    """The face of one person as embeddings: `(n_refs, width)` of length 1, and how much each counts.
 
     Attributes:
         embedder: name of the face embedder that made them.
@@ -59,9 +59,9 @@ class StudioIdentity:
 
     @property
     def face(self) -> Tensor:
-        """e_f = Σ β_i e_f^i, `(1, width)`, scaled to the mean square 1."""
+        """e_f = Σ β_i e_f^i, `(1, width)`, scaled to length 1."""
         shares = self.weights / self.weights.sum()
-        return unit_rms((shares[:, None] * self.embeddings).sum(0, keepdim=True))
+        return unit_length((shares[:, None] * self.embeddings).sum(0, keepdim=True))
 
     def with_weights(self, weights: Any) -> "StudioIdentity":
         """The same references in another proportion; None means equal."""
@@ -220,7 +220,7 @@ class StudioConditioner(Conditioner):
         studio = studio_of(pipe)
         embedder = face_embedder_of(pipe)
         pictures = load_images(images)
-        embeddings = unit_rms(embedder(pictures))
+        embeddings = unit_length(embedder(pictures))
         if embeddings.shape != (len(pictures), studio.metadata.face_width):
             raise IdentityMismatchError(
                 f"the face embedder {embedder.name!r} gave {tuple(embeddings.shape)} numbers for {len(pictures)} "
@@ -369,7 +369,7 @@ def prompt_embeddings(pipe: Any, call: Call) -> Tensor:
         )
     prior = source if callable(source) else pipe._kept("prior", source, load_studio_prior)
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
-    return unit_rms(prior(texts))
+    return unit_length(prior(texts))
 
 
 def load_studio_prior(source: str) -> Any:

@@ -1,6 +1,5 @@
 """Pictures as FaceStudio sees them: one CLIP embedding each, of a style picture with its faces covered."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +16,9 @@ GREY = (128, 128, 128)
 HALF = [0.5, 0.5, 0.5]  # mean and deviation of the pixels where an encoder comes without a processor
 
 
-def unit_rms(embeddings: Tensor) -> Tensor:
-    """Embeddings `(..., width)`, scaled so that their mean square is 1; zeros, which stand for nothing, stay zeros."""
-    return F.normalize(embeddings.float(), dim=-1) * math.sqrt(embeddings.shape[-1])
+def unit_length(embeddings: Tensor) -> Tensor:
+    """Embeddings `(..., width)` of length 1, float32; zeros, which stand for nothing, stay zeros."""
+    return F.normalize(embeddings.float(), dim=-1)
 
 
 def without_faces(image: Image.Image, boxes: Sequence[Box], enlarge: float) -> Image.Image:
@@ -37,7 +36,7 @@ def without_faces(image: Image.Image, boxes: Sequence[Box], enlarge: float) -> I
 
 @torch.no_grad()
 def picture_embeddings(encoder: Any, images: Sequence[Image.Image], processor: Any = None) -> Tensor:
-    """Embeddings `(n, width)` of pictures in CLIP's common space, float32, see [`unit_rms`].
+    """Embeddings `(n, width)` of pictures in CLIP's common space, float32, see [`unit_length`].
 
     Args:
         encoder: a `CLIPVisionModelWithProjection`.
@@ -48,7 +47,7 @@ def picture_embeddings(encoder: Any, images: Sequence[Image.Image], processor: A
     else:
         pixels = processor(images=list(images), return_tensors="pt").pixel_values
     weight = next(encoder.parameters())
-    return unit_rms(encoder(pixels.to(weight.device, weight.dtype)).image_embeds).cpu()
+    return unit_length(encoder(pixels.to(weight.device, weight.dtype)).image_embeds).cpu()
 
 
 def centred(image: Image.Image, side: int) -> Tensor:

@@ -59,7 +59,7 @@ if TYPE_CHECKING:  # not always needed, but the loader has to find their names h
     from .face_refinement import refine_faces
     from .face_studio import FaceStudio
     from .face_studio_loader_mixin import FaceStudioLoaderMixin
-    from .face_style import unit_rms
+    from .face_style import unit_length
 
 
 __all__ = [

@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_steps import follow_steps
     from .face_studio import FaceStudio
     from .face_studio_loader_mixin import FaceStudioLoaderMixin
-    from .face_style import unit_rms
+    from .face_style import unit_length
     from .guidance_interval import GuidanceInterval
     from .joint_attention import joint_attention
     from .reference_pass import capture_hidden_states

@@ -201,7 +201,7 @@ def test_pages_with_snippets_to_run() -> None:
     ran = {name(page): len(runnable(page)) for page in PAGES if runnable(page)}
     assert ran["README.md"] >= 3 and ran["docs/index.md"] == 1 and ran["docs/responsible_use.md"] == 2
     assert ran["docs/training.md"] == ran["docs/evaluation.md"] == 1
-    assert ran["docs/generate.md"] == ran["docs/several_people.md"] == ran["docs/your-checkpoint.md"] == 2
+    assert ran["docs/generate.md"] == ran["docs/several_people.md"] == ran["docs/your_checkpoint.md"] == 2
 
 
 # --- Tables and figures ----------------------------------------------------------------------------------------------

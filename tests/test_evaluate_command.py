@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -667,7 +668,8 @@ def test_two_processes_share_the_pictures(words: list[str], tmp_path: Path) -> N
         "face_detectors.load_detector = lambda *_: CentralFaces()\nsys.exit(main(sys.argv[1:]))\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, str(script), *words], capture_output=True, text=True, timeout=500)
+    seen = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}  # bars are read below
+    done = subprocess.run([*launch, str(script), *words], capture_output=True, text=True, timeout=500, env=seen)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = _rows(tmp_path / "out")
     assert len(rows) == len({(row["method"], row["identity"], row["prompt"]) for row in rows}) == 4 + 2 + 2

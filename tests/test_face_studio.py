@@ -26,7 +26,7 @@ from face_fusion_pipeline.face_studio import (
     new_studio,
     save_studio,
 )
-from face_fusion_pipeline.face_style import picture_embeddings, unit_rms, without_faces
+from face_fusion_pipeline.face_style import picture_embeddings, unit_length, without_faces
 from face_fusion_pipeline.unet_family import weights_fingerprint
 
 
@@ -189,7 +189,7 @@ def test_context_of_one_person_is_what_the_unet_gets_as_its_text(sd, context):
     identity = sd.encode_face(A)
     found = generate(sd, face_image=identity, style_context=context)
 
-    context_of_call = StudioContext(sd, None, unit_rms(toy_prior(["a cat"])), 0.0, context == "replace")
+    context_of_call = StudioContext(sd, None, unit_length(toy_prior(["a cat"])), 0.0, context == "replace")
     tokens, nothing = context_of_call.tokens(0, Person(identity)), context_of_call.nothing()
     text, negative = sd.encode_prompt("a cat", "cpu", 1, True)
     if context == "append":
@@ -307,11 +307,11 @@ def test_faces_of_a_style_picture_are_covered():
     assert without_faces(STYLE, [], 1.5) is STYLE
 
 
-def test_embeddings_have_the_mean_square_one():
+def test_embeddings_have_length_one():
     found = picture_embeddings(toy_encoder(), [STYLE, face(2, 40)])
     assert found.shape == (2, IMAGE_WIDTH)
-    assert torch.allclose(found.square().mean(1), torch.ones(2), atol=1e-5)
-    assert torch.equal(unit_rms(torch.zeros(1, 4)), torch.zeros(1, 4))
+    assert torch.allclose(found.norm(dim=1), torch.ones(2), atol=1e-5)
+    assert torch.equal(unit_length(torch.zeros(1, 4)), torch.zeros(1, 4))
 
 
 # --- Bad input ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from PIL import Image
 from tiny_models import face, for_task, generate, tiny_pipeline, tiny_unet, with_adapter
 
-from face_fusion_pipeline import SelfAttentionReference, StableDiffusionFaceFusionPipeline
+from face_fusion_pipeline import SelfAttentionReference, StableDiffusionFaceFusionPipeline, embedded_model
+from face_fusion_pipeline.avatars.evaluation.trials import portraits
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.conditioner_reference import ReferenceConditioner
 from face_fusion_pipeline.face_attention import attention_layers
@@ -431,3 +433,25 @@ def fitting_options(judge: Familiarity | None) -> Any:
     from face_fusion_pipeline.conditioner import IdentityOptions
 
     return IdentityOptions(familiarity=judge)
+
+
+# --- The model that comes with the package -----------------------------------------------------------------------
+
+
+def test_the_avatar_model_knows_avatars_and_no_photographs() -> None:
+    """Its judge is of its UNet; of two photographs (where test data are) and two avatars it knows the latter."""
+    pipe = StableDiffusionFaceFusionPipeline.from_pretrained(embedded_model())
+    judge = familiarity_of(pipe)
+    assert judge is not None and judge.fallback.scale == 1.5 and judge.noise == (150, 0)
+    avatars = [portraits(seed).face for seed in (1_100_000, 1_100_001)]
+    found = [pipe.encode_face(picture).familiarity for picture in avatars]
+    assert min(found) > 0, found
+    folder = Path(os.environ.get("FACE_FUSION_TEST_DATA", "nowhere")) / "photos" / "london"
+    if not folder.is_dir():
+        pytest.skip("no photographs: FACE_FUSION_TEST_DATA names no folder with photos/london")
+    for path in sorted(folder.glob("*.jpg"))[:2]:
+        with Image.open(path) as photo:
+            width, height = photo.size  # faces fill the middle of this set
+            crop = photo.convert("RGB").crop((width // 8, height // 8, width * 7 // 8, height * 7 // 8))
+        identity = pipe.encode_face(crop)
+        assert is_unfamiliar(identity) and identity.self_attention == judge.fallback

@@ -537,3 +537,20 @@ def test_numbers_of_a_pose_go_both_ways():
 
     numbers = in_square(torch.tensor([[10.0, -5, 3, 61, 70, 44]]), torch.tensor([square]))
     np.testing.assert_allclose(numbers[0], avatar_models.pose_numbers(pose, square), atol=1e-5)
+
+
+def test_the_dots_of_everybody_are_what_a_controlnet_of_landmarks_learns_from(tmp_path):
+    from face_fusion_pipeline.avatars.training.controlnet import load_dots
+    from face_fusion_pipeline.avatars.training.data import render_avatars
+    from face_fusion_pipeline.training.errors import TrainingError
+
+    data = render_avatars(tmp_path, "train", 9, "cpu", 64)
+    dots = load_dots(data)
+    assert dots.shape == (9, 3, 64, 64) and dots.dtype == torch.uint8
+    alone = [row for row, record in enumerate(data.records) if record["people"] == 1][0]
+    points = np.array(data.records[alone]["landmarks72"])
+    assert np.array_equal(dots[alone].permute(1, 2, 0).numpy(), np.asarray(draw_landmarks(points, 64)))
+    assert max(record["people"] for record in data.records) == 2
+    del data.records[0]["landmarks72"]
+    with pytest.raises(TrainingError, match="no 72 facial points: write the dataset again"):
+        load_dots(data)

@@ -98,7 +98,7 @@ def test_embeddings_of_rendered_data_are_of_their_pictures(place):
 
         def __call__(self, faces: Any) -> torch.Tensor:
             seen.append(len(faces))
-            return torch.full((len(faces), 4), 0.5)  # of length 1, as embedders give them
+            return torch.full((len(faces), 4), 0.5)  # of length 1
 
     made = studio_cache.encode_embeddings(
         place / "data", base, cache, base.pipeline.image_encoder, Counting(), mask=1.5, progress=False
@@ -107,7 +107,7 @@ def test_embeddings_of_rendered_data_are_of_their_pictures(place):
     found = studio_cache.Embeddings(made, rows)
     assert found.whole([0, 1]).shape == (2, IMAGE_WIDTH)
     assert not torch.allclose(found.whole([0]), found.covered([0]))
-    assert torch.allclose(found.faces([0, 1]), torch.ones(2, 4))  # of mean square 1, as pipelines give them
+    assert torch.allclose(found.faces([0, 1]), torch.full((2, 4), 0.5))
     assert sum(seen) == rows
 
 

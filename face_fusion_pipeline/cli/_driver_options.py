@@ -51,7 +51,7 @@ def check_driver(args: argparse.Namespace) -> None:
             if getattr(args, name) is not None:
                 raise FaceFusionError(f"--{name.replace('_', '-')} goes with --driver or a pose, such as --yaw 20")
         return
-    if not args.face or args.face[0].endswith(".safetensors"):
+    if not args.face or any(face.endswith(".safetensors") for face in args.face):
         raise FaceFusionError("a pose needs the photo of the person as --face: an identity does not say their shape")
     if args.driver is not None and not Path(args.driver).is_file():
         raise ModelNotFoundError(f"there is no driver {args.driver}")

@@ -13,10 +13,12 @@ from ..generation.arguments import check_prompt
 from ..generation.provenance import DISCLOSURE_OF_FACE, SOURCE_TYPE_OF_FACE
 from ._arguments import POSITIVE, SEED, real, whole
 from .generate import (
+    add_driver_arguments,
     add_face_argument,
     add_model_arguments,
     add_output_arguments,
     add_photo_arguments,
+    add_studio_arguments,
     check_arguments,
     check_model_arguments,
     denoising,
@@ -95,8 +97,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=SEED, default=0, help="of the noise, the same for each picture")
     add_photo_arguments(parser)
     add_output_arguments(parser)
-    parser.set_defaults(height=None, width=None, refine_faces=True)
-    parser.set_defaults(style_image=None, style_scale=None, face_studio=None)  # of `generate` alone
+    parser.set_defaults(**of_generate_alone())
+
+
+def of_generate_alone() -> dict[str, Any]:
+    """The options that `generate` alone has, at their defaults: what it shares with this command reads them."""
+    parser = argparse.ArgumentParser()
+    for add in (add_studio_arguments, add_driver_arguments):
+        add(parser)
+    return {**vars(parser.parse_args([])), "height": None, "width": None, "refine_faces": True}
 
 
 def run(args: argparse.Namespace) -> int:

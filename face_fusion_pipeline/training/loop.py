@@ -322,7 +322,7 @@ def train(
             if not math.isfinite(logged["loss"]):
                 loss_now = logged["loss"]
                 raise TrainingError(f"the loss is {loss_now} after {step} steps: try a smaller --lr than {options.lr}")
-            speed = f"{logged['images_per_second']:.0f}/s"
+            speed = f"{logged['images_per_second']:.3g}/s"
             steps = {} if options.steps else {"step": step}
             bar.set_postfix(**steps, loss=f"{logged['loss']:.4f}", images=speed)
         now = time.monotonic()

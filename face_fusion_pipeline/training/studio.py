@@ -154,7 +154,7 @@ class StudioTask(FaceFusionTask):
 
 
 @torch.no_grad()
-def fit_to_captions(studio: FaceStudio, pairs: Pairs, embeddings: Embeddings, ridge: float = 1.0) -> float:
+def fit_to_captions(studio: FaceStudio, pairs: Pairs, embeddings: Embeddings, ridge: float = 0.01) -> float:
     """Let the Linear begin with tokens that say what the last states of a caption say; a face moves them at random.
 
     Those states hold the whole caption, and the UNet knows how to read them: so a training begins with pictures of the
@@ -178,7 +178,7 @@ def fit_to_captions(studio: FaceStudio, pairs: Pairs, embeddings: Embeddings, ri
     weight, bias = studio.projection.weight, studio.projection.bias
     weight.zero_()
     weight[:, :width] = solved[:-1].T.to(weight)
-    spread = FACE_SPREAD * float(states.std()) / studio.metadata.face_width**0.5
+    spread = FACE_SPREAD * float(states.std())
     torch.nn.init.normal_(weight[:, width:], std=spread)  # zeros would be read by nobody, and so stay for long
     bias.copy_(solved[-1])
     left = (states - known @ solved).square().sum() / (states - states.mean(0)).square().sum()

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..face_style import picture_embeddings, unit_rms, without_faces
+from ..face_style import picture_embeddings, unit_length, without_faces
 from .base_model import BaseModel
 from .latent_cache import BATCH, Cache, Column, Shards, _digest, open_shards, read_picture, shard_path, write_shards
 from .loop import digest
@@ -25,7 +25,7 @@ Embedder = Callable[[Sequence[Image.Image]], Tensor]
 
 
 class Embeddings:
-    """Random access to the embeddings of all examples, in the order of the folder's rows."""
+    """Random access to the embeddings of all examples, of length 1, in the order of the folder's rows."""
 
     def __init__(self, folder: Path, count: int) -> None:
         files = open_shards(folder, count)
@@ -33,15 +33,15 @@ class Embeddings:
 
     def whole(self, examples: Sequence[int]) -> Tensor:
         """(B, image width) of pictures as they are."""
-        return self._columns["whole"].take(examples)
+        return unit_length(self._columns["whole"].take(examples))
 
     def covered(self, examples: Sequence[int]) -> Tensor:
         """(B, image width) of pictures whose faces are covered."""
-        return self._columns["covered"].take(examples)
+        return unit_length(self._columns["covered"].take(examples))
 
     def faces(self, references: Sequence[int]) -> Tensor:
         """(B, face width) of face crops, counted as `Shards.references` counts them."""
-        return unit_rms(self._columns["faces"].take(references))  # as a pipeline gives them to the Linear
+        return unit_length(self._columns["faces"].take(references))
 
 
 def encode_embeddings(
