@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_attention import FaceFusionAttnProcessor
     from .face_axes import face_axes
     from .face_defaults import FaceDefaults
+    from .face_depth import depth_image
     from .face_detectors import load_detector
     from .face_embedders import load_face_embedder
     from .face_errors import FaceFusionError

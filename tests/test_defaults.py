@@ -238,4 +238,5 @@ def test_a_file_that_says_nothing_sensible_is_refused(tmp_path, text, words):
 def test_the_embedded_model_recommends_what_models_of_avatars_do():
     embedded = read_defaults(embedded_model()).to_dict()
     embedded.pop("vocabulary", None)
+    assert embedded.pop("face_familiarity") == "face_familiarity.safetensors"  # fitted to these weights alone
     assert embedded == AVATAR_DEFAULTS.to_dict()

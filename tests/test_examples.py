@@ -28,6 +28,7 @@ EXAMPLES = {
     "one_reference": (["ada.png", ONE], "one_reference_1.png", (128, 128)),
     "several_references": ([ONE, "ada.png", "ada_2.png"], "several_references.png", None),
     "morph": (["ada.png", "bob.png", ONE], "morph.png", None),
+    "hybrid_guidance": (["ada.png", "bob.png", ONE], "hybrid_guidance.png", None),
     "two_people": (["ada.png", "bob.png", TWO], "two_people.png", None),
     "two_people_depth": (["ada.png", "bob.png", "layout.png", TWO, "depth.png"], "two_people_depth.png", None),
     "small_faces": (["ada.png", "bob.png", TWO, "a person in a suit", "a person in a crown"], "small_faces.png", None),

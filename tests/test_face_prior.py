@@ -120,7 +120,7 @@ def test_a_prior_lies_in_a_subfolder_and_takes_the_text_tower_of_the_model(work:
     assert torch.equal(found, load_prior(work / "model")(["a"]))
     shutil.copytree(work / "model" / "tokenizer", tmp_path / "studio" / "tokenizer")
     shutil.copytree(work / "model" / "text_encoder", tmp_path / "studio" / "text_encoder")
-    with pytest.raises(ModelNotFoundError, match="text_encoder lacks text_projection.weight"):
+    with pytest.raises(ModelNotFoundError, match="text_encoder lacks text_projection"):
         load_prior(tmp_path / "studio")(["a"])
 
 

@@ -123,3 +123,18 @@ def test_embeddings_of_rendered_data_are_of_their_pictures(place):
 def test_bad_options(place, tmp_path, capsys, options, words):
     assert train(place, tmp_path / "out", "--max-train-steps", "1", *options) == 2
     assert words in capsys.readouterr().err
+
+
+def test_an_embedder_learns_from_crops_as_detectors_cut_them(place, tmp_path, monkeypatch, capsys):
+    from face_fusion_pipeline.avatars.training import crop_embedder
+    from face_fusion_pipeline.face_embedders import load_avatar_embedder
+
+    crops = torch.randint(0, 256, (12, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(crop_embedder, "face_crops", lambda *_: (crops, [number // 2 for number in range(12)]))
+    words = ["--data", str(place / "data"), "--out", str(tmp_path), "--batch-size", "2", "--steps", "1"]
+    assert main(["avatars-train", "crop-embedder", *words]) == 0, capsys.readouterr().err
+    assert load_avatar_embedder(tmp_path / WEIGHTS_NAME).width == 256
+    record = json.loads((tmp_path / "training.json").read_text())["crop-embedder"]
+    assert record["training_images"] == 3  # three of six people are set aside
+    assert main(["avatars-train", "crop-embedder", "--data", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
+    assert "is not prepared" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_the_app_marks_pictures_and_sheet(wanted: bool, monkeypatch: pytest.Monk
     with Image.open(IMAGES / "reference.png") as image:
         picture = image.convert("RGB")
     made = [Picture(picture, picture, None, False, {"description": "AI"})]
-    engine: Any = SimpleNamespace(watermark=wanted, run=lambda *_: iter(made))
+    engine: Any = SimpleNamespace(watermark=wanted, run=lambda *_: iter(made), identities=lambda *_: [])
     sessions, user = Sessions(), SimpleNamespace(session_hash="ada")
     run = sessions.of("ada").new_run()
     monkeypatch.setattr(Handlers, "read_form", lambda *_: Form(people=(), prompt="a cat"))

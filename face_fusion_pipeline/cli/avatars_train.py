@@ -25,7 +25,7 @@ HELP = (
 )
 MEASURES = ("traits", "drawing")
 OWN_PORTRAITS = (*MEASURES, "landmarks")  # stages that draw what they learn from
-STAGES = ("vae", "clip", "unet", "controlnet", "prior", "face-embedder", *OWN_PORTRAITS)
+STAGES = ("vae", "clip", "unet", "controlnet", "prior", "face-embedder", "crop-embedder", *OWN_PORTRAITS)
 PORTRAITS = {"train": 24000, "validation": 2000}  # that measures learn from, and are tried on
 
 
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "killed goes on from its last checkpoint when the same command is given again. Face Fusion weights for the "
         "result are trained as for any other checkpoint: `face-fusion prepare` and `face-fusion train`. A face "
         "embedder is no part of the model: "
-        "it can be asked for in the training of Face Fusion weights (identity loss). Traits "
+        "it can be asked for in the training of Face Fusion weights (identity loss). A crop embedder, which "
+        "FaceStudio knows faces by, goes on from it; its --data is a folder that `face-fusion prepare avatars:N` made "
+        "for the embedded model. Traits "
         "and drawing are measures of `face-fusion avatars-evaluate table`: they learn from portraits of their own, "
         "which --data keeps."
     )
@@ -152,7 +154,9 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed or 0)  # the initial weights
     preset = PRESETS[args.stage][args.preset]
     options = loop_options(preset.loop, args)
-    if args.stage in OWN_PORTRAITS:
+    if args.stage == "crop-embedder":
+        task = crop_embedder_task(args)
+    elif args.stage in OWN_PORTRAITS:
         data, validation = (own_portraits(args, split) for split in PORTRAITS)
     elif args.render:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -164,11 +168,29 @@ def run(args: argparse.Namespace) -> int:
     else:
         data = load_avatars(args.data, "train", args.images)
         validation = load_avatars(args.data, "validation")
-    task = create_task(args, preset, data, validation)
+    if args.stage != "crop-embedder":
+        task = create_task(args, preset, data, validation)
     record = train(task, options, args.out, export_only=args.export_only, source=args.continue_from)
     if os.environ.get("RANK", "0") == "0":
         print(f"{args.stage}: {record['steps']} steps in {record['seconds'] / 60:.1f} minutes, written to {args.out}")
     return 0
+
+
+def crop_embedder_task(args: argparse.Namespace) -> Task:
+    """Of the face crops of a prepared folder, from `--continue-from` or from the face embedder of trainings."""
+    from ..avatar_model import embedded_model
+    from ..avatars.training.crop_embedder import CropEmbedderTask
+    from ..avatars.training.face_embedder import SHIPPED
+    from ..face_embedders import load_avatar_embedder
+    from ..training.base_model import load_base
+    from ..training.latent_cache import cache_folders
+    from ..training.preparation import is_prepared
+
+    if not is_prepared(args.data):
+        raise FaceFusionError(f"{args.data} is not prepared: `face-fusion prepare avatars:20000 --out {args.data}`")
+    base = load_base(embedded_model())
+    source = (args.continue_from or SHIPPED) / "face_embedder.safetensors"
+    return CropEmbedderTask(load_avatar_embedder(source), args.data, cache_folders(args.data, base), base)
 
 
 def own_portraits(args: argparse.Namespace, split: str) -> AvatarImages:

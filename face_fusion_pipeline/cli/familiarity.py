@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..face_errors import FaceFusionError
-from ._arguments import COUNT, SEED, STRENGTH, whole
+from ._arguments import COUNT, SEED, STRENGTH, Gather, whole
 
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="tried",
         type=Path,
         nargs="+",
+        action=Gather,
         default=[],
         metavar="DIR",
         help="folders that are judged at the end",

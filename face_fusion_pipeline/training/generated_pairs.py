@@ -186,7 +186,7 @@ def describe_similarity(
     no_copies = [pair for pair in pairs if reasons.get(pair.row["source"], ("",))[0] != COPY]
     return {
         "threshold": least,
-        "unrelated": float(unrelated.mean()),
+        "unrelated": mean(unrelated.tolist()),
         "drawn": mean([pair.similarity for pair in pairs]),
         "kept": mean([pair.similarity for pair in no_copies if pair.row["source"] not in reasons]),
         "above": mean([float(pair.similarity >= least) for pair in pairs]),
@@ -195,7 +195,8 @@ def describe_similarity(
 
 
 def mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+    """To four places: further ones differ with the number of threads."""
+    return round(float(np.mean(values)), 4) if values else None
 
 
 def set_aside(plan: Plan) -> set[int]:

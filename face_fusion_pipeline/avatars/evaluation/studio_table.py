@@ -1,6 +1,6 @@
 """FaceStudio on avatars: likeness by text and by picture, the slider between them, mixing, several people.
 
-Style pictures are true renders of a scene with somebody else, whose face is covered as in training.
+Style pictures are true renders of a scene with somebody else, whose face is covered if the weights ask for it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {  # call arguments; "face" and "style" sta
     "style by FaceStudio, identity by Face Fusion": {"face": "both", "style": 1.0, "style_context": "replace"},
 }
 SHOWN = ("clothing", "background")  # of the style picture and of the prompt, along the slider
-SHEET_ROWS = 8
+SHEET_ROWS, SLIDER_ROWS = 8, 4
 
 
 class Studio:
@@ -286,7 +286,7 @@ def as_markdown(result: dict[str, Any], recognisers: list[str]) -> str:
     rows = [
         [name, *(f"{100 * found[r]['mean']:.0f} %" for r in recognisers)] for name, found in result["leak"].items()
     ]
-    parts += ["How far pictures come towards the person of the style picture, whose face is covered.\n"]
+    parts += ["How far pictures come towards the person of the style picture.\n"]
     parts += [markdown_table(["method", *recognisers], rows)]
     two = result["two people"]
     parts += [
@@ -308,10 +308,10 @@ def sheet(studio: Studio) -> Image.Image:
 def slider_sheet(studio: Studio) -> Image.Image:
     rows: list[tuple[str, list[Image.Image]]] = []
     for i, trial in enumerate(studio.trials):
-        if trial.number or len(rows) == SHEET_ROWS:
+        if trial.number or len(rows) == SLIDER_ROWS:
             continue
         of_style = studio.trials[(i + 1) % len(studio.trials)]
         pictures = [to_pil(slid(studio, trial, of_style, alpha)) for alpha in SLIDER]
         face = portraits(trial.person, seed=studio.settings.seed).face
         rows.append((trial.text, [face, *pictures, studio.styles[of_style.key]]))
-    return contact_sheet(["reference", *(f"α = {alpha:g}" for alpha in SLIDER), "style picture"], rows)
+    return contact_sheet(["reference", *(f"style_scale {alpha:g}" for alpha in SLIDER), "style picture"], rows)

@@ -86,6 +86,10 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "cpu": Preset({}, LoopOptions(batch_size=96, lr=2e-3, steps=2400, warmup=50, ema_decay=0.99)),
         "gpu": Preset({}, LoopOptions(batch_size=512, lr=4e-3, steps=2000, warmup=50, ema_decay=0.99)),
     },
+    "crop-embedder": {
+        "cpu": Preset({}, LoopOptions(batch_size=64, lr=4e-4, steps=300, warmup=50, ema_decay=0.995)),
+        "gpu": Preset({}, LoopOptions(batch_size=256, lr=8e-4, steps=2000, warmup=50, ema_decay=0.995)),
+    },
     "landmarks": {
         "cpu": Preset(
             {}, LoopOptions(batch_size=32, lr=2e-3, steps=6000, warmup=100, ema_decay=0.99, precision="auto")
