@@ -65,6 +65,32 @@ def flatten_scales(scales: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
+def check_hub_arguments(method: str, given: Mapping[str, Any]) -> None:
+    """Raise TypeError for arguments of a `load_` method that the Hub does not know."""
+    if unknown := given.keys() - set(HUB_ARGUMENTS):
+        raise TypeError(f"{method}() got unexpected arguments {sorted(unknown)}")
+
+
+def weights_path(
+    what: str, source: str | os.PathLike[str], weight_name: str, subfolder: str | None, **hub: Any
+) -> str:
+    """The `.safetensors` file that a Hub id, folder or file stands for; fetched, if it is on the Hub.
+
+    Args:
+        what: how messages call the weights.
+
+    Raises:
+        ModelNotFoundError: no such file. AdapterMismatchError: not safetensors.
+    """
+    name = str(source) if os.path.isfile(source) else weight_name
+    if not name.endswith(".safetensors"):
+        raise AdapterMismatchError(f"{what} weights are .safetensors files only, got {name!r}")
+    try:
+        return _get_model_file(str(source), weights_name=weight_name, subfolder=subfolder, **hub)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"no {what} {weight_name!r} found in {str(source)!r}: {error}") from error
+
+
 class FaceLoaderMixin:
     """`load_`, `save_`, `unload_` and `set_` methods named and ordered as diffusers' own for IP-Adapters."""
 
@@ -180,19 +206,12 @@ class FaceLoaderMixin:
             ModelNotFoundError: no such file.
             AdapterMismatchError: other base family, format version, keys or shapes; not safetensors.
         """
-        if unknown := kwargs.keys() - set(HUB_ARGUMENTS):
-            raise TypeError(f"load_face_fusion_adapter() got unexpected arguments {sorted(unknown)}")
+        check_hub_arguments("load_face_fusion_adapter", kwargs)
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, Mapping):
             metadata = AdapterMetadata(base_family(self.unet), resolution=self._default_resolution())
         else:
-            name = str(source) if os.path.isfile(source) else weight_name
-            if not name.endswith(".safetensors"):
-                raise AdapterMismatchError(f"adapter weights are .safetensors files only, got {name!r}")
-            try:
-                path = _get_model_file(str(source), weights_name=weight_name, subfolder=subfolder, **kwargs)
-            except (OSError, ValueError) as error:
-                raise ModelNotFoundError(f"no adapter {weight_name!r} found in {str(source)!r}: {error}") from error
+            path = weights_path("adapter", source, weight_name, subfolder, **kwargs)
             source, strings = read_tensors(path, check=AdapterMetadata.from_strings)
             metadata = AdapterMetadata.from_strings(strings)
         self.set_face_fusion_adapter(load_adapter(self.unet, source, metadata))

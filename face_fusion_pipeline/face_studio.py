@@ -234,41 +234,29 @@ def detach(unet: Any) -> None:
         unet._hf_peft_config_loaded = None
 
 
-def wake_lora(unet: Any) -> None:
-    """Let the LoRA act from now on, as in training."""
-    for layer in lora_layers(getattr(unet, "_orig_mod", unet)).values():
-        if STUDIO in layer.lora_A and STUDIO not in layer.active_adapters:
-            layer._active_adapter = [*layer.active_adapters, STUDIO]
-
-
 @contextmanager
-def lora_asleep(unet: Any) -> Iterator[None]:
-    """Within it a LoRA that was woken does not act."""
-    unet = getattr(unet, "_orig_mod", unet)
-    layers = [layer for layer in lora_layers(unet).values() if STUDIO in layer.lora_A]
-    acting = [layer._active_adapter for layer in layers]
+def studio_lora(unet: Any, acts: bool = True) -> Iterator[None]:
+    """Within it the LoRA acts, or does not, beside those that act already."""
+    layers = _studio_layers(unet)
+    before = [layer._active_adapter for layer in layers]
     try:
-        for layer in layers:
-            layer._active_adapter = [name for name in layer.active_adapters if name != STUDIO]
+        set_lora(unet, acts)
         yield
     finally:
-        for layer, before in zip(layers, acting, strict=True):
-            layer._active_adapter = before
+        for layer, names in zip(layers, before, strict=True):
+            layer._active_adapter = names
 
 
-@contextmanager
-def studio_lora(unet: Any) -> Iterator[None]:
-    """Within it the LoRA acts, beside those that act already."""
+def set_lora(unet: Any, acts: bool) -> None:
+    """Let the LoRA act from now on, or not."""
+    for layer in _studio_layers(unet):
+        others = [name for name in layer.active_adapters if name != STUDIO]
+        layer._active_adapter = [*others, STUDIO] if acts else others
+
+
+def _studio_layers(unet: Any) -> list[Any]:
     unet = getattr(unet, "_orig_mod", unet)
-    layers = [layer for layer in lora_layers(unet).values() if STUDIO in layer.lora_A]
-    acting = [layer._active_adapter for layer in layers]
-    try:
-        for layer in layers:
-            layer._active_adapter = [*layer.active_adapters, STUDIO]
-        yield
-    finally:
-        for layer, before in zip(layers, acting, strict=True):
-            layer._active_adapter = before
+    return [layer for layer in lora_layers(unet).values() if STUDIO in layer.lora_A]
 
 
 # --- Files -------------------------------------------------------------------------------------------------------

@@ -3,13 +3,11 @@
 import os
 from typing import Any
 
-from diffusers.utils.hub_utils import _get_model_file
-
-from .face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError
+from .face_errors import FaceFusionError
+from .face_loader_mixin import check_hub_arguments, weights_path
 from .face_studio import STUDIO, STUDIO_WEIGHTS_NAME, FaceStudio, detach, load_studio, save_studio
 
 
-HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 PARTS = ("prior", "image_encoder", "face_embedder")  # what may lie beside the weights, or is named
 
 
@@ -50,16 +48,8 @@ class FaceStudioLoaderMixin:
             ModelNotFoundError: no such file.
             AdapterMismatchError: other base family, format or shapes; not safetensors.
         """
-        if unknown := kwargs.keys() - set(HUB_ARGUMENTS):
-            raise TypeError(f"load_face_studio() got unexpected arguments {sorted(unknown)}")
-        source = str(pretrained_model_name_or_path)
-        name = source if os.path.isfile(source) else weight_name
-        if not name.endswith(".safetensors"):
-            raise AdapterMismatchError(f"FaceStudio weights are .safetensors files only, got {name!r}")
-        try:
-            path = _get_model_file(source, weights_name=weight_name, subfolder=subfolder, **kwargs)
-        except (OSError, ValueError) as error:
-            raise ModelNotFoundError(f"no FaceStudio weights {weight_name!r} found in {source!r}: {error}") from error
+        check_hub_arguments("load_face_studio", kwargs)
+        path = weights_path("FaceStudio", pretrained_model_name_or_path, weight_name, subfolder, **kwargs)
         if self.face_studio is not None:
             detach(self.unet)
         metadata = load_studio(self.unet, path).metadata

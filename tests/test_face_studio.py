@@ -25,6 +25,7 @@ from face_fusion_pipeline.face_studio import (
     lora_state,
     new_studio,
     save_studio,
+    set_lora,
 )
 from face_fusion_pipeline.face_style import picture_embeddings, unit_length, without_faces
 from face_fusion_pipeline.unet_family import weights_fingerprint
@@ -194,9 +195,7 @@ def test_context_of_one_person_is_what_the_unet_gets_as_its_text(sd, context):
     text, negative = sd.encode_prompt("a cat", "cpu", 1, True)
     if context == "append":
         tokens, nothing = torch.cat([text, tokens], 1), torch.cat([negative, nothing], 1)
-    from face_fusion_pipeline.face_studio import wake_lora
-
-    wake_lora(sd.unet)
+    set_lora(sd.unet, True)
     expected = sd(
         prompt_embeds=tokens,
         negative_prompt_embeds=nothing,
@@ -340,7 +339,7 @@ def test_what_is_missing_is_named(weights):
     plain = tiny_pipeline()
     with pytest.raises(FaceFusionError, match="load_face_studio"):
         generate(plain, style_image=STYLE)
-    with pytest.raises(ModelNotFoundError, match="no FaceStudio weights"):
+    with pytest.raises(ModelNotFoundError, match="no FaceStudio"):
         plain.load_face_studio(weights / "nowhere")
     plain.load_face_studio(weights / "sd", face_embedder=ToyEmbedder())
     with pytest.raises(FaceFusionError, match="no prior"):

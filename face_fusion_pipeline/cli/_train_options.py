@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..face_errors import FaceFusionError
 from ..generation.arguments import add_version_arguments
@@ -136,6 +137,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command_line(args: argparse.Namespace) -> list[str]:
     """The command that gives these arguments, without those that are at their defaults."""
     return ["face-fusion", "train", *given_words(args, add_arguments)]
+
+
+def loss_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options say that the training of every conditioner asks for, see `training.task.FaceFusionOptions`."""
+    return {
+        "text_dropout": args.text_dropout,
+        "face_dropout": args.face_dropout,
+        "both_dropout": args.both_dropout,
+        "timestep_power": args.timestep_power,
+        "snr_gamma": args.snr_gamma,
+        "keep_noisy": args.snr_keep_noisy,
+        "face_loss_weight": args.face_loss_weight,
+        "gradient_checkpointing": args.gradient_checkpointing,
+    }
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -62,8 +62,14 @@ def check_studio_arguments(args: argparse.Namespace) -> None:
             raise FaceFusionError(f"--{option.replace('_', '-')} is of Face Fusion's training, not of FaceStudio's")
 
 
-def create_studio_task(args: argparse.Namespace, base: BaseModel, folder: Path, precision: Any) -> StudioTask:
-    """New weights in the UNet, embeddings of the prepared folder, and the task; the base gets its precision."""
+def create_studio_task(
+    args: argparse.Namespace, base: BaseModel, folder: Path, precision: Any, loss: dict[str, Any]
+) -> StudioTask:
+    """New weights in the UNet, embeddings of the prepared folder, and the task; the base gets its precision.
+
+    Args:
+        loss: the options that the training of every conditioner has.
+    """
     from ..conditioner_face_studio import image_encoder_of
     from ..face_studio import new_studio
     from ..training.initial_weights import continued_adapter
@@ -100,14 +106,7 @@ def create_studio_task(args: argparse.Namespace, base: BaseModel, folder: Path, 
         explained = fit_to_captions(studio, pairs, embeddings)
         print(f"the tokens begin with {100 * explained:.0f} % of what the captions' last states say")
     options = StudioOptions(
-        text_dropout=args.text_dropout,
-        face_dropout=args.face_dropout,
-        both_dropout=args.both_dropout,
-        timestep_power=args.timestep_power,
-        snr_gamma=args.snr_gamma,
-        keep_noisy=args.snr_keep_noisy,
-        face_loss_weight=args.face_loss_weight,
-        gradient_checkpointing=args.gradient_checkpointing,
+        **loss,
         style_dropout=args.style_dropout,
         whole_pictures=args.whole_pictures,
         appended=args.appended,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..generation.arguments import add_version_arguments, check_version
-from ._train_options import add_arguments, check_arguments, command_line, resume
+from ._train_options import add_arguments, check_arguments, command_line, loss_options, resume
 from ._train_studio import create_studio_task
 from .prepare import (
     add_selection_arguments,
@@ -142,25 +142,18 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
 
     frozen = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision(args), torch.float32)
     if args.conditioner == "face-studio":
-        return create_studio_task(args, base, folder, frozen)
+        return create_studio_task(args, base, folder, frozen, loss_options(args))
     cache = cache_folders(folder, base, args.augmentations)
     people, aside = split_people(read_rows(folder), args.validation_people, args.seed)
     pairs, held_out = Pairs(folder, cache, people), Pairs(folder, cache, aside) if aside else None
     adapter = start_adapter(args, base, folder)
     options = FaceFusionOptions(
-        text_dropout=args.text_dropout,
-        face_dropout=args.face_dropout,
-        both_dropout=args.both_dropout,
-        timestep_power=args.timestep_power,
-        snr_gamma=args.snr_gamma,
-        keep_noisy=args.snr_keep_noisy,
-        face_loss_weight=args.face_loss_weight,
+        **loss_options(args),
         identity_loss_weight=args.identity_loss_weight,
         identity_loss_from=args.identity_loss_from,
         identity_loss_until=args.identity_loss_until,
         identity_loss_jitter=args.identity_loss_jitter,
         keep_references=args.keep_references,
-        gradient_checkpointing=args.gradient_checkpointing,
     )
     embedder = load_face_embedder(args.identity_embedder) if args.identity_embedder else None
     samples = create_samples(args, base, adapter, folder, held_out) if args.validation_prompt else None

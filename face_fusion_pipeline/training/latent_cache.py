@@ -68,10 +68,11 @@ def cache_folders(folder: Path, base: BaseModel, augmentations: int = AUGMENTATI
         base.is_xl,
         data,
     ]  # XL takes an earlier layer
-    return Cache(folder / "latents" / _digest(vae), folder / "conditions" / _digest(text))
+    return Cache(folder / "latents" / digest_of(vae), folder / "conditions" / digest_of(text))
 
 
-def _digest(described: list[Any]) -> str:
+def digest_of(described: list[Any]) -> str:
+    """The name of a folder of shards, by what they were computed from."""
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..face_adapter import FaceFusionAdapter, face_fused_unet
-from ..face_studio import STUDIO_WEIGHTS_NAME, FaceStudio, lora_asleep, lora_state, save_studio, wake_lora
+from ..face_studio import STUDIO_WEIGHTS_NAME, FaceStudio, lora_state, save_studio, set_lora, studio_lora
 from ..unet_family import TEXT
 from .base_model import BaseModel
 from .kernels import plain_attention_on_cpu
@@ -78,7 +78,7 @@ class StudioTask(FaceFusionTask):
         for tensor in lora_state(self.unet).values():
             tensor.requires_grad_(True)
             tensor.data = tensor.data.float()  # the small weights learn in full precision
-        wake_lora(self.unet)
+        set_lora(self.unet, True)
         self.adapter.float()
 
     @property
@@ -140,7 +140,7 @@ class StudioTask(FaceFusionTask):
         options: Any = self.options
         schedule = self.base.schedule
         target = schedule.target(batch["latents"], batch["noise"], batch["timesteps"])
-        with lora_asleep(self.unet):
+        with studio_lora(self.unet, acts=False):
             states = super().identity_tokens(batch)
             with face_fused_unet(self.unet, self.teacher, states, batch["has_face"], places=self.places(batch)):
                 predicted = super().predicted(batch, noisy)

@@ -4,7 +4,6 @@ every face crop. Pictures that the folder does not hold (rendered data) are deco
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..face_style import picture_embeddings, unit_length, without_faces
 from .base_model import BaseModel
-from .latent_cache import BATCH, Cache, Column, Shards, _digest, open_shards, read_picture, shard_path, write_shards
+from .latent_cache import BATCH, Cache, Column, Shards, digest_of, open_shards, read_picture, write_shards
 from .loop import digest
 from .preparation import Row, data_key, read_rows
 
@@ -66,7 +65,7 @@ def encode_embeddings(
     rows = read_rows(folder)
     shards = Shards(cache, len(rows))
     described = [digest(encoder.state_dict()), embedder.name, mask, data_key(folder), cache.latents.name]
-    target = folder / "studio" / _digest(described)
+    target = folder / "studio" / digest_of(described)
 
     def shard(members: range) -> dict[str, Tensor]:
         pictures = [read_target(folder, base, shards, rows, index) for index in members]
@@ -104,11 +103,3 @@ def decoded(base: BaseModel, latents: Tensor) -> list[Image.Image]:
 def in_batches(images: Sequence[Image.Image], embed: Embedder) -> Tensor:
     """(n, width) of n pictures, a few at a time."""
     return torch.cat([embed(images[start : start + 4 * BATCH]) for start in range(0, len(images), 4 * BATCH)])
-
-
-def is_complete(target: Path, count: int) -> bool:
-    """Whether all shards of `count` examples are there."""
-    from .latent_cache import COMPLETE
-
-    path = target / COMPLETE
-    return path.is_file() and json.loads(path.read_text()).get("examples") == count and shard_path(target, 0).is_file()
