@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 from .face_errors import FaceFusionError
 
@@ -63,8 +63,8 @@ class Use:
         return frame is not None
 
 
-_uses: WeakKeyDictionary[Any, Use] = WeakKeyDictionary()
-_lock = threading.RLock()
+# Who asked for which UNet, in order. There is no lock: one that an interrupt left locked would stop all other threads.
+_uses: list[tuple[ref[Any], Use]] = []
 
 
 @contextlib.contextmanager
@@ -77,18 +77,18 @@ def sole_use(unet: Any) -> Iterator[None]:
         FaceFusionError: at once, if somebody uses it already, in this or in another thread.
     """
     unet = getattr(unet, "_orig_mod", unet)  # torch.compile's wrapper
-    use = Use()
+    mine = ref(unet), Use()
     try:
-        with _lock:
-            if unet in _uses and _uses[unet].goes_on:
-                raise FaceFusionError(IN_USE)
-            _uses[unet] = use
+        _uses.append(mine)
+        if next(entry for entry in tuple(_uses) if entry[0]() is unet and entry[1].goes_on) is not mine:
+            raise FaceFusionError(IN_USE)
         heal(unet)
         yield
     finally:
-        with _lock:
-            if _uses.get(unet) is use:
-                del _uses[unet]
+        for entry in tuple(_uses):
+            if entry is mine or entry[0]() is None or not entry[1].goes_on:
+                with contextlib.suppress(ValueError):  # another thread was quicker
+                    _uses.remove(entry)
 
 
 def heal(unet: Any) -> None:

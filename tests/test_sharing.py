@@ -181,7 +181,7 @@ def test_a_copy_of_the_module_is_recognised(pipe, monkeypatch):
 
     def encode(pipe, step, timestep, tensors):
         with monkeypatch.context() as patch:
-            patch.setattr(face_ownership, "_uses", {})
+            patch.setattr(face_ownership, "_uses", [])
             for mode in ("adapter", "training-free"):
                 with pytest.raises(FaceFusionError, match=IN_USE):
                     with_adapter(another(pipe)).encode_face(B, face_mode=mode)
@@ -265,6 +265,20 @@ def interrupted_at(place, run):
         sys.settrace(None)
 
 
+def usable_elsewhere(unet):
+    """Whether another thread may use a UNet now."""
+    used = []
+
+    def use():
+        with face_ownership.sole_use(unet):
+            used.append(True)
+
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    thread.join(20)
+    return used == [True]
+
+
 @pytest.mark.parametrize("mode", FACE_MODES)
 def test_an_interrupt_anywhere_leaves_a_unet_that_the_next_call_can_use(pipe, monkeypatch, mode):
     pipe = in_mode(pipe, mode, monkeypatch)
@@ -277,5 +291,6 @@ def test_an_interrupt_anywhere_leaves_a_unet_that_the_next_call_can_use(pipe, mo
         after = generate(pipe, **settings) if faces else generate(pipe, num_inference_steps=1)
         assert torch.equal(after, expected if faces else plain), f"interrupted at line {place}"
         assert pipe.unet.attn_processors == processors
+        assert usable_elsewhere(pipe.unet), f"interrupted at line {place}, the UNet is locked to other threads"
         place += 1 if place < 12 else 11
     assert place > 100
