@@ -6,6 +6,8 @@ Style pictures are true renders of a scene with somebody else, whose face is cov
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ...conditioner_face_studio import face_embedder_of, image_encoder_of, load_studio_prior
 from ...evaluation.generation import Settings, denoising, keep_settings
 from ...evaluation.image_files import read_image, to_pil, write_image
 from ...evaluation.metrics import bootstrap_mean, bootstrap_normalised, cosine_similarity
 from ...evaluation.reports import circumstances, contact_sheet, markdown_table, write_report
+from ...face_style import picture_embeddings
 from ...files.atomic import write_text
 from ..measures.figures import distances, row_of
 from ..measures.looks import Look
@@ -122,6 +126,7 @@ def compare_studio(pipe: Any, trials: list[Trial], panel: Panel, settings: Setti
     result["slider"], slid = slider(studio, panel)
     result["mixing"], mixed = mixing(studio, panel)
     result["two people"] = two_people(studio, panel)
+    result["seconds"] = costs(studio)
     write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in [*rows, *slid, *mixed]))
     write_report(out, "studio", result, as_markdown(result, panel.names))
     write_image(out / "sheet.png", sheet(studio))
@@ -263,6 +268,29 @@ def two_people(studio: Studio, panel: Panel) -> dict[str, Any]:
     return {"own": float(np.mean(own)), "neighbour": float(np.mean(neighbour)), "pairs": len(firsts)}
 
 
+def costs(studio: Studio, repeats: int = 5) -> dict[str, float]:
+    """Seconds of processor time: a picture without FaceStudio, and the parts that FaceStudio asks for one."""
+    pipe, trial = studio.pipe, studio.trials[0]
+    encoder, processor = image_encoder_of(pipe)
+    prior = load_studio_prior(pipe._studio_parts["prior"])
+    face = portraits(trial.person, seed=studio.settings.seed).face
+    parts: dict[str, Callable[[], Any]] = {
+        "image encoder": lambda: picture_embeddings(encoder, [studio.styles[trial.key]], processor),
+        "prior": lambda: prior._sampled(trial.text),  # what is kept of a prompt costs nothing
+        "one more reference": lambda: face_embedder_of(pipe)([face]),
+    }
+
+    def seconds(run: Callable[[], Any], times: int) -> float:
+        run()
+        start = time.process_time()
+        for _ in range(times):
+            run()
+        return (time.process_time() - start) / times
+
+    picture = seconds(lambda: trial_image(pipe, trial, studio.settings), 1)
+    return {"picture": picture, **{name: seconds(run, repeats) for name, run in parts.items()}}
+
+
 # --- Reports -----------------------------------------------------------------------------------------------------
 
 
@@ -291,7 +319,14 @@ def as_markdown(result: dict[str, Any], recognisers: list[str]) -> str:
     two = result["two people"]
     parts += [
         f"Two people, {two['pairs']} pairs: cosine to the own person {two['own']:.3f}, to the neighbour "
-        f"{two['neighbour']:.3f} (avatar recogniser). {denoising(result['settings'])}.\n"
+        f"{two['neighbour']:.3f} (avatar recogniser). {denoising(result['settings'])}.\n",
+        "Processor time of a picture: "
+        + ", ".join(
+            f"{name} {100 * seconds / result['seconds']['picture']:.2f} %"
+            for name, seconds in result["seconds"].items()
+            if name != "picture"
+        )
+        + ".\n",
     ]
     return "\n".join(parts)
 
