@@ -224,6 +224,14 @@ def test_strength_zero_is_nobody(sd):
     assert not torch.equal(generate(sd, face_image=A, style_image=STYLE, style_scale=1), nobody)
 
 
+def test_strength_scales_the_embedding(sd):
+    identity = sd.encode_face(A)
+    text = unit_length(toy_prior(["a cat"]))
+    tokens = StudioContext(sd, None, text, 0.0, True).tokens(0, Person(identity, 0.5))
+    assert torch.allclose(tokens, sd.face_studio(text, 0.5 * identity.face), atol=1e-6)
+    assert not torch.allclose(generate(sd, face_image=identity, face_scale=0.5), generate(sd, face_image=identity))
+
+
 def test_a_person_is_seen_in_their_region_alone(sd):
     """Changing the right person changes no key that the left region's queries see."""
     style = {"style_image": STYLE, "style_scale": 1.0, "num_inference_steps": 1}
