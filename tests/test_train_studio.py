@@ -12,11 +12,15 @@ from tiny_models import tiny_pipeline, with_adapter
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.face_embedders import WEIGHTS_NAME, AvatarEmbedder
 from face_fusion_pipeline.face_files import read_tensors, save_tensors
-from face_fusion_pipeline.face_studio import STUDIO_WEIGHTS_NAME, StudioMetadata
+from face_fusion_pipeline.face_studio import STUDIO_WEIGHTS_NAME, StudioMetadata, new_studio
 from face_fusion_pipeline.publishing import repository
 from face_fusion_pipeline.training import studio_cache
 from face_fusion_pipeline.training.base_model import load_base
 from face_fusion_pipeline.training.latent_cache import cache_folders
+from face_fusion_pipeline.training.loop import Part
+from face_fusion_pipeline.training.pairs import Pairs, split_people
+from face_fusion_pipeline.training.preparation import read_rows
+from face_fusion_pipeline.training.studio import StudioOptions, StudioTask
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +142,35 @@ def test_an_embedder_learns_from_crops_as_detectors_cut_them(place, tmp_path, mo
     assert record["training_images"] == 3  # three of six people are set aside
     assert main(["avatars-train", "crop-embedder", "--data", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
     assert "is not prepared" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [
+        ({"whole_pictures": 1.0, "style_dropout": 0.0}, "whole"),
+        ({"whole_pictures": 0.0, "style_dropout": 0.0}, "covered"),
+        ({"whole_pictures": 1.0, "style_dropout": 1.0}, None),
+    ],
+)
+def test_a_batch_shows_what_the_options_say(place, options, seen):
+    base = load_base(place / "base")
+    cache = cache_folders(place / "data", base)
+    torch.manual_seed(0)
+    embedder = AvatarEmbedder().eval()
+    encoder = base.pipeline.image_encoder
+    made = studio_cache.encode_embeddings(place / "data", base, cache, encoder, embedder, mask=1.5, progress=False)
+    people, _ = split_people(read_rows(place / "data"), 0, 0)
+    pairs = Pairs(place / "data", cache, people)
+    embeddings = studio_cache.Embeddings(made, len(pairs.rows))
+    sizes = {"image_width": IMAGE_WIDTH, "face_width": 256, "face_embedder": "avatars", "tokens": 2, "rank": 2}
+    studio = new_studio(base.unet, **sizes)
+    task = StudioTask(
+        base, studio, pairs, embeddings, options=StudioOptions(face_dropout=0.0, appended=1.0, **options)
+    )
+    rows = torch.arange(4)
+    batch = task.part(Part(0, 0, 4, rows, rows), torch.Generator().manual_seed(0), 0.0)
+    indices = [pairs.targets[row] for row in rows]
+    expected = torch.zeros(4, IMAGE_WIDTH) if seen is None else getattr(embeddings, seen)(indices)
+    assert torch.equal(batch["picture"], expected)
+    assert bool(batch["appended"]) and bool(batch["has_face"].all())
+    assert torch.allclose(batch["face"].norm(dim=1), torch.ones(4), atol=1e-3)
