@@ -21,6 +21,8 @@ IN_USE = (
     "this UNet is in use by another call with faces: let calls on one UNet follow each other, do not start one in a "
     "callback of another, or give each thread a UNet of its own"
 )
+# Functions that wait between two steps; to clear the frame of one that waits would end it.
+SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 REPLACED = "replaced_processor"  # the submodule that a processor with weights is while ours stands in for it
 
 
@@ -49,18 +51,25 @@ class Use:
     def __init__(self) -> None:
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and (
-            frame.f_code.co_flags & inspect.CO_GENERATOR or frame.f_code.co_filename == contextlib.__file__
+            frame.f_code.co_flags & SUSPENDED or frame.f_code.co_filename == contextlib.__file__
         ):
             frame = frame.f_back
-        self.frame, self.thread = frame, threading.get_ident()
+        self.frame = frame
 
     @property
     def goes_on(self) -> bool:
-        """Whether the function still runs: an interrupt can end it at any place, also where it would say so."""
-        frame = sys._current_frames().get(self.thread)
-        while frame is not None and frame is not self.frame:
-            frame = frame.f_back
-        return frame is not None
+        """Whether the function still runs: an interrupt can end it at any place, also where it would say so.
+
+        A frame that runs refuses to be cleared, in whichever thread it is. `sys._current_frames`, which would tell
+        too, can stop for ever in Python before 3.12: it allocates under a lock that a collection of garbage wants.
+        """
+        if self.frame is None:
+            return False
+        try:
+            self.frame.clear()
+        except RuntimeError:
+            return True
+        return False
 
 
 # Who asked for which UNet, in order. There is no lock: one that an interrupt left locked would stop all other threads.

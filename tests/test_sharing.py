@@ -1,5 +1,7 @@
 """One UNet in several hands: other threads, other pipelines, callbacks. Identities never mix, and nobody waits."""
 
+import asyncio
+import sys
 import threading
 
 import pytest
@@ -239,8 +241,6 @@ USES = {
 
 def interrupted_at(place, run):
     """Run to the `place`th line of these functions, and raise KeyboardInterrupt there; False where there is none."""
-    import sys
-
     count = 0
 
     def trace(frame, event, argument):
@@ -277,6 +277,35 @@ def usable_elsewhere(unet):
     thread.start()
     thread.join(20)
     return used == [True]
+
+
+def test_whether_a_use_goes_on_is_not_asked_of_all_threads(pipe, monkeypatch):
+    """`sys._current_frames` can stop for ever in Python 3.11 (https://github.com/python/cpython/issues/106883)."""
+    monkeypatch.delattr(sys, "_current_frames")
+
+    def use_in_vain():
+        with pytest.raises(FaceFusionError, match=IN_USE), face_ownership.sole_use(pipe.unet):
+            pass
+
+    with face_ownership.sole_use(pipe.unet):
+        use_in_vain()
+        assert in_thread(use_in_vain) is None
+    assert usable_elsewhere(pipe.unet)
+
+
+def test_a_coroutine_that_waits_is_not_ended_by_the_next_use(pipe):
+    async def waits():
+        with face_ownership.sole_use(pipe.unet):
+            await asyncio.sleep(0)
+        return "done"
+
+    async def both():
+        waiting = asyncio.create_task(waits())
+        await asyncio.sleep(0)
+        usable_elsewhere(pipe.unet)
+        return await waiting
+
+    assert asyncio.run(both()) == "done"
 
 
 @pytest.mark.parametrize("mode", FACE_MODES)
