@@ -83,7 +83,7 @@ def weights_per_person(weights: Any, groups: list[list[Any]]) -> list[list[Any]]
     Raises:
         FaceAxesError: several people, but not a list of numbers for each.
     """
-    if weights is None or sum(map(len, groups)) == 1:
+    if weights is None or sum(map(len, groups)) < 2:  # nobody, where a style alone is asked for
         return [[weights] * len(people) for people in groups]
     nested = isinstance(weights, (list, tuple))
     if not nested or any(isinstance(member, Real) or getattr(member, "ndim", 1) == 0 for member in weights):

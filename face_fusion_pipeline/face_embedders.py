@@ -7,6 +7,7 @@ stands where the box puts it, or where a detector finds its landmarks.
 import logging
 import os
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -68,11 +69,11 @@ class CheckedEmbedder:
     """
 
     def __init__(self, name: Any, width: Any, embed: Callable[[list[Image.Image]], Any], side: int = 0) -> None:
-        if not isinstance(name, str) or not name or not isinstance(width, int) or width < 1:
+        if not isinstance(name, str) or not name or not isinstance(width, Integral) or width < 1:
             raise FaceFusionError(
                 f"a face embedder has a name and a width of 1 or more, got {shown(name)} and {shown(width)}"
             )
-        self.name, self.width, self._embed, self._side = name, width, embed, side
+        self.name, self.width, self._embed, self._side = name, int(width), embed, side
 
     def __call__(self, faces: Sequence[Image.Image]) -> Tensor:
         if not faces:

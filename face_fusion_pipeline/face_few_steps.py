@@ -6,6 +6,7 @@ here needs torch.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from .face_defaults import FaceDefaults, read_part
@@ -39,7 +40,7 @@ def few_step_defaults(
         and config.get("prediction_type", "epsilon") in ("epsilon", "sample")
         and not config.get("rescale_betas_zero_snr")
     )
-    few = type(steps) is int and 1 <= steps <= FEW
+    few = isinstance(steps, Integral) and 1 <= steps <= FEW
     return FaceDefaults(1.0) if distilled and few and not guidance_embedded else None
 
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 KARLO = "kakaobrain/karlo-v1-alpha"
 PRIOR_SETTINGS = "prior_settings.json"
 KEPT = 64  # prompts whose embeddings are kept
-KARLO_BYTES = "4 GB"
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class PriorSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.num_inference_steps, int) and 2 <= self.num_inference_steps <= 1000):
+        if not (isinstance(self.num_inference_steps, Integral) and 2 <= self.num_inference_steps <= 1000):
             raise FaceFusionError(f"a prior takes 2 to 1000 steps, got {shown(self.num_inference_steps)}")
-        if not (isinstance(self.guidance_scale, (int, float)) and 0 <= self.guidance_scale <= 100):
+        if not (isinstance(self.guidance_scale, Real) and 0 <= self.guidance_scale <= 100):
             raise FaceFusionError(f"guidance of a prior is from 0 to 100, got {shown(self.guidance_scale)}")
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(asdict(self), indent=2, default=lambda number: number.item()) + "\n"  # of numpy, too
 
 
 class PriorPipeline(KandinskyPriorPipeline):

@@ -1,5 +1,6 @@
 """Arguments of a call: what their numbers must match, which sizes they mean, what is ignored and what refused."""
 
+import json
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,12 @@ from PIL import Image
 from test_several_people import LEFT, RIGHT, FakeDetector, close
 from tiny_models import XL_UNET, embeddings, face, family_of, for_task, generate, tiny_pipeline, tiny_unet
 
+from face_fusion_pipeline import GuidanceInterval, SelfAttentionReference
+from face_fusion_pipeline.face_embedders import CheckedEmbedder
 from face_fusion_pipeline.face_errors import FaceAxesError, FaceFusionError, InvalidLayoutError, InvalidScaleError
+from face_fusion_pipeline.face_few_steps import few_step_defaults
+from face_fusion_pipeline.face_prior import PriorSettings
+from face_fusion_pipeline.face_refinement import check_strength
 
 
 A, B, C = face(0), face(1), face(2)
@@ -249,6 +255,22 @@ def test_nested_weights_shift_between_the_references_of_each_person(pipe):
 
 def test_a_list_of_scales_is_ignored_without_a_face(pipe):
     assert torch.equal(generate(pipe, face_scale=[1.0, 0.5]), generate(pipe))
+
+
+def test_numbers_of_numpy_are_numbers(pipe):
+    """A value that was computed means what the same value written down means."""
+    settings = {"face_image": A, "face_mode": "training-free", "num_inference_steps": 2}
+    numbers = {"face_scale": 0.5, "face_self_scale": 2, "face_resolution": 16, "face_end": 0.5}
+    computed = {name: np.asarray(number)[()] for name, number in numbers.items()}
+    assert torch.equal(generate(pipe, **settings, **computed), generate(pipe, **settings, **numbers))
+    assert GuidanceInterval(np.float32(2), np.float64(0.25)).config.guidance_scale == 2
+    assert SelfAttentionReference(np.float32(4), np.int64(150), np.int64(0)) == SelfAttentionReference()
+    trailing = {"timestep_spacing": "trailing"}
+    assert few_step_defaults("DDIMScheduler", trailing, np.int64(4)) == few_step_defaults("DDIMScheduler", trailing, 4)
+    assert few_step_defaults("DDIMScheduler", trailing, np.int64(4)) is not None
+    check_strength(np.float32(0.5), np.int64(10))
+    assert json.loads(PriorSettings(np.int64(9), np.float32(2.5)).to_json()) == vars(PriorSettings(9, 2.5))
+    assert CheckedEmbedder("mine", np.int64(3), lambda faces: np.ones((len(faces), 3)))([A]).shape == (1, 3)
 
 
 @pytest.mark.parametrize("window", [{"face_start": "0"}, {"face_end": None}, {"face_start": float("nan")}])

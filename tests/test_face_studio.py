@@ -221,6 +221,7 @@ def test_beta_of_one_person_is_that_person_and_order_does_not_matter(sd):
 def test_strength_zero_is_nobody(sd):
     nobody = generate(sd, style_image=STYLE, style_scale=1)
     assert torch.equal(generate(sd, face_image=A, face_scale=0, style_image=STYLE, style_scale=1), nobody)
+    assert torch.equal(generate(sd, face_weights=[1, 2], style_image=STYLE, style_scale=1), nobody)  # of nobody
     assert not torch.equal(generate(sd, face_image=A, style_image=STYLE, style_scale=1), nobody)
 
 

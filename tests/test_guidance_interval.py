@@ -1,7 +1,9 @@
 """Less guidance at low noise, in pipelines of ours and of diffusers."""
 
+import numpy as np
 import pytest
 import torch
+from test_several_people import LEFT, RIGHT, FakeDetector
 from tiny_models import face, for_task, generate, stock_pipeline, tiny_pipeline
 
 from face_fusion_pipeline import GuidanceInterval
@@ -50,6 +52,15 @@ def test_a_call_without_guidance_stays_without(draw):
     images, used = draw(guidance_scale=1.0, callback_on_step_end=GuidanceInterval(2.0))
     assert used == [1.0] * 4
     assert torch.equal(images, draw(guidance_scale=1.0)[0])
+
+
+def test_a_draft_is_drawn_with_it_too():
+    pipe = tiny_pipeline()
+    options = {"num_inference_steps": 4, "guidance_scale": 4.0, "callback_on_step_end": GuidanceInterval(2.0)}
+    plain = pipe("a cat", generator=torch.Generator().manual_seed(0), **options).images[0]
+    detector = FakeDetector(LEFT, RIGHT)
+    generate(pipe, face_image=[[face()], [face(1)]], face_detector=detector, **options)
+    assert any(np.array_equal(np.asarray(seen), np.asarray(plain)) for seen in detector.seen)
 
 
 @pytest.mark.parametrize(
