@@ -11,11 +11,93 @@ An axis that is not given is 1 and holds for all. Nothing is guessed from length
 and images differs from what is expected, the call is refused with the shapes in the message.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from numbers import Real
 from typing import Any
 
-from .face_errors import FaceAxesError
+from .conditioner import IdentityOptions, Person, conditioner_of
+from .conditioner_face_studio import MODE, mode_by
+from .face_errors import FaceAxesError, IdentityMismatchError, InvalidScaleError
+from .face_familiarity import FALLBACK_MODE, UNFAMILIAR, familiarity_of, is_unfamiliar
+
+
+logger = logging.getLogger(__name__)
+
+MAX_FACE_SCALE = 100.0
+MODE_WITH_WEIGHTS = "adapter"  # where weights are loaded and no mode is asked for: the paper
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One person whom a call asks for: references or an identity, and the strengths of all and of self-attention."""
+
+    face: Any
+    scale: float
+    self_scale: float | None
+
+
+@dataclass(frozen=True)
+class Faces:
+    """What the caller says about who is seen, and how; the arguments `face_*` of the pipeline's call.
+
+    Attributes:
+        image: see the module; None: nobody.
+        scale: strength in [0, 100]: 1 is the paper, 0 is exactly the plain pipeline. One, or one a person.
+        self_scale: of the modes `"training-free"` and `"both"`: strength at the self-attention in [0, 100], which
+            `scale` multiplies. Default: that of the identity, see `SelfAttentionReference`.
+        weights: one number for each image, see `FaceFusionMixin.encode_face`; of several people one such list each.
+        mode, resolution, mirrored: see `FaceFusionMixin.encode_face`.
+        by: `"face-fusion"` or `"face-studio"` (`identity_by`), who takes the image where both are loaded; default Face
+            Fusion, else FaceStudio.
+    """
+
+    image: Any = None
+    scale: float | Sequence[float] = 1.0
+    self_scale: float | Sequence[float] | None = None
+    weights: Any = None
+    mode: str | None = None
+    resolution: int | None = None
+    mirrored: bool | None = None
+    by: str | None = None
+
+    def wanted(self, prompts: int | None) -> list[list[Wanted]]:
+        """Prompts (1 or `prompts`) × people; nothing without an image.
+
+        Raises:
+            FaceAxesError, InvalidScaleError: see [`face_axes`], [`per_person`] and [`check_scale`].
+        """
+        groups = [] if self.image is None else face_axes(self.image, prompts)
+        scales = per_person(self.scale, groups, "face_scale", check_scale)
+        own = per_person(self.self_scale, groups, "face_self_scale", check_self_scale)
+        rows = zip(groups, scales, own, strict=True)
+        return [[Wanted(*person) for person in zip(*row, strict=True)] for row in rows]
+
+
+def check_scale(scale: Any, name: str = "face_scale") -> float:
+    """`scale` as a float in [0, 100]; raises [`InvalidScaleError`] otherwise."""
+    number = float(scale) if isinstance(scale, Real) and not isinstance(scale, bool) else -1.0
+    if not 0 <= number <= MAX_FACE_SCALE:
+        raise InvalidScaleError(f"{name} must be a number from 0 (off) over 1 (the paper) to 100, got {scale!r}")
+    return number
+
+
+def check_self_scale(scale: Any, name: str) -> float | None:
+    """As [`check_scale`]; None is the identity's own."""
+    return None if scale is None else check_scale(scale, name)
+
+
+def check_window(start: Any, end: Any) -> tuple[float, float]:
+    """Both as they are; raises [`InvalidScaleError`] unless they are numbers with 0 <= start < end <= 1."""
+    try:
+        inside = 0 <= start < end <= 1
+    except TypeError:
+        inside = False
+    if not inside:
+        raise InvalidScaleError(f"need 0 <= face_start < face_end <= 1, got {start!r} and {end!r}")
+    return start, end
 
 
 def is_identity(face: Any) -> bool:
@@ -111,3 +193,75 @@ def per_person(
         if len(value) != len(people):
             raise FaceAxesError(f"{len(value)} values of {name} for {len(people)} people: give one, or one for each")
     return [[check(member, name) for member in value] for _ in groups]
+
+
+# --- Identities ----------------------------------------------------------------------------------------------------
+
+
+def usual_mode(pipe: Any) -> str:
+    """The mode that is taken where none is asked for."""
+    if pipe._face_adapter is None:
+        return "training-free" if pipe.face_studio is None else MODE
+    return getattr(pipe.face_defaults, "face_mode", None) or MODE_WITH_WEIGHTS
+
+
+def wanted_people(
+    pipe: Any, faces: Faces, wanted: list[list[Wanted]], lora_scale: float | None
+) -> list[tuple[Person, ...]]:
+    """The people of a call, their identities encoded or looked at: prompts (1 or each) × people."""
+    mode = mode_by(pipe, faces.by, faces.mode)
+    options = IdentityOptions(resolution=faces.resolution, mirrored=faces.mirrored, lora_scale=lora_scale)
+    everybody = [person for row in wanted for person in row]
+    weights = weights_per_person(faces.weights, [[person.face for person in row] for row in wanted])
+    each = [
+        replace(options, weights=own, self_scale=person.self_scale)
+        for person, own in zip(everybody, chain(*weights), strict=True)
+    ]
+    identities = iter(encode_people(pipe, [person.face for person in everybody], mode, each))
+    return [tuple(Person(next(identities), person.scale) for person in row) for row in wanted] or [()]
+
+
+def encode_people(pipe: Any, faces: Sequence[Any], mode: str | None, options: Sequence[IdentityOptions]) -> list[Any]:
+    """Identities of people who are to be seen together.
+
+    Args:
+        faces: of each person an identity, or what `encode_face` takes.
+        mode: what is asked for. None: pictures beside an identity take its mode; else it is the [`usual_mode`] or,
+            where the model has a judge that finds somebody unfamiliar, `FALLBACK_MODE` for all.
+        options: of each.
+
+    Raises:
+        FaceFusionError: a subclass for each kind of bad input, such as an identity of another mode.
+    """
+    mode = mode and conditioner_of(mode).mode
+    ready = {face.mode for face in faces if is_identity(face)}
+    judge = familiarity_of(pipe) if mode is None and not ready else None
+    asked = mode or (ready.pop() if len(ready) == 1 else usual_mode(pipe))
+    people = [
+        _identity(pipe, face, mode, asked, replace(each, familiarity=judge))
+        for face, each in zip(faces, options, strict=True)
+    ]
+    if judge is None or not any(is_unfamiliar(person) for person in people):
+        return people
+    logger.warning("%s; face_mode (--mode) decides otherwise", UNFAMILIAR)
+    return [
+        _identity(
+            pipe,
+            face,
+            mode,
+            FALLBACK_MODE,
+            replace(each, familiarity=judge, self_attention=each.self_attention or judge.fallback),
+        )
+        for face, each in zip(faces, options, strict=True)
+    ]
+
+
+def _identity(pipe: Any, face: Any, given: str | None, mode: str, options: IdentityOptions) -> Any:
+    """What one person's entry in `face_image` stands for."""
+    if not is_identity(face):
+        conditioner = conditioner_of(mode)
+        encoded = conditioner.encode(pipe, face, options)
+        return conditioner.adjusted(pipe, encoded, replace(options, weights=None))
+    if given is not None and given != face.mode:
+        raise IdentityMismatchError(f"the identity was encoded for {face.mode!r}, not {given!r}")
+    return conditioner_of(face.mode).adjusted(pipe, face, options)

@@ -6,26 +6,21 @@ their means and deviations lies beside a model that has one, and `face_fusion_de
 familiarity` makes it. A mode that is asked for always wins.
 """
 
-import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .conditioner import IdentityOptions, conditioner_of
 from .face_attention import attention_layers
-from .face_axes import is_identity
-from .face_errors import FaceFusionError, IdentityMismatchError, shown
+from .face_errors import FaceFusionError, shown
 from .face_file_checks import check_tensors, is_fingerprint, number
 from .face_files import read_tensors, save_tensors
 from .face_self_attention import SelfAttentionReference, square_ellipse
 from .unet_family import same_fingerprint, unet_fingerprint
 
-
-logger = logging.getLogger(__name__)
 
 FAMILIARITY_FORMAT, FORMAT_VERSION = "face-fusion-familiarity", "1"
 FALLBACK_MODE = "training-free"
@@ -149,55 +144,7 @@ def familiarity_of(pipe: Any) -> Familiarity | None:
     return judge if judge and judge.fits(pipe.unet) else None
 
 
-def encode_people(
-    pipe: Any, faces: Sequence[Any], mode: str | None, options: Sequence[IdentityOptions], usual: str
-) -> list[Any]:
-    """Identities of people who are to be seen together.
-
-    Args:
-        faces: of each person an identity, or what `encode_face` takes.
-        mode: what is asked for. None: pictures beside an identity take its mode; else `usual`, or, where the model has
-            a judge that finds somebody unfamiliar, [`FALLBACK_MODE`] for all.
-        options: of each.
-        usual: the mode that is taken where none is asked for.
-
-    Raises:
-        FaceFusionError: a subclass for each kind of bad input, such as an identity of another mode.
-    """
-    ready = {face.mode for face in faces if is_identity(face)}
-    judge = familiarity_of(pipe) if mode is None and not ready else None
-    asked = mode or (ready.pop() if len(ready) == 1 else usual)
-    people = [
-        _identity(pipe, face, mode, asked, replace(each, familiarity=judge))
-        for face, each in zip(faces, options, strict=True)
-    ]
-    if judge is None or not any(is_unfamiliar(person) for person in people):
-        return people
-    logger.warning("%s; face_mode (--mode) decides otherwise", UNFAMILIAR)
-    return [
-        _identity(
-            pipe,
-            face,
-            mode,
-            FALLBACK_MODE,
-            replace(each, familiarity=judge, self_attention=each.self_attention or judge.fallback),
-        )
-        for face, each in zip(faces, options, strict=True)
-    ]
-
-
 def is_unfamiliar(identity: Any) -> bool:
     """Whether a judge looked at the references of an identity and found them unlike what the model knows."""
     logit = getattr(identity, "familiarity", None)
     return logit is not None and logit < 0
-
-
-def _identity(pipe: Any, face: Any, given: str | None, mode: str, options: IdentityOptions) -> Any:
-    """What one person's entry in `face_image` stands for."""
-    if not is_identity(face):
-        conditioner = conditioner_of(mode)
-        encoded = conditioner.encode(pipe, face, options)
-        return conditioner.adjusted(pipe, encoded, replace(options, weights=None))
-    if given is not None and given != face.mode:
-        raise IdentityMismatchError(f"the identity was encoded for {face.mode!r}, not {given!r}")
-    return conditioner_of(face.mode).adjusted(pipe, face, options)

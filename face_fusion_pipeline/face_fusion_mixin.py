@@ -3,20 +3,18 @@
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .call_arguments import Call, bind_call, has_call_below, with_whole_signature
-from .conditioner import IdentityOptions, Person, conditioner_of, one_mode
-from .conditioner_face_studio import MODE, Style, mode_by, studio_acting, studio_context
+from .conditioner import IdentityOptions, conditioner_of, one_mode
+from .conditioner_face_studio import MODE, Style, studio_acting, studio_context
 from .conditioner_reference import ReferenceConditioner  # noqa: F401  (registers the modes)
 from .face_attention import FaceCall, check_idle
-from .face_axes import face_axes, per_person, weights_per_person
-from .face_familiarity import encode_people
+from .face_axes import Faces, check_window, encode_people, wanted_people
 from .face_layout import Background, Box, Layout, Overlap, Placement
-from .face_loader_mixin import FaceLoaderMixin, check_scale, check_window
+from .face_loader_mixin import FaceLoaderMixin
 from .face_ownership import sole_use
 from .face_places import DraftInterrupted, picture_rows, place_people, with_boxes
 from .face_self_attention import SelfAttentionReference
@@ -25,7 +23,6 @@ from .face_studio_loader_mixin import FaceStudioLoaderMixin
 
 
 _tokenizing = threading.RLock()
-MODE_WITH_WEIGHTS = "adapter"  # where weights are loaded and no mode is asked for: the paper
 
 
 class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
@@ -92,7 +89,7 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
         """
         with sole_use(self.unet):
             options = IdentityOptions(weights, face_resolution, self_attention, None, mirrored)
-            return encode_people(self, [images], face_mode, [options], self._face_mode(face_mode))[0]
+            return encode_people(self, [images], face_mode, [options])[0]
 
     def encode_people(self, faces: Sequence[Any], face_mode: str | None = None) -> list[Any]:
         """Identities of people who are to be seen together: all in one mode, also where the model chooses it.
@@ -106,15 +103,7 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
         """
         with sole_use(self.unet):
             options = [IdentityOptions()] * len(faces)
-            return encode_people(self, faces, face_mode, options, self._face_mode(face_mode))
-
-    def _face_mode(self, face_mode: str | None) -> str:
-        """The mode of this name, or the one that is taken where none is asked for."""
-        if face_mode is not None:
-            return conditioner_of(face_mode).mode
-        if self._face_adapter is None:
-            return "training-free" if self.face_studio is None else MODE
-        return getattr(self.face_defaults, "face_mode", None) or MODE_WITH_WEIGHTS
+            return encode_people(self, faces, face_mode, options)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As the underlying pipeline's, one thread after the other: a tokenizer that threads share is not safe."""
@@ -154,32 +143,15 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
         Args:
             prompt, args, kwargs: those of the underlying pipeline. Guidance and steps that are not given are those of
                 `face_defaults`, where a model recommends any; `guidance_scale` that is given is that of all steps.
-            face_image: `None` (the plain pipeline), a [`FaceIdentity`], one or several face crops of one person (see
-                [`encode_face`]), or a list of these for several people: `[[ada_1, ada_2], [bob]]`. One level deeper,
-                each prompt has its own people. See `face_axes`.
-            face_scale: strength in [0, 100]: 1 is the paper, 0 is exactly the plain pipeline. One, or one a person.
-            face_self_scale: of the modes `"training-free"` and `"both"`: strength at the self-attention in [0, 100],
-                which `face_scale` multiplies. Default: that of the identity, see `SelfAttentionReference`.
-            face_weights: one number for each image, see [`encode_face`]; of several people one such list each.
+            face_image: a [`FaceIdentity`], one or several face crops of one person, or a list of these for several
+                people: `[[ada_1, ada_2], [bob]]`; one level deeper, each prompt has its own. None: the plain pipeline.
+            face_scale, face_self_scale, face_weights, face_mode, face_resolution, face_mirrored, identity_by: how, and
+                how strongly, people are seen: see `face_axes.Faces`.
             face_start, face_end: step i of n sees the faces where face_start <= i / n < face_end.
-            face_mode, face_resolution, face_mirrored: see [`encode_face`].
-            face_boxes: where each person's face goes: XYXY in pixels of the output, one for each person, or one such
-                list for each prompt. The person's mask is the box enlarged 1.6 times.
-            face_masks: instead of boxes one mask for each person: path, image or array (H, W), see
-                `face_layout.read_mask`.
-            face_layout: instead of boxes a picture with as many faces, which are detected, or a list with one picture
-                for each prompt. Several people without boxes, masks and layout: a draft without faces is generated
-                first, as an ordinary call with its callbacks, and takes its place.
-            face_assign: for each person the number of the face in the layout or draft that it takes, counted from 0
-                and from left to right. Default: people as given, from left to right.
-            face_overlap, face_background: what queries in several masks, and in none, see; see
-                `face_layout.visible_people`. `"literal"` and `"all"` are Eq. 7 of the paper.
-            face_detector: see `face_detectors.load_detector`.
-            style_image: FaceStudio's style picture, or one for each prompt; its faces are covered.
-            style_scale: from 0, the prompt alone, to 1, the style picture alone; default .5 where there is one.
-            style_context: FaceStudio's tokens `"replace"` the text or are `"append"`ed to it; default: the weights'.
-            identity_by: `"face-fusion"` or `"face-studio"`, who takes `face_image` where both are loaded; default
-                Face Fusion, else FaceStudio.
+            face_boxes, face_masks, face_layout, face_assign, face_overlap, face_background, face_detector: where
+                people go, see `face_layout.Placement`. Several without a place: where they stand in a first drawing.
+            style_image, style_scale, style_context: FaceStudio's picture, or one for each prompt, whose faces are
+                covered; how strongly it counts, by default .5; and how, see `conditioner_face_studio.Style`.
 
         Returns:
             What the underlying pipeline returns; where people were placed, it also has `face_boxes`, for each image
@@ -189,45 +161,36 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
         Raises:
             FaceFusionError: a subclass for each kind of bad input; or the UNet is in use by another call with faces.
         """
-        check_window(face_start, face_end)
-        style = Style(style_image, style_scale, style_context)
+        faces = Faces(
+            *(face_image, face_scale, face_self_scale, face_weights, face_mode, face_resolution, face_mirrored),
+            identity_by,
+        )
+        place = (face_boxes, face_masks, face_layout, face_assign, face_overlap, face_background, face_detector)
+        window, style = check_window(face_start, face_end), Style(style_image, style_scale, style_context)
         call = bind_call(self, FaceFusionMixin, super().__call__, (prompt, *args), kwargs)  # type: ignore[misc]
-        faces = [] if face_image is None else face_axes(face_image, call.prompts)
-        scales = per_person(face_scale, faces, "face_scale", check_scale)
-        self_scales = per_person(face_self_scale, faces, "face_self_scale", check_self_scale)
+        return self._generate(call, faces, window, Placement(*place), style)
+
+    def _generate(
+        self, call: Call, faces: Faces, window: tuple[float, float], placement: Placement, style: Style
+    ) -> Any:
+        """See [`__call__`]: who is there, where, and the call with them in the UNet."""
+        wanted = faces.wanted(call.prompts)
         style.check()
-        if not any(map(any, scales)) or not self._any_layer_scale():
+        if not any(person.scale for row in wanted for person in row) or not self._any_layer_scale():
             if style.image is None:
                 check_idle(self.unet)
                 return call.run()
-            faces = []
-
-        placement = Placement(
-            face_boxes, face_masks, face_layout, face_assign, face_overlap, face_background, face_detector
-        )
+            wanted = []
         with sole_use(self.unet):
-            mode = mode_by(self, identity_by, face_mode)
-            weights = weights_per_person(face_weights, faces)
-            options = IdentityOptions(resolution=face_resolution, mirrored=face_mirrored, lora_scale=call.lora_scale)
-            each = [
-                replace(options, weights=w, self_scale=own)
-                for row in zip(faces, weights, self_scales, strict=False)
-                for _, w, own in zip(*row, strict=True)
-            ]
-            everybody = [face for row in faces for face in row]
-            identities = iter(encode_people(self, everybody, mode, each, self._face_mode(mode)))
-            people = [
-                tuple(Person(next(identities), scale) for _, scale in zip(*row, strict=True))
-                for row in zip(faces, scales, strict=False)
-            ] or [()]
+            people = wanted_people(self, faces, wanted, call.lora_scale)
             conditioner = conditioner_of(one_mode(people) or MODE)
-            context = studio_context(self, style, call, face_detector, wanted=conditioner.mode == MODE)
+            context = studio_context(self, style, call, placement.detector, wanted=conditioner.mode == MODE)
             try:
-                layouts = self._layouts(placement, [len(row) for row in people], call) if faces else []
+                layouts = self._layouts(placement, [len(row) for row in people], call) if wanted else []
             except DraftInterrupted as stopped:
                 return stopped.result
             rows = picture_rows(self, people, layouts, placement, call)
-            state = self._follow_steps(call, face_start, face_end)
+            state = self._follow_steps(call, *window)
             with (
                 studio_acting(self, context),
                 conditioner.installed(self, rows, state, context),
@@ -280,8 +243,3 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
         guided = ("unconditional",) if self.do_classifier_free_guidance else ()
         perturbed = ("perturbed",) if getattr(self, "do_perturbed_attention_guidance", False) else ()
         return (*guided, "conditional", *perturbed)
-
-
-def check_self_scale(scale: Any, name: str) -> float | None:
-    """As [`check_scale`]; None is the identity's own."""
-    return None if scale is None else check_scale(scale, name)

@@ -67,7 +67,23 @@ class Layout:
 
 @dataclass(frozen=True)
 class Placement:
-    """What the caller says about where people go; the arguments `face_*` of the pipeline's call."""
+    """What the caller says about where people go; the arguments `face_*` of the pipeline's call.
+
+    Several people without boxes, masks and layout: a draft without faces is generated first, as an ordinary call with
+    its callbacks, and takes the layout's place.
+
+    Attributes:
+        boxes: XYXY in pixels of the output, one for each person, or one such list for each prompt. The person's mask
+            is the box enlarged 1.6 times.
+        masks: instead of boxes one mask for each person: path, image or array (H, W), see [`read_mask`].
+        layout: instead of boxes a picture with as many faces, which are detected, or a list with one picture for each
+            prompt.
+        assign: for each person the number of the face in the layout or draft that it takes, counted from 0 and from
+            left to right. Default: people as given, from left to right.
+        overlap, background: what queries in several masks, and in none, see; see [`visible_people`]. `"literal"` and
+            `"all"` are Eq. 7 of the paper.
+        detector: see `face_detectors.load_detector`.
+    """
 
     boxes: Any = None
     masks: Any = None

@@ -4,7 +4,6 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any
 
 from diffusers.utils.hub_utils import _get_model_file
@@ -19,6 +18,7 @@ from .face_adapter import (
     save_adapter,
 )
 from .face_attention import attention_layers
+from .face_axes import check_scale
 from .face_defaults import DEFAULTS_NAME, FaceDefaults, loaded_defaults
 from .face_errors import AdapterMismatchError, FaceFusionError, InvalidScaleError, ModelNotFoundError
 from .face_files import read_tensors
@@ -28,27 +28,8 @@ from .unet_family import base_family
 
 logger = logging.getLogger(__name__)
 
-MAX_FACE_SCALE = 100.0
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
-
-
-def check_scale(scale: Any, name: str = "face_scale") -> float:
-    """`scale` as a float in [0, 100]; raises [`InvalidScaleError`] otherwise."""
-    number = float(scale) if isinstance(scale, Real) and not isinstance(scale, bool) else -1.0
-    if not 0 <= number <= MAX_FACE_SCALE:
-        raise InvalidScaleError(f"{name} must be a number from 0 (off) over 1 (the paper) to 100, got {scale!r}")
-    return number
-
-
-def check_window(start: Any, end: Any) -> None:
-    """Raise [`InvalidScaleError`] unless `start` and `end` are numbers with 0 <= start < end <= 1."""
-    try:
-        inside = 0 <= start < end <= 1
-    except TypeError:
-        inside = False
-    if not inside:
-        raise InvalidScaleError(f"need 0 <= face_start < face_end <= 1, got {start!r} and {end!r}")
 
 
 def flatten_scales(scales: Mapping[str, Any]) -> dict[str, float]:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # not always needed, but the loader has to find their names h
     from .face_alignment import align_faces
     from .face_detectors import load_detector
     from .face_embedders import load_face_embedder
-    from .face_familiarity import encode_people
+    from .face_familiarity import Familiarity
     from .face_file_checks import read_header
     from .face_images import detect_faces
     from .face_landmarkers import load_landmarker

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from .call_arguments import prompt_count
 from .control_pictures import ControlFaces, control_picture
-from .face_axes import face_axes
+from .face_axes import check_scale, face_axes
 from .face_depth import load_depth_estimator, photo_of
 from .face_errors import FaceAxesError, FaceFusionError
 from .face_few_steps import few_step_defaults
 from .face_fusion_mixin import FaceFusionMixin
 from .face_layout import Box, Layout, Placement
-from .face_loader_mixin import check_scale
 from .face_models import load_face_model
 from .face_ownership import own_thread
 
@@ -37,13 +36,14 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_defaults import FaceDefaults
     from .face_detectors import load_detector
     from .face_embedders import load_face_embedder
-    from .face_familiarity import encode_people
+    from .face_familiarity import Familiarity
     from .face_file_checks import read_header
     from .face_files import read_tensors
     from .face_identity import FaceIdentity
     from .face_images import detect_faces
     from .face_landmarkers import load_landmarker
     from .face_landmarks import draw_landmarks
+    from .face_loader_mixin import FaceLoaderMixin
     from .face_metadata import without_metadata
     from .face_pictures import upright_rgb
     from .face_places import place_people

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_detectors import load_detector
     from .face_embedders import load_face_embedder
     from .face_errors import FaceFusionError
-    from .face_familiarity import encode_people
+    from .face_familiarity import Familiarity
     from .face_few_steps import few_step_defaults
     from .face_file_checks import read_header
     from .face_files import read_tensors
