@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 # Imported when first asked for: `import face_fusion_pipeline` stays instant for the command line.
 _EXPORTS = {
-    "embedded_model": "avatar_model",
+    "embedded_model": "generation.avatar_model",
     "Conditioner": "conditioner",
     "register_conditioner": "conditioner",
     "landmark_control": "control_landmarks",
@@ -21,8 +21,8 @@ _EXPORTS = {
     "save_adapter": "face_adapter",
     "FaceFusionAttnProcessor": "face_attention",
     "FaceDefaults": "face_defaults",
-    "control_depth": "face_depth",
-    "depth_image": "face_depth",
+    "control_depth": "control_pictures",
+    "depth_image": "control_pictures",
     "load_detector": "face_detectors",
     "AdapterMismatchError": "face_errors",
     "FaceAxesError": "face_errors",

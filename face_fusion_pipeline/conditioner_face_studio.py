@@ -20,8 +20,7 @@ from .conditioner import Conditioner, IdentityOptions, Person, PictureRow, regis
 from .face_attention import FaceCall, FaceFusionAttnProcessor, LayerPeople, attention_layers
 from .face_embedders import load_face_embedder
 from .face_errors import FaceFusionError, IdentityMismatchError, InvalidScaleError, shown
-from .face_file_checks import check_tensors
-from .face_files import read_tensors, save_tensors
+from .face_files import check_tensors, read_tensors, save_tensors
 from .face_identity import checked_weights
 from .face_pictures import load_images
 from .face_prior import load_prior

@@ -14,8 +14,7 @@ from torch import Tensor
 from .conditioner import Conditioner, IdentityOptions, Person, register_conditioner
 from .face_adapter import adapter_fingerprint
 from .face_errors import FaceFusionError, IdentityMismatchError
-from .face_file_checks import check_identity_fits
-from .face_identity import FaceIdentity
+from .face_identity import FaceIdentity, check_identity_fits
 from .face_self_attention import SelfAttentionReference
 from .joint_attention import KeysAndValues, PersonKeys, reference_log_weights
 from .reference_pass import (

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from .face_attention import FaceFusionAttnProcessor, LayerPeople, attention_layers, installed_processors
 from .face_errors import AdapterMismatchError, FaceFusionError, short, shown
-from .face_file_checks import check_range, check_tensors, is_fingerprint, number
-from .face_files import save_tensors
+from .face_files import check_range, check_tensors, number, save_tensors
 from .joint_attention import KeysAndValues, PersonKeys, reference_log_weights
-from .unet_family import base_family, face_widths, fingerprint, plain_weight, unet_fingerprint
+from .unet_family import base_family, face_widths, fingerprint, is_fingerprint, plain_weight, unet_fingerprint
 
 
 ADAPTER_WEIGHTS_NAME = "face_fusion_adapter.safetensors"

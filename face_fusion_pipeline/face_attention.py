@@ -29,9 +29,6 @@ logger = logging.getLogger(__name__)
 PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
 
-GUIDED = ("unconditional", "conditional")  # the blocks of a batch under classifier-free guidance
-
-
 @dataclass
 class FaceCall:
     """What all layers share during one call.

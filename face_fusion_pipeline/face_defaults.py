@@ -1,4 +1,4 @@
-"""What a model recommends for calls that do not say otherwise: `face_fusion_defaults.json` in its folder.
+"""What suits a call that does not say otherwise: what a model recommends in its folder, and what its scheduler tells.
 
 A model that was measured best with other settings than those of diffusers says so itself, and every way to it (a bare
 `pipe(...)`, the commands, the app) asks it alike. Nothing here needs torch: commands check their arguments before.
@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -183,16 +183,6 @@ def file_of(
         return None
 
 
-def read_part(model: str | os.PathLike[str], name: str, revision: str | None = None) -> dict[str, Any]:
-    """The object in a JSON file of a model, see [`file_of`]; empty where it cannot be read, as loading will say."""
-    path = file_of(model, name, revision)
-    try:
-        values = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 def loaded_defaults(name: str, parts: Mapping[str, Any]) -> FaceDefaults | None:
     """The settings of the model that a pipeline was loaded from.
 
@@ -206,3 +196,58 @@ def loaded_defaults(name: str, parts: Mapping[str, Any]) -> FaceDefaults | None:
             if folder.parent.name == "snapshots" and (folder / "model_index.json").is_file():
                 return defaults_of(name, folder.name, folder.parents[2])
     return defaults_of(name)
+
+
+# --- Models distilled to few steps ---------------------------------------------------------------------------------
+#
+# They draw in 1 to 8 steps and have guidance in their weights: more of it, or many steps, burn their pictures.
+
+# Schedulers that are for such models alone -> steps that suit them.
+DISTILLED = {"LCMScheduler": 8, "TCDScheduler": 4}
+# Lightning and Hyper-SD draw with these from the last timestep on; so do other models, but not in FEW steps.
+TRAILING = ("EulerDiscreteScheduler", "DDIMScheduler")
+FEW = 8
+
+
+def few_step_defaults(
+    scheduler: str, config: Mapping[str, Any], steps: int | None = None, guidance_embedded: bool = False
+) -> FaceDefaults | None:
+    """Guidance, and steps if none were asked for, of a model with this scheduler; None if it is no distilled one.
+
+    Args:
+        scheduler: name of its class.
+        config: its configuration.
+        steps: those that were asked for. The schedulers of Lightning and Hyper-SD serve other models, too: they are
+            taken for them in at most 8 steps.
+        guidance_embedded: the UNet is told the guidance (`time_cond_proj_dim`): there is no unconditional row at any
+            guidance, and diffusers' own suits it.
+    """
+    if scheduler in DISTILLED:
+        return FaceDefaults(None if guidance_embedded else 1.0, num_inference_steps=DISTILLED[scheduler])
+    distilled = (
+        scheduler in TRAILING
+        and config.get("timestep_spacing") == "trailing"
+        and config.get("prediction_type", "epsilon") in ("epsilon", "sample")
+        and not config.get("rescale_betas_zero_snr")
+    )
+    few = isinstance(steps, Integral) and 1 <= steps <= FEW
+    return FaceDefaults(1.0) if distilled and few and not guidance_embedded else None
+
+
+def with_few_steps(own: FaceDefaults | None, few: FaceDefaults | None) -> FaceDefaults | None:
+    """What a model recommends itself, and where it does not say, what suits its scheduler."""
+    if own is None or few is None:
+        return own or few
+    found = {
+        name: getattr(few, name)
+        for name in ("guidance_scale", "num_inference_steps")
+        if getattr(own, name) is None and getattr(few, name) is not None
+    }
+    return replace(own, **found)
+
+
+def settings_of_pipeline(pipe: Any, steps: int | None = None) -> FaceDefaults | None:
+    """What suits a call of a loaded pipeline: its `face_defaults`, and what its scheduler of today says."""
+    embedded = getattr(getattr(pipe.unet, "config", None), "time_cond_proj_dim", None) is not None
+    few = few_step_defaults(type(pipe.scheduler).__name__, pipe.scheduler.config, steps, embedded)
+    return with_few_steps(pipe.face_defaults, few)

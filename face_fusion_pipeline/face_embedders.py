@@ -17,13 +17,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .face_alignment import align_faces
 from .face_detectors import FaceDetector
 from .face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError, short, shown
 from .face_files import read_tensors
 from .face_images import detect_faces
 from .face_pictures import centre_square, upright_rgb
-from .face_recognisers import OnnxRecogniser, insightface_recogniser, name_with_digest
+from .face_recognisers import OnnxRecogniser, align_faces, insightface_recogniser, name_with_digest
 
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from .face_attention import attention_layers
 from .face_errors import FaceFusionError, shown
-from .face_file_checks import check_tensors, is_fingerprint, number
-from .face_files import read_tensors, save_tensors
+from .face_files import check_tensors, number, read_tensors, save_tensors
 from .face_self_attention import SelfAttentionReference, square_ellipse
-from .unet_family import same_fingerprint, unet_fingerprint
+from .unet_family import is_fingerprint, same_fingerprint, unet_fingerprint
 
 
 FAMILIARITY_FORMAT, FORMAT_VERSION = "face-fusion-familiarity", "1"

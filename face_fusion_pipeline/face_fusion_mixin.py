@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .call_arguments import Call, bind_call, has_call_below, with_whole_signature
+from .call_arguments import Call, bind_call, follow_steps, has_call_below, with_whole_signature
 from .conditioner import IdentityOptions, conditioner_of, one_mode
 from .conditioner_face_studio import MODE, Style, studio_acting, studio_context
 from .conditioner_reference import ReferenceConditioner  # noqa: F401  (registers the modes)
@@ -18,7 +18,6 @@ from .face_loader_mixin import FaceLoaderMixin
 from .face_ownership import sole_use
 from .face_places import DraftInterrupted, picture_rows, place_people, with_boxes
 from .face_self_attention import SelfAttentionReference
-from .face_steps import follow_steps
 from .face_studio_loader_mixin import FaceStudioLoaderMixin
 
 
@@ -33,7 +32,7 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
 
     A model may recommend settings (`face_fusion_defaults.json` in its folder): `face_defaults` has them, and a call
     uses them for what it is not told. None: there are none, or they are not wanted. With a scheduler of distilled
-    models, guidance and steps that neither says are theirs, see `face_few_steps`.
+    models, guidance and steps that neither says are theirs, see `face_defaults`.
 
     One call with faces at a time uses a UNet; a second one is refused, in another thread and in a callback. Calls
     without faces in other threads, also of stock pipelines on the same UNet, go their own way.
@@ -200,7 +199,7 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
         return with_boxes(result, layouts, call.images)
 
     def _follow_steps(self, call: Call, start: float, end: float) -> FaceCall:
-        """Which rows see faces in which steps, see `face_steps.follow_steps`; for subclasses."""
+        """Which rows see faces in which steps, see `call_arguments.follow_steps`; for subclasses."""
         return follow_steps(self, call, start, end)
 
     def _layouts(self, placement: Placement, people: list[int], call: Call) -> list[Layout]:

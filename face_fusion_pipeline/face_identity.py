@@ -1,23 +1,24 @@
 """The identity of a person, ready to use: keys and values of references, kept, saved and read."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .face_attention import attention_layers
 from .face_defaults import FACE_MODES
 from .face_errors import IdentityMismatchError, InvalidScaleError, shown
-from .face_file_checks import check_identity, is_fingerprint
-from .face_files import read_tensors, save_tensors
+from .face_files import check_tensors, read_tensors, save_tensors
 from .face_self_attention import WHOLE_AND_CLEAN, SelfAttentionReference
 from .joint_attention import reference_log_weights
-from .unet_family import same_fingerprint, same_weights
+from .unet_family import is_fingerprint, same_fingerprint, same_weights
 
 
 IDENTITY_FORMAT = "face-fusion-identity"
+CELLS = {"adapter": ("attn2",), "training-free": ("attn1",), "both": ("attn1", "attn2")}  # layers of each mode
 WITHOUT_SELF_ATTENTION, WITH_SELF_ATTENTION = "1", "2"  # format versions; all of an adapter alone is in the first
 
 
@@ -188,3 +189,80 @@ def _check_metadata(strings: Mapping[str, str], path: str | os.PathLike[str]) ->
     names = ("base_fingerprint", "adapter_fingerprint", "weights_fingerprint")
     if wrong := [name for name in names if not is_fingerprint(strings.get(name, ""))]:
         raise IdentityMismatchError(f"{path} has the {wrong[0]} {shown(strings[wrong[0]])}, not numbers of a model")
+
+
+# --- Identities of others --------------------------------------------------------------------------------------------
+
+
+def check_identity(identity: FaceIdentity, what: str) -> None:
+    """Raise [`IdentityMismatchError`] unless the parts of an identity go together, whatever the model.
+
+    Args:
+        what: how messages begin, such as the file's name.
+    """
+    keys, values = identity.keys, identity.values
+    if not keys or keys.keys() != values.keys():
+        raise IdentityMismatchError(f"{what} must have a key and a value for each layer")
+    if identity.mode not in CELLS or {name.rpartition(".")[2] for name in keys} != set(CELLS[identity.mode]):
+        raise IdentityMismatchError(f"{what} has other layers than those of the mode {shown(identity.mode)}")
+    if (identity.self_attention is None) != (identity.mode == "adapter"):
+        raise IdentityMismatchError(f"{what} of the mode {identity.mode!r} does not say how it is seen at attn1")
+    for kind in CELLS[identity.mode]:  # the weights that made one kind may have another precision than the UNet
+        parts = {f"{name}.{part}": kv[name] for part, kv in (("key", keys), ("value", values)) for name in kv}
+        check_tensors({n: t for n, t in parts.items() if f".{kind}." in n}, what, IdentityMismatchError)
+    for name, key in keys.items():
+        if key.ndim != 3 or key.shape != values[name].shape or not key.numel():
+            raise IdentityMismatchError(
+                f"{what}: {shown(name)} has keys {tuple(key.shape)} and values {tuple(values[name].shape)}; both are "
+                "(references, cells, width)"
+            )
+    references = {key.shape[0] for key in keys.values()}
+    if len(references) > 1:
+        raise IdentityMismatchError(f"{what} has layers of {' and '.join(map(str, sorted(references)))} references")
+    _check_reference_weights(identity.weights, references.pop(), what)
+    for name, cells in identity.cells.items():
+        known = name in keys and name.endswith(".attn1")
+        if not (known and cells.dtype == torch.bool and cells.ndim == 2 and int(cells.sum()) == keys[name].shape[1]):
+            raise IdentityMismatchError(f"{what}: the cells of {shown(name)} are not those of its keys")
+
+
+def _check_reference_weights(weights: Tensor, references: int, what: str) -> None:
+    if weights.ndim != 1 or len(weights) != references or not weights.is_floating_point():
+        raise IdentityMismatchError(
+            f"{what} has weights {tuple(weights.shape)} of {weights.dtype} for {references} references"
+        )
+    if not (weights.isfinite().all() and weights.min() >= 0 and weights.max() > 0):
+        raise IdentityMismatchError(f"{what} has weights {shown(weights.tolist())}: they are 0 or more, and not all 0")
+
+
+def check_identity_fits(identity: FaceIdentity, unet: Any, adapter: Any) -> None:
+    """Raise [`IdentityMismatchError`] unless an identity has exactly the layers that it should have, in their widths.
+
+    At the cross-attention these are the layers of the adapter, at the self-attention those that its
+    `SelfAttentionReference` chooses.
+    """
+    layers = {}
+    if identity.needs_adapter:
+        layers = {name: attn for name, attn in attention_layers(unet, "attn2").items() if name in adapter.layer_names}
+    if identity.self_attention is not None:
+        layers = layers | _chosen(attention_layers(unet, "attn1"), identity.self_attention.layers)
+    for what, names in (
+        ("unknown", identity.keys.keys() - layers.keys()),
+        ("missing", layers.keys() - identity.keys.keys()),
+    ):
+        if names:
+            raise IdentityMismatchError(
+                f"this identity has {len(names)} {what} layers, for example {shown(min(names))}: encode the face "
+                "again with this model"
+            )
+    for name, layer in layers.items():
+        if identity.keys[name].shape[-1] != layer.to_k.out_features:
+            raise IdentityMismatchError(
+                f"{name} of this identity is {identity.keys[name].shape[-1]} wide, in this model "
+                f"{layer.to_k.out_features}: encode the face again with this model"
+            )
+
+
+def _chosen(layers: Mapping[str, Any], prefixes: Iterable[str]) -> dict[str, Any]:
+    prefixes = tuple(prefixes)
+    return {name: layer for name, layer in layers.items() if any(f"{name}.".startswith(f"{p}.") for p in prefixes)}

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from .face_attention import attention_layers
 from .face_errors import AdapterMismatchError, FaceFusionError, short, shown
-from .face_file_checks import check_range, check_tensors, number
-from .face_files import read_tensors, save_tensors
+from .face_files import check_range, check_tensors, number, read_tensors, save_tensors
 from .unet_family import base_family, face_widths
 
 

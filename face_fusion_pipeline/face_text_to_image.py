@@ -7,8 +7,7 @@ from diffusers import ControlNetModel
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 
-from .control_pictures import ControlKind
-from .face_depth import DepthEstimator
+from .control_pictures import ControlKind, DepthEstimator
 from .face_fusion_mixin import FaceFusionMixin
 
 
@@ -62,7 +61,7 @@ class TextToImageFaces(FaceFusionMixin):
                 is), `"landmarks"` (a driver: the dots of the people's own shapes with its expressions and poses, see
                 `control_landmarks.landmark_control`), or `"auto"`: without colour depth, with colour a photo. With
                 several ControlNets a list, one each; `"auto"` refuses colour there.
-            depth_estimator: see `face_depth.load_depth_estimator`.
+            depth_estimator: see `control_pictures.load_depth_estimator`.
             control_source: whose shapes the dots have, photos or `FaceFit`s nested as `face_image` is; by default
                 those of the photos of `face_image`, and without faces the driver's own.
             face_model: see `face_models.load_face_model`; by default `pipe.face_model`, if that was set.

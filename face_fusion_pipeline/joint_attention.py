@@ -1,4 +1,4 @@
-"""Joint attention over text and faces, Eq. 1 to 7: pure functions, and the keys of one person at one layer."""
+"""Joint attention over text and faces, Eq. 1 to 6: pure functions, and the keys of one person at one layer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -46,22 +46,6 @@ def constant_bias(scale: float, face_tokens: int, text_tokens: int, token_count_
     the attention, whatever the resolution. Without it 4096 face tokens leave 77 text tokens 1.8 %.
     """
     return math.log(scale) - (math.log(face_tokens / text_tokens) if token_count_bias else 0.0)
-
-
-def identity_mask_bias(query_masks: Tensor, key_identity: Tensor) -> Tensor:
-    """Eq. 7: -inf where the key is of identity i and the query lies inside the mask of another identity j != i.
-
-    Args:
-        query_masks: bool `(n_identities, N_h)`, the region of each identity among the queries.
-        key_identity: int `(K_f,)`, the identity that each face key belongs to.
-
-    Returns:
-        `(N_h, K_f)` of 0 and -inf. A query in two masks sees neither face, as the equation says.
-    """
-    inside = query_masks.to(torch.int64)
-    inside_another = (inside.sum(0) - inside) > 0  # (n_identities, N_h)
-    forbidden = inside_another[key_identity].T
-    return torch.zeros(forbidden.shape, device=forbidden.device).masked_fill(forbidden, -math.inf)
 
 
 def joint_attention(

@@ -12,88 +12,49 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from .call_arguments import Call
-from .conditioner import Conditioner, register_conditioner
-from .conditioner_reference import ReferenceConditioner
-from .face_adapter import FaceFusionAdapter, create_adapter, face_fused_unet
-from .face_attention import FaceFusionAttnProcessor
-from .face_axes import face_axes
-from .face_defaults import FaceDefaults
-from .face_depth import control_depth
-from .face_errors import FaceFusionError
-from .face_few_steps import few_step_defaults
-from .face_files import read_tensors
-from .face_fusion_mixin import FaceFusionMixin
-from .face_identity import FaceIdentity
-from .face_layout import layer_regions
-from .face_loader_mixin import FaceLoaderMixin
-from .face_ownership import sole_use
-from .face_pictures import upright_rgb
-from .face_places import place_people
-from .face_self_attention import SelfAttentionReference
-from .face_single_file import load_single_file
-from .face_steps import follow_steps
 from .face_text_to_image import TextToImageFaces, one_controlnet
-from .guidance_interval import GuidanceInterval
-from .joint_attention import joint_attention
-from .reference_pass import capture_hidden_states
-from .unet_family import base_family
 
 
-if TYPE_CHECKING:  # not always needed, but the loader has to find their names here
+if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
+    from .call_arguments import Call
+    from .conditioner import Conditioner
     from .conditioner_face_studio import StudioConditioner
+    from .conditioner_reference import ReferenceConditioner
     from .control_landmarks import landmark_control
     from .control_pictures import control_picture
-    from .face_alignment import align_faces
+    from .face_adapter import FaceFusionAdapter
+    from .face_attention import FaceFusionAttnProcessor
+    from .face_axes import face_axes
+    from .face_defaults import FaceDefaults
     from .face_detectors import load_detector
     from .face_embedders import load_face_embedder
+    from .face_errors import FaceFusionError
     from .face_familiarity import Familiarity
-    from .face_file_checks import read_header
+    from .face_files import read_tensors
+    from .face_fusion_mixin import FaceFusionMixin
+    from .face_identity import FaceIdentity
     from .face_images import detect_faces
     from .face_landmarkers import load_landmarker
     from .face_landmarks import draw_landmarks
+    from .face_layout import layer_regions
+    from .face_loader_mixin import FaceLoaderMixin
     from .face_metadata import without_metadata
     from .face_models import load_face_model
+    from .face_ownership import sole_use
+    from .face_pictures import upright_rgb
+    from .face_places import place_people
     from .face_prior import load_prior
     from .face_recognisers import OnnxRecogniser
     from .face_refinement import refine_faces
+    from .face_self_attention import SelfAttentionReference
+    from .face_single_file import load_single_file
     from .face_studio import FaceStudio
     from .face_studio_loader_mixin import FaceStudioLoaderMixin
     from .face_style import unit_length
-
-
-__all__ = [
-    "Call",
-    "Conditioner",
-    "FaceDefaults",
-    "FaceFusionAdapter",
-    "FaceFusionAttnProcessor",
-    "FaceFusionError",
-    "FaceFusionMixin",
-    "FaceIdentity",
-    "FaceLoaderMixin",
-    "GuidanceInterval",
-    "ReferenceConditioner",
-    "SelfAttentionReference",
-    "StableDiffusionFaceFusionPipeline",
-    "TextToImageFaces",
-    "base_family",
-    "capture_hidden_states",
-    "control_depth",
-    "create_adapter",
-    "face_axes",
-    "face_fused_unet",
-    "few_step_defaults",
-    "follow_steps",
-    "joint_attention",
-    "layer_regions",
-    "load_single_file",
-    "place_people",
-    "read_tensors",
-    "register_conditioner",
-    "sole_use",
-    "upright_rgb",
-]
+    from .guidance_interval import GuidanceInterval
+    from .joint_attention import joint_attention
+    from .reference_pass import capture_hidden_states
+    from .unet_family import base_family
 
 
 class StableDiffusionFaceFusionPipeline(TextToImageFaces, StableDiffusionPipeline):

@@ -14,11 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from .call_arguments import prompt_count
-from .control_pictures import ControlFaces, control_picture
+from .control_pictures import ControlFaces, control_picture, load_depth_estimator, photo_of
 from .face_axes import check_scale, face_axes
-from .face_depth import load_depth_estimator, photo_of
+from .face_defaults import few_step_defaults
 from .face_errors import FaceAxesError, FaceFusionError
-from .face_few_steps import few_step_defaults
 from .face_fusion_mixin import FaceFusionMixin
 from .face_layout import Box, Layout, Placement
 from .face_models import load_face_model
@@ -31,13 +30,11 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .conditioner_reference import ReferenceConditioner
     from .control_landmarks import landmark_control
     from .face_adapter import FaceFusionAdapter
-    from .face_alignment import align_faces
     from .face_attention import FaceFusionAttnProcessor
     from .face_defaults import FaceDefaults
     from .face_detectors import load_detector
     from .face_embedders import load_face_embedder
     from .face_familiarity import Familiarity
-    from .face_file_checks import read_header
     from .face_files import read_tensors
     from .face_identity import FaceIdentity
     from .face_images import detect_faces
@@ -51,7 +48,6 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_recognisers import OnnxRecogniser
     from .face_self_attention import SelfAttentionReference
     from .face_single_file import load_single_file
-    from .face_steps import follow_steps
     from .face_studio import FaceStudio
     from .face_studio_loader_mixin import FaceStudioLoaderMixin
     from .face_style import unit_length
@@ -151,7 +147,7 @@ def call_with_control(
             people are looked for in the photos, in that of each prompt its own, unless their places are given
             otherwise.
         control_kind: what the images are, see `control_pictures`; one, or one for each ControlNet.
-        depth_estimator: see `face_depth.load_depth_estimator`.
+        depth_estimator: see `control_pictures.load_depth_estimator`.
         control_source, face_model: of the kind `"landmarks"`, see `face_text_to_image.TextToImageFaces.__call__`.
 
     Raises:

@@ -15,17 +15,13 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .control_landmarks import landmark_control
     from .control_pictures import control_picture
     from .face_adapter import FaceFusionAdapter
-    from .face_alignment import align_faces
     from .face_attention import FaceFusionAttnProcessor
     from .face_axes import face_axes
     from .face_defaults import FaceDefaults
-    from .face_depth import control_depth
     from .face_detectors import load_detector
     from .face_embedders import load_face_embedder
     from .face_errors import FaceFusionError
     from .face_familiarity import Familiarity
-    from .face_few_steps import few_step_defaults
-    from .face_file_checks import read_header
     from .face_files import read_tensors
     from .face_fusion_mixin import FaceFusionMixin
     from .face_identity import FaceIdentity
@@ -43,7 +39,6 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_recognisers import OnnxRecogniser
     from .face_self_attention import SelfAttentionReference
     from .face_single_file import load_single_file
-    from .face_steps import follow_steps
     from .face_studio import FaceStudio
     from .face_studio_loader_mixin import FaceStudioLoaderMixin
     from .face_style import unit_length

@@ -1,6 +1,7 @@
 """What differs between families of base models (Stable Diffusion 1.x, 2.x, XL) and between models of one family."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from .face_attention import attention_layers
 from .face_errors import AdapterMismatchError, FaceFusionError
-from .face_file_checks import is_fingerprint
 
 
 # (text width, number of layers 320, 640 and 1280 wide, number of all layers)
@@ -20,6 +20,7 @@ KNOWN_FAMILIES: dict[tuple[int, tuple[int, ...], int], str] = {
     (2048, (0, 10, 60), 70): "sdxl",
 }
 TEXT, POOLED = "text", "pooled"
+MAX_NUMBERS = 20_000  # in a fingerprint
 
 
 # --- Architecture ------------------------------------------------------------------------------------------------
@@ -179,6 +180,16 @@ def latent_scaling(vae: Any, latents: Tensor) -> tuple[Any, Any]:
 # --- Fingerprints ------------------------------------------------------------------------------------------------
 
 
+def is_fingerprint(text: Any) -> bool:
+    """Whether a text is one that [`fingerprint`] makes: finite numbers, or nothing."""
+    if not isinstance(text, str) or len(text) > 32 * MAX_NUMBERS:
+        return False
+    try:
+        return all(math.isfinite(float(part)) for part in text.split())
+    except ValueError:
+        return False
+
+
 def fingerprint(weights: Sequence[Tensor], samples: int = 4) -> str:
     """A few weights of each tensor as text: tells models apart, yet survives a change of precision (unlike a hash).
 
@@ -192,12 +203,16 @@ def fingerprint(weights: Sequence[Tensor], samples: int = 4) -> str:
 
 def same_fingerprint(a: str, b: str) -> bool:
     """True if two fingerprints agree within the rounding of bfloat16, or if one is unknown."""
+    return _agree(a, b, rtol=2**-7, atol=1e-6)
+
+
+def _agree(a: str, b: str, rtol: float, atol: float) -> bool:
     if not a or not b:
         return True
     if not (is_fingerprint(a) and is_fingerprint(b)):
         return False
     x, y = (torch.tensor([float(value) for value in text.split()]) for text in (a, b))
-    return x.shape == y.shape and torch.allclose(x, y, rtol=2**-7, atol=1e-6)
+    return x.shape == y.shape and torch.allclose(x, y, rtol=rtol, atol=atol)
 
 
 def plain_weight(module: Any) -> Tensor:
@@ -279,9 +294,4 @@ def signed_sums(weight: Tensor) -> Tensor:
 
 def same_weights(a: str, b: str) -> bool:
     """True if two [`weights_fingerprint`]s agree within the rounding of bfloat16, or if one is unknown."""
-    if not a or not b:
-        return True
-    if not (is_fingerprint(a) and is_fingerprint(b)):
-        return False
-    x, y = (torch.tensor([float(value) for value in text.split()]) for text in (a, b))
-    return x.shape == y.shape and torch.allclose(x, y, rtol=0, atol=0.02)
+    return _agree(a, b, rtol=0, atol=0.02)

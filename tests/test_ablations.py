@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
+from tiny_models import GUIDED
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from face_fusion_pipeline import create_adapter, save_adapter
@@ -41,7 +42,7 @@ from face_fusion_pipeline.avatars.evaluation.trials import FIRST_TEST_IDENTITY, 
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.conditioner import Person, PictureRow, register_conditioner
 from face_fusion_pipeline.face_adapter import ADAPTER_WEIGHTS_NAME
-from face_fusion_pipeline.face_attention import GUIDED, FaceCall, attention_layers
+from face_fusion_pipeline.face_attention import FaceCall, attention_layers
 from face_fusion_pipeline.face_errors import FaceFusionError
 from face_fusion_pipeline.training.base_model import base_of
 from face_fusion_pipeline.training.latent_cache import encode

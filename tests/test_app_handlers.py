@@ -30,8 +30,8 @@ gr = pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradi
 from face_fusion_pipeline.app.handlers import Handlers  # noqa: E402  without Gradio these tests skip
 from face_fusion_pipeline.app.page import build_page  # noqa: E402
 from face_fusion_pipeline.app.person_handlers import PersonHandlers  # noqa: E402
-from face_fusion_pipeline.avatar_model import AVATAR_DEFAULTS  # noqa: E402
 from face_fusion_pipeline.face_defaults import FaceDefaults  # noqa: E402
+from face_fusion_pipeline.generation.avatar_model import AVATAR_DEFAULTS  # noqa: E402
 
 
 @pytest.fixture

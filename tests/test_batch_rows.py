@@ -7,9 +7,9 @@ import torch
 from diffusers import StableDiffusionPAGPipeline, StableDiffusionPipeline
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from test_several_people import LEFT, RIGHT, FakeDetector
-from tiny_models import face, generate, tiny_components, tiny_pipeline, with_adapter
+from tiny_models import GUIDED, face, generate, tiny_components, tiny_pipeline, with_adapter
 
-from face_fusion_pipeline.face_attention import GUIDED, FaceCall
+from face_fusion_pipeline.face_attention import FaceCall
 from face_fusion_pipeline.face_errors import FaceFusionError
 from face_fusion_pipeline.face_fusion_mixin import FaceFusionMixin
 from face_fusion_pipeline.face_self_attention import SelfAttentionReference

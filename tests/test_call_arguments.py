@@ -11,9 +11,9 @@ from test_several_people import LEFT, RIGHT, FakeDetector, close
 from tiny_models import XL_UNET, embeddings, face, family_of, for_task, generate, tiny_pipeline, tiny_unet
 
 from face_fusion_pipeline import GuidanceInterval, SelfAttentionReference
+from face_fusion_pipeline.face_defaults import few_step_defaults
 from face_fusion_pipeline.face_embedders import CheckedEmbedder
 from face_fusion_pipeline.face_errors import FaceAxesError, FaceFusionError, InvalidLayoutError, InvalidScaleError
-from face_fusion_pipeline.face_few_steps import few_step_defaults
 from face_fusion_pipeline.face_prior import PriorSettings
 from face_fusion_pipeline.face_refinement import check_strength
 

@@ -521,7 +521,7 @@ def test_a_stop_half_way_leaves_no_file(
 
 
 def test_embedded_model_missing(generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("face_fusion_pipeline.avatar_model.resources.files", lambda _: tmp_path)
+    monkeypatch.setattr("face_fusion_pipeline.generation.avatar_model.resources.files", lambda _: tmp_path)
     status, _, err = generate("--no-detect", model=None)
     assert status == 2 and "--model" in err
 

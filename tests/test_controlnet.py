@@ -24,7 +24,7 @@ from tiny_models import (
 )
 from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
 
-from face_fusion_pipeline.face_depth import control_depth, depth_image, is_depth_map, load_depth_estimator
+from face_fusion_pipeline.control_pictures import control_depth, depth_image, is_depth_map, load_depth_estimator
 from face_fusion_pipeline.face_errors import (
     FaceAxesError,
     FaceFusionError,

@@ -12,12 +12,12 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from tiny_models import face, tiny_pipeline
 
 from face_fusion_pipeline import GuidanceInterval, StableDiffusionFaceFusionPipeline, embedded_model
-from face_fusion_pipeline.avatar_model import AVATAR_DEFAULTS
 from face_fusion_pipeline.evaluation.generation import Settings, pipeline_of
 from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_defaults import DEFAULTS_NAME, FaceDefaults, defaults_of, read_defaults
 from face_fusion_pipeline.face_errors import FaceFusionError
 from face_fusion_pipeline.face_refinement import steps_of
+from face_fusion_pipeline.generation.avatar_model import AVATAR_DEFAULTS
 from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
 
 

@@ -54,10 +54,9 @@ from face_fusion_pipeline.evaluation.pictures import (
 )
 from face_fusion_pipeline.evaluation.recognisers import DeepFaceRecogniser
 from face_fusion_pipeline.face_adapter import create_adapter, save_adapter
-from face_fusion_pipeline.face_alignment import face_template
 from face_fusion_pipeline.face_detectors import Face, HaarDetector, YuNetDetector
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
-from face_fusion_pipeline.face_recognisers import OnnxRecogniser, insightface_recogniser
+from face_fusion_pipeline.face_recognisers import OnnxRecogniser, face_template, insightface_recogniser
 from face_fusion_pipeline.training.sources import Photo
 
 

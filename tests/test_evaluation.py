@@ -51,10 +51,9 @@ from face_fusion_pipeline.evaluation.metrics import (
     verification_auc,
 )
 from face_fusion_pipeline.evaluation.recognisers import load_recognisers
-from face_fusion_pipeline.face_alignment import align_faces, face_template, similarity_transform
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError, NoFaceError
 from face_fusion_pipeline.face_images import Face
-from face_fusion_pipeline.face_recognisers import OnnxRecogniser
+from face_fusion_pipeline.face_recognisers import OnnxRecogniser, align_faces, face_template, similarity_transform
 from face_fusion_pipeline.training.errors import TrainingError
 
 

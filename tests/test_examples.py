@@ -16,8 +16,8 @@ from face_fusion_pipeline.avatars import render, sample_scene
 from face_fusion_pipeline.avatars.face_model import FaceEstimator, save_estimator
 from face_fusion_pipeline.avatars.training.controlnet import create_controlnet
 from face_fusion_pipeline.avatars.world import sheet
+from face_fusion_pipeline.control_pictures import depth_image
 from face_fusion_pipeline.evaluation.image_files import to_pil
-from face_fusion_pipeline.face_depth import depth_image
 
 
 ROOT = Path(__file__).parents[1]

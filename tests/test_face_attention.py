@@ -5,17 +5,11 @@ import math
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from tiny_models import one_face, tiny_unet
+from tiny_models import GUIDED, identity_mask_bias, one_face, tiny_unet
 
-from face_fusion_pipeline.face_attention import GUIDED, FaceCall, attention_layers, installed_processors
+from face_fusion_pipeline.face_attention import FaceCall, attention_layers, installed_processors
 from face_fusion_pipeline.face_errors import FaceFusionError, InvalidScaleError
-from face_fusion_pipeline.joint_attention import (
-    PersonKeys,
-    constant_bias,
-    identity_mask_bias,
-    joint_attention,
-    reference_log_weights,
-)
+from face_fusion_pipeline.joint_attention import PersonKeys, constant_bias, joint_attention, reference_log_weights
 
 
 def tensors(*shapes, dtype=torch.float64, seed=0):

@@ -10,7 +10,6 @@ from safetensors import safe_open
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from face_fusion_pipeline import face_prior
-from face_fusion_pipeline.avatar_model import embedded_model
 from face_fusion_pipeline.avatars.training import presets
 from face_fusion_pipeline.avatars.training.clip import create_clip
 from face_fusion_pipeline.avatars.training.data import load_avatars, render_avatars
@@ -21,6 +20,7 @@ from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.evaluation.clip_score import load_clip
 from face_fusion_pipeline.face_errors import FaceFusionError, InvalidPromptError, ModelNotFoundError
 from face_fusion_pipeline.face_prior import PRIOR_SETTINGS, PriorSettings, TextPrior, load_prior
+from face_fusion_pipeline.generation.avatar_model import embedded_model
 from face_fusion_pipeline.training.loop import TrainingError
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from face_fusion_pipeline import FaceDefaults, StableDiffusionFaceFusionPipeline
 from face_fusion_pipeline.cli import main
-from face_fusion_pipeline.face_few_steps import few_step_defaults, few_steps_beside
+from face_fusion_pipeline.face_defaults import few_step_defaults
 from face_fusion_pipeline.face_refinement import steps_of
-from face_fusion_pipeline.generation.loading import defaults_beside
+from face_fusion_pipeline.generation.loading import defaults_beside, few_steps_beside
 from face_fusion_pipeline.pipeline_img2img import StableDiffusionImg2ImgFaceFusionPipeline
 from face_fusion_pipeline.pipeline_inpaint import StableDiffusionInpaintFaceFusionPipeline
 

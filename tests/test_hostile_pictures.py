@@ -21,8 +21,8 @@ from face_fusion_pipeline.app.form import FieldError
 from face_fusion_pipeline.app.places import read_picture
 from face_fusion_pipeline.avatars import render, sample_scene
 from face_fusion_pipeline.cli import main
+from face_fusion_pipeline.control_pictures import control_depth
 from face_fusion_pipeline.evaluation.faces import FaceFinder
-from face_fusion_pipeline.face_depth import control_depth
 from face_fusion_pipeline.face_detectors import Face, YuNetDetector
 from face_fusion_pipeline.face_errors import InvalidLayoutError, UnreadableImageError
 from face_fusion_pipeline.face_images import (

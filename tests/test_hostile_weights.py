@@ -21,9 +21,8 @@ from face_fusion_pipeline.face_errors import (
     IdentityMismatchError,
     ModelNotFoundError,
 )
-from face_fusion_pipeline.face_file_checks import check_identity_fits
 from face_fusion_pipeline.face_files import read_tensors
-from face_fusion_pipeline.face_identity import FaceIdentity
+from face_fusion_pipeline.face_identity import FaceIdentity, check_identity_fits
 from face_fusion_pipeline.generation.loading import load_pipeline
 from face_fusion_pipeline.training.averaging import average_adapters
 from face_fusion_pipeline.training.base_model import load_base

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from PIL import Image
+from tiny_models import identity_mask_bias
 
 from face_fusion_pipeline.face_attention import FaceFusionAttnProcessor, LayerPeople
 from face_fusion_pipeline.face_errors import FaceFusionError, InvalidLayoutError
@@ -24,12 +25,7 @@ from face_fusion_pipeline.face_layout import (
     scale_boxes,
     visible_people,
 )
-from face_fusion_pipeline.joint_attention import (
-    PersonKeys,
-    identity_mask_bias,
-    joint_attention,
-    reference_log_weights,
-)
+from face_fusion_pipeline.joint_attention import PersonKeys, joint_attention, reference_log_weights
 
 
 def test_box_masks_are_enlarged_about_the_centre_and_cut_at_the_edge():

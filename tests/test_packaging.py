@@ -60,7 +60,7 @@ def test_flat_modules_are_those_that_the_pipelines_need() -> None:
     flat = {path.name for path in (ROOT / "face_fusion_pipeline").glob("*.py")}
     needed = {path.name for xl in (False, True) for path in pipeline_modules(xl).values()}
     assert flat - needed == {
-        *("__init__.py", "__main__.py", "avatar_model.py"),
+        *("__init__.py", "__main__.py"),
         "block.py",  # of Modular Diffusers, which finds it by modular_config.json
     }
 

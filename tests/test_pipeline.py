@@ -9,6 +9,7 @@ from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor
 from tiny_models import (
     CASES,
+    GUIDED,
     TEXT_WIDTH,
     embeddings,
     face,
@@ -26,7 +27,6 @@ from tiny_models import (
 from face_fusion_pipeline import face_fusion_mixin
 from face_fusion_pipeline.face_adapter import create_adapter, face_fused_unet
 from face_fusion_pipeline.face_attention import (
-    GUIDED,
     FaceCall,
     FaceFusionAttnProcessor,
     attention_layers,

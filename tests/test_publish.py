@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from face_fusion_pipeline.avatar_model import AVATAR_DEFAULTS
 from face_fusion_pipeline.avatars.training import publish
 from face_fusion_pipeline.avatars.world.caption import vocabulary
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.face_defaults import DEFAULTS_NAME, FaceDefaults, read_defaults
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
+from face_fusion_pipeline.generation.avatar_model import AVATAR_DEFAULTS
 
 
 RECORD = {

@@ -21,6 +21,7 @@ from face_fusion_pipeline.joint_attention import PersonKeys
 torch.set_num_threads(1)  # several times faster at this size
 
 CASES = [*(("sd", mode) for mode in FACE_MODES), ("xl", "both")]  # families and modes in which a face is seen
+GUIDED = ("unconditional", "conditional")  # blocks of a batch under classifier-free guidance
 
 TEXT_WIDTH = 24
 TEXT_LENGTH = 12
@@ -190,6 +191,22 @@ def one_face(
 ) -> FaceFusionAttnProcessor:
     """A processor with the same person for all rows."""
     return FaceFusionAttnProcessor([LayerPeople((PersonKeys(key, value, *args, **kwargs),))], call)
+
+
+def identity_mask_bias(query_masks: Tensor, key_identity: Tensor) -> Tensor:
+    """Eq. 7 as it is written, to compare with: -inf where the key is of one identity and the query in another's mask.
+
+    Args:
+        query_masks: bool `(n_identities, N_h)`, the region of each identity among the queries.
+        key_identity: int `(K_f,)`, the identity that each face key belongs to.
+
+    Returns:
+        `(N_h, K_f)` of 0 and -inf. A query in two masks sees neither face, as the equation says.
+    """
+    inside = query_masks.to(torch.int64)
+    inside_another = (inside.sum(0) - inside) > 0  # (n_identities, N_h)
+    forbidden = inside_another[key_identity].T
+    return torch.zeros(forbidden.shape).masked_fill(forbidden, -torch.inf)
 
 
 def face(seed: int = 0, size: int = 16) -> Image.Image:

@@ -8,13 +8,11 @@ from typing import Any
 
 from PIL import Image
 
-from ..face_defaults import FaceDefaults
-from ..face_depth import control_depth
+from ..control_pictures import control_depth
+from ..face_defaults import FaceDefaults, settings_of_pipeline
 from ..face_detectors import FaceDetector, load_detector
 from ..face_errors import FaceFusionError, InvalidLayoutError, NoFaceError, SeveralFacesError
-from ..face_few_steps import settings_of_pipeline
-from ..face_file_checks import check_identity_fits
-from ..face_identity import FaceIdentity
+from ..face_identity import FaceIdentity, check_identity_fits
 from ..face_images import FacePhoto, detect_faces, locate_face
 from ..face_layout import Box, assign_boxes, even_boxes, scale_boxes
 from ..generation.provenance import describe, public_name

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..avatar_model import embedded_model
 from ..face_errors import FaceFusionError, ModelNotFoundError
+from ..generation.avatar_model import embedded_model
 from ._arguments import STRENGTH, real
 
 
@@ -92,7 +92,7 @@ def driver_picture(pipe: Any, args: argparse.Namespace, faces: list[FacePhoto]) 
 def face_model(args: argparse.Namespace) -> FaceModel:
     """That of `--face-model`, of photos or of avatars; else that of the avatars, if they are the model."""
     from ..face_errors import LandmarksError
-    from ..face_file_checks import read_header
+    from ..face_files import read_header
     from ..face_models import load_face_model
 
     if args.face_model is None and args.model is not None:

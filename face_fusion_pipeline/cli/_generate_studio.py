@@ -43,7 +43,7 @@ def load_studio(pipe: Any, args: argparse.Namespace) -> None:
     if args.face_studio is not None:
         pipe.load_face_studio(args.face_studio)
         return
-    from ..avatar_model import embedded_model
+    from ..generation.avatar_model import embedded_model
 
     model = embedded_model() if args.model is None else args.model
     if Path(model).is_dir() and not (Path(model) / FOLDER / WEIGHTS).is_file():
@@ -58,7 +58,7 @@ def read_identity(path: str) -> Any:
     """A saved identity, of Face Fusion or of FaceStudio."""
     from ..conditioner_face_studio import IDENTITY_FORMAT, StudioIdentity
     from ..face_errors import IdentityMismatchError
-    from ..face_file_checks import read_header
+    from ..face_files import read_header
     from ..face_identity import FaceIdentity
 
     of_studio = read_header(path, IdentityMismatchError).get("format") == IDENTITY_FORMAT

@@ -120,7 +120,7 @@ def create_studio_task(
 
 def face_embedder(name: str) -> Any:
     """See `face_embedders.load_face_embedder`; 'avatars' is the one of the embedded model."""
-    from ..avatar_model import embedded_model
     from ..face_embedders import load_face_embedder
+    from ..generation.avatar_model import embedded_model
 
     return load_face_embedder(Path(embedded_model()) / "face_studio" if name == "avatars" else name)

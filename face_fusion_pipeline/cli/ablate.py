@@ -100,12 +100,12 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from ..avatar_model import embedded_model
     from ..avatars.ablations.laboratory import Laboratory
     from ..avatars.ablations.pictures import Sampling
     from ..avatars.ablations.questions import QUESTIONS
     from ..avatars.ablations.report import fill, write_answer
     from ..avatars.ablations.training import Budget, Trainer
+    from ..generation.avatar_model import embedded_model
     from ..training.base_model import load_base
     from ..training.loop import process_group
 

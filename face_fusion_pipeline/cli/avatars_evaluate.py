@@ -8,9 +8,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..avatar_model import AVATAR_DEFAULTS, embedded_model
 from ..face_errors import ModelNotFoundError
 from ..generation.arguments import METHODS, guidance_scales
+from ..generation.avatar_model import AVATAR_DEFAULTS, embedded_model
 from ..generation.loading import usable_device
 from ._arguments import AVATAR_SIDE, COUNT, GUIDANCE, GUIDED, SEED, STEPS, STRENGTH, THREADS, Gather, whole
 

@@ -178,10 +178,10 @@ def run(args: argparse.Namespace) -> int:
 
 def crop_embedder_task(args: argparse.Namespace) -> Task:
     """Of the face crops of a prepared folder, from `--continue-from` or from the face embedder of trainings."""
-    from ..avatar_model import embedded_model
     from ..avatars.training.crop_embedder import CropEmbedderTask
     from ..avatars.training.face_embedder import SHIPPED
     from ..face_embedders import load_avatar_embedder
+    from ..generation.avatar_model import embedded_model
     from ..training.base_model import load_base
     from ..training.latent_cache import cache_folders
     from ..training.preparation import is_prepared

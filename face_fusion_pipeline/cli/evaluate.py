@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..avatar_model import embedded_model
 from ..face_errors import FaceFusionError
 from ..generation.arguments import METHODS, check_model, guidance_scales
+from ..generation.avatar_model import embedded_model
 from ..generation.loading import ADAPTER_FILE, defaults_beside, usable_device
 from ._arguments import COUNT, GUIDANCE, GUIDED, SEED, STEPS, STRENGTH, Gather, whole
 

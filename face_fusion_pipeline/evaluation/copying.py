@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from ..face_alignment import similarity_transform
+from ..face_recognisers import similarity_transform
 
 
 # The five landmarks of an average head in millimetres: x to the image's right, y down, z away from the camera.

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..face_alignment import align_faces
 from ..face_detectors import Face
-from ..face_recognisers import CROP_SIZE, Recogniser
+from ..face_recognisers import CROP_SIZE, Recogniser, align_faces
 from .copying import head_rotation
 from .faces import FaceFinder
 from .image_files import from_pil

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..face_alignment import align_faces
 from ..face_errors import FaceFusionError, ModelNotFoundError
-from ..face_recognisers import OnnxRecogniser
+from ..face_recognisers import OnnxRecogniser, align_faces
 
 
 logger = logging.getLogger(__name__)

@@ -3,8 +3,8 @@
 from importlib import resources
 from pathlib import Path
 
-from .face_defaults import FaceDefaults
-from .face_errors import ModelNotFoundError
+from ..face_defaults import FaceDefaults
+from ..face_errors import ModelNotFoundError
 
 
 # What `avatars-publish` writes into the folder of a model of avatars that says nothing itself. Figures of guidance are

@@ -3,15 +3,15 @@
 torch and diffusers are imported inside the function: `--help` and the checks of arguments do without them.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..avatar_model import embedded_model
-from ..face_defaults import FaceDefaults, defaults_of
+from ..face_defaults import FaceDefaults, defaults_of, few_step_defaults, file_of, with_few_steps
 from ..face_errors import FaceFusionError, ModelNotFoundError, short
-from ..face_few_steps import few_steps_beside, with_few_steps
+from .avatar_model import embedded_model
 
 
 ADAPTER_FILE = "face_fusion_adapter.safetensors"
@@ -33,7 +33,7 @@ def defaults_beside(
 
     Args:
         config: of a model in one file, which recommends in its place.
-        steps: those that were asked for, see `face_few_steps.few_step_defaults`.
+        steps: those that were asked for, see `face_defaults.few_step_defaults`.
 
     Raises:
         FaceFusionError: a file of it that is wrong.
@@ -42,6 +42,25 @@ def defaults_beside(
     if place is None:
         return None
     return with_few_steps(defaults_of(place, revision), few_steps_beside(str(place), revision, steps))
+
+
+def few_steps_beside(model: str, revision: str | None = None, steps: int | None = None) -> FaceDefaults | None:
+    """As [`few_step_defaults`], of a folder or Hub id that is not loaded; None where its files cannot be read."""
+    scheduler = read_part(model, "scheduler/scheduler_config.json", revision)
+    if few_step_defaults(str(scheduler.get("_class_name")), scheduler, steps) is None:
+        return None
+    embedded = read_part(model, "unet/config.json", revision).get("time_cond_proj_dim") is not None
+    return few_step_defaults(str(scheduler["_class_name"]), scheduler, steps, embedded)
+
+
+def read_part(model: str, name: str, revision: str | None = None) -> dict[str, Any]:
+    """The object in a JSON file of a model, see [`file_of`]; empty where it cannot be read, as loading will say."""
+    path = file_of(model, name, revision)
+    try:
+        values = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def controlnet_beside(model: str | None) -> str | None:

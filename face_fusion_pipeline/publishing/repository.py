@@ -19,8 +19,7 @@ from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
 from ..face_defaults import DEFAULTS_NAME, read_defaults
 from ..face_embedders import WEIGHTS_NAME as EMBEDDER_WEIGHTS_NAME
 from ..face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError
-from ..face_file_checks import check_tensors
-from ..face_files import read_tensors
+from ..face_files import check_tensors, read_tensors
 from ..face_studio import STUDIO_WEIGHTS_NAME, StudioMetadata
 from ..files.atomic import new_folder
 from .card import REPOSITORY, finish_card

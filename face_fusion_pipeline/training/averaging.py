@@ -13,8 +13,7 @@ from typing import Any
 
 from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
 from ..face_errors import AdapterMismatchError, FaceFusionError, also_named
-from ..face_file_checks import check_tensors
-from ..face_files import read_tensors, save_tensors
+from ..face_files import check_tensors, read_tensors, save_tensors
 from ..files.atomic import replacing
 from ..unet_family import same_fingerprint
 from .run_records import RECORD, read_records

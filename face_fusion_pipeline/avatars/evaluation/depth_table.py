@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ...control_pictures import depth_image
 from ...evaluation.generation import Settings, denoising, keep_settings
 from ...evaluation.image_files import from_pil, read_image, to_pil, write_image
 from ...evaluation.metrics import Estimate, bootstrap_mean, cosine_similarity
 from ...evaluation.reports import circumstances, contact_sheet, markdown_table, write_report
-from ...face_depth import depth_image
 from ...files.atomic import write_text
 from .. import Scene, render
 from .evaluators import IMAGE_SIZE, Evaluators

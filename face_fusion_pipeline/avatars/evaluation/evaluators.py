@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ...evaluation.image_files import from_pil
-from ...face_alignment import align_faces
 from ...face_errors import ModelNotFoundError
+from ...face_recognisers import align_faces
 from ...files.atomic import write_text
 from ...files.folders import present
 from ...files.texts import read_json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...face_alignment import align_faces, face_template
+from ...face_recognisers import align_faces, face_template
 from ..evaluation.evaluators import IMAGE_SIZE, Evaluators
 from ..evaluation.renders import at_size
 

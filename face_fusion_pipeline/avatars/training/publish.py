@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...avatar_model import AVATAR_DEFAULTS
 from ...face_adapter import ADAPTER_WEIGHTS_NAME
 from ...face_defaults import read_defaults
 from ...face_errors import FaceFusionError, ModelNotFoundError
 from ...files.atomic import write_text
 from ...files.texts import read_text
+from ...generation.avatar_model import AVATAR_DEFAULTS
 from ...publishing.card import render_card
 from ...training.run_records import read_records
 from ..world.caption import vocabulary
