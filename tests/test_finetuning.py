@@ -30,6 +30,7 @@ from face_fusion_pipeline.cli import build_parser, main
 from face_fusion_pipeline.face_adapter import face_fused_unet, save_adapter
 from face_fusion_pipeline.face_images import crop_face
 from face_fusion_pipeline.face_layout import box_masks, pool, visible_people
+from face_fusion_pipeline.face_self_attention import SelfAttentionReference
 from face_fusion_pipeline.reference_pass import face_tensors
 from face_fusion_pipeline.training import latent_cache, loop, objective
 from face_fusion_pipeline.training import task as task_module
@@ -685,6 +686,41 @@ def test_training_sees_a_reference_as_the_pipeline_does(
     assert identity.keys.keys() == projected.keys() and len(projected) == (5 if family == "xl" else 4)
     for name, (key, value) in projected.items():
         assert torch.equal(identity.keys[name], key) and torch.equal(identity.values[name], value)
+
+
+def test_training_for_both_attentions_sees_what_the_pipeline_sees(data: Path, family: str) -> None:
+    """Keys at both attentions bit for bit; without its face an example is predicted as without any."""
+    base = base_of(tiny_models.tiny_pipeline(family=family))
+    encode(data, base, progress=False)
+    own = SelfAttentionReference(timestep=30)
+    adapter = create_adapter(base.unet, metadata={"resolution": 2 * SIDE})
+    task = FaceFusionTask(base, adapter, pairs_of(data, base)[0], self_attention=own)
+    assert task.subject["self_attention"]["timestep"] == 30
+    (pixels,) = face_tensors(tiny_models.face(), 2 * SIDE)
+    states = task.reference_states(base.latents(pixels))
+    hers = {name: h[:, None] for name, h in states.items() if name.endswith("attn1")}
+    keys = task.self_attention_keys(hers, torch.tensor([True]), None)
+    base.pipeline.set_face_fusion_adapter(adapter)
+    identity = base.pipeline.encode_face(tiny_models.face(), face_mode="both", self_attention=own)
+    assert identity.keys.keys() == states.keys() and keys
+    for name, seen in keys.items():
+        assert torch.equal(identity.keys[name], seen.key) and torch.equal(identity.values[name], seen.value)
+        assert seen.scale == own.scale
+
+    batch = part_of(task, [0, 1])
+    batch["has_face"] = torch.tensor([True, False])
+    noisy = base.schedule.noised(batch["latents"], batch["noise"], batch["timesteps"])
+    with torch.no_grad():
+        plain = task.predicted(batch, noisy)
+        with task.fused(batch, task.identity_tokens(batch)):
+            both = task.predicted(batch, noisy)
+        cross = FaceFusionTask(base, adapter, pairs_of(data, base)[0])
+        with cross.fused(batch, cross.identity_tokens(batch)):
+            alone = cross.predicted(batch, noisy)
+    assert torch.allclose(both[1], plain[1], atol=1e-5)
+    assert (both[0] - plain[0]).abs().max() > 1e-3 and (both[0] - alone[0]).abs().max() > 1e-4
+    _, found = gradients(task, batch)
+    assert all(gradient.abs().sum() > 0 for gradient in found)
 
 
 # --- Processes, kills and full disks -----------------------------------------------------------------------------
