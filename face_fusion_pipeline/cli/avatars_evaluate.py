@@ -149,6 +149,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generated.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
     generated.add_argument("--training-steps", type=COUNT, default=2000, help="of both trainings (default: 2000)")
     generated.add_argument("--train-batch-size", type=COUNT, default=16, help="of both trainings (default: 16)")
+    generated.add_argument(
+        "--mixed-precision",
+        choices=("auto", "no", "bf16"),
+        default="no",
+        help="of both trainings; auto: bf16 where the processor computes in it",
+    )
 
     judged = (table, model, people, depth, morph, studio, savings, reference, recognition, eyes, generated)
     for action in (*judged, train, choose):
@@ -318,6 +324,7 @@ def _generated(args: argparse.Namespace) -> tuple[dict, str]:
     from ..avatars.evaluation.trials import plan_trials
     from ..avatars.measures.panel import load_measures
     from ..training.base_model import load_base
+    from ..training.loop import usable_precision
 
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
@@ -325,7 +332,8 @@ def _generated(args: argparse.Namespace) -> tuple[dict, str]:
     panel.measures = load_measures(panel.evaluators)
     base = load_base(_model_folder(args))
     base.pipeline.to(args.device)
-    schooling = Schooling(args.training_steps, args.train_batch_size, seed=args.seed)
+    precision = usable_precision(args.mixed_precision)
+    schooling = Schooling(args.training_steps, args.train_batch_size, seed=args.seed, precision=precision)
     result = compare_generated(base, args.data, trials, panel, _settings(args), schooling, args.out)
     return result, table_of(result, panel.names)
 
