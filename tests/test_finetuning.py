@@ -695,7 +695,7 @@ def test_training_for_both_attentions_sees_what_the_pipeline_sees(data: Path, fa
     own = SelfAttentionReference(timestep=30)
     adapter = create_adapter(base.unet, metadata={"resolution": 2 * SIDE})
     task = FaceFusionTask(base, adapter, pairs_of(data, base)[0], self_attention=own)
-    assert task.subject["self_attention"]["timestep"] == 30
+    assert task.subject["face_mode"] == "both" and task.subject["self_timestep"] == "30"
     (pixels,) = face_tensors(tiny_models.face(), 2 * SIDE)
     states = task.reference_states(base.latents(pixels))
     hers = {name: h[:, None] for name, h in states.items() if name.endswith("attn1")}
@@ -865,6 +865,16 @@ def test_weights_card_and_pictures(train: Any, tmp_path: Path, family: str) -> N
     assert status == 2 and "checkpoint-2 of an earlier run" in errors
 
 
+def test_weights_for_both_attentions(train: Any, tmp_path: Path) -> None:
+    words = ["--face-mode", "both", "--validation-prompt", "a cat", "--validation-inference-steps", "1"]
+    status, errors = train(*words, validation_people=1)
+    assert status == 0, errors
+    record = json.loads((tmp_path / "out" / "training.json").read_text())["face-fusion"]
+    assert record["learned"]["face_mode"] == "both" and record["learned"]["self_layers"] == "up_blocks"
+    assert "--face-mode both" in (tmp_path / "out" / "README.md").read_text()
+    assert train(*words, validation_people=1)[0] == 0, "it goes on where it was"
+
+
 def test_photos_are_prepared_on_the_way(train: Any, tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", ["ada", "ada", "bob"])
     selected = ["--min-side", "16", "--min-face", "4", "--workers", "1", "--min-sharpness", "0"]
@@ -883,6 +893,7 @@ def test_a_checkpoint_of_another_training_is_refused(train: Any, tmp_path: Path)
         (["--text-dropout", "0.2"], "text_dropout 0.05, not 0.2"),
         (["--init", "zero_v"], "initial_weights"),
         (["--validation-people", "2"], "training_images"),
+        (["--face-mode", "both"], "face_mode adapter, not both"),
     ):
         status, errors = train(*words, **({} if "people" in words[0] else {"validation_people": 0}))
         assert status == 2 and named in errors and "checkpoint-2" in errors

@@ -128,8 +128,8 @@ class FaceFusionTask(Task):
         self.options = options or FaceFusionOptions()
         self.self_attention = self_attention
         self.settings = asdict(self.options)
-        if self_attention is not None:  # trainings of before have no such line, and go on
-            self.settings["self_attention"] = asdict(self_attention)
+        own = {} if self_attention is None else self_attention.to_strings()
+        self.settings |= {"face_mode": "both" if own else "adapter", **own}
         self.base, self.adapter, self.pairs, self.held_out, self.samples = base, adapter, train, validation, samples
         self.size = len(train)
         self.empty = {key: state.float().cpu() for key, state in base.conditions([""]).items()}
