@@ -123,7 +123,10 @@ def one_mode(people: Sequence[Sequence[Person]]) -> str | None:
     """The mode of all people of a call, None without people. Raises IdentityMismatchError: there are several."""
     modes = {person.identity.mode for row in people for person in row}
     if len(modes) > 1:
-        raise IdentityMismatchError(f"people of one call must be encoded in one mode, got {' and '.join(modes)}")
+        raise IdentityMismatchError(
+            f"people of one call must be encoded in one mode, got {' and '.join(sorted(modes))}: encode them together "
+            "with `encode_people`, or each with the same `face_mode`"
+        )
     return modes.pop() if modes else None
 
 

@@ -265,6 +265,7 @@ def face_fused_unet(
     scale: float = 1.0,
     token_count_bias: bool | None = None,
     places: Mapping[int, Tensor] | None = None,
+    further: Mapping[str, PersonKeys] | None = None,
 ) -> Iterator[None]:
     """Within the block, `unet(...)` attends to the faces; gradients reach `adapter` (Eq. 2-6).
 
@@ -278,8 +279,10 @@ def face_fused_unet(
         scale: strength > 0.
         token_count_bias: default as the adapter's metadata.
         places: which queries see the face of their sample, see `PersonKeys`.
+        further: keys of the same faces at other layers, such as those of the model's own self-attention.
     """
     keys = face_keys(adapter, identity_tokens, face_mask, weights, scale, token_count_bias, places)
-    processors = {name: FaceFusionAttnProcessor([LayerPeople((seen,))]) for name, seen in keys.items()}
+    seen_at = {**keys, **(further or {})}
+    processors = {name: FaceFusionAttnProcessor([LayerPeople((seen,))]) for name, seen in seen_at.items()}
     with installed_processors(unet, processors):
         yield

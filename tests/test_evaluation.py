@@ -24,7 +24,13 @@ from face_fusion_pipeline.avatars.evaluation.model_quality import measure_model,
 from face_fusion_pipeline.avatars.evaluation.morph_table import compare_morphs
 from face_fusion_pipeline.avatars.evaluation.recognition import kept, measure_recognition
 from face_fusion_pipeline.avatars.evaluation.renders import coarse, depth_cells
-from face_fusion_pipeline.avatars.evaluation.savings_table import EVERYTHING, SAVINGS, compare_savings, inner_scales
+from face_fusion_pipeline.avatars.evaluation.savings_table import (
+    EVERYTHING,
+    REFERENCES,
+    SAVINGS,
+    compare_savings,
+    inner_scales,
+)
 from face_fusion_pipeline.avatars.evaluation.scoring import Panel
 from face_fusion_pipeline.avatars.evaluation.trial_pictures import image_path
 from face_fusion_pipeline.avatars.evaluation.trials import (
@@ -522,6 +528,17 @@ def test_savings_table_end_to_end(
     # Of a face outside the finest layers, only the others see something.
     inner = inner_scales(pipe.unet)
     assert inner and not any(name.startswith(("down_blocks.0", "up_blocks.1")) for name in inner)
+
+
+def test_what_the_self_attention_sees_of_a_reference_needs_no_weights(
+    pipe: StableDiffusionFaceFusionPipeline, untrained: Evaluators, tmp_path: Path
+) -> None:
+    trials = plan_trials(1, 1, style="photo")
+    result = compare_savings(pipe, trials, untrained, Settings(model="tiny", steps=5), tmp_path, REFERENCES)
+    assert list(result["savings"]) == [reference.name for reference in REFERENCES]
+    assert result["savings"]["as it is"]["difference"]["mean"] == 0
+    pictures = {path.read_bytes() for path in (tmp_path / "images").glob(f"{trials[0].key}_*")}
+    assert len(pictures) == len(REFERENCES)
 
 
 def test_control_depth_is_near_where_the_person_is() -> None:

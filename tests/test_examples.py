@@ -34,7 +34,7 @@ EXAMPLES = {
     "small_faces": (["ada.png", "bob.png", TWO, "a person in a suit", "a person in a crown"], "small_faces.png", None),
     "finished_picture": (["layout.png", "ada.png", "a photo of a person"], "finished_picture.png", None),
     "identity_file": (["ada.png", ONE], "identity_file.png", (128, 128)),
-    "pose_of_another": (["ada.png", "bob.png", ONE, "net.tiny", "landmarks.tiny"], "pose_of_another.png", None),
+    "pose_of_another": (["bob.png", "ada.png", ONE, "net.tiny", "landmarks.tiny"], "pose_of_another.png", None),
     "stable_diffusion_xl": (["ada.png", ONE, "xl.tiny"], "stable_diffusion_xl.png", (16, 16)),
     "custom_pipeline": (["ada.png", ONE, str(ROOT / "face_fusion_pipeline")], "custom_pipeline.png", (128, 128)),
 }

@@ -30,6 +30,7 @@ from face_fusion_pipeline.cli import build_parser, main
 from face_fusion_pipeline.face_adapter import face_fused_unet, save_adapter
 from face_fusion_pipeline.face_images import crop_face
 from face_fusion_pipeline.face_layout import box_masks, pool, visible_people
+from face_fusion_pipeline.face_self_attention import SelfAttentionReference
 from face_fusion_pipeline.reference_pass import face_tensors
 from face_fusion_pipeline.training import latent_cache, loop, objective
 from face_fusion_pipeline.training import task as task_module
@@ -687,6 +688,41 @@ def test_training_sees_a_reference_as_the_pipeline_does(
         assert torch.equal(identity.keys[name], key) and torch.equal(identity.values[name], value)
 
 
+def test_training_for_both_attentions_sees_what_the_pipeline_sees(data: Path, family: str) -> None:
+    """Keys at both attentions bit for bit; without its face an example is predicted as without any."""
+    base = base_of(tiny_models.tiny_pipeline(family=family))
+    encode(data, base, progress=False)
+    own = SelfAttentionReference(timestep=30)
+    adapter = create_adapter(base.unet, metadata={"resolution": 2 * SIDE})
+    task = FaceFusionTask(base, adapter, pairs_of(data, base)[0], self_attention=own)
+    assert task.subject["face_mode"] == "both" and task.subject["self_timestep"] == "30"
+    (pixels,) = face_tensors(tiny_models.face(), 2 * SIDE)
+    states = task.reference_states(base.latents(pixels))
+    hers = {name: h[:, None] for name, h in states.items() if name.endswith("attn1")}
+    keys = task.self_attention_keys(hers, torch.tensor([True]), None)
+    base.pipeline.set_face_fusion_adapter(adapter)
+    identity = base.pipeline.encode_face(tiny_models.face(), face_mode="both", self_attention=own)
+    assert identity.keys.keys() == states.keys() and keys
+    for name, seen in keys.items():
+        assert torch.equal(identity.keys[name], seen.key) and torch.equal(identity.values[name], seen.value)
+        assert seen.scale == own.scale
+
+    batch = part_of(task, [0, 1])
+    batch["has_face"] = torch.tensor([True, False])
+    noisy = base.schedule.noised(batch["latents"], batch["noise"], batch["timesteps"])
+    with torch.no_grad():
+        plain = task.predicted(batch, noisy)
+        with task.fused(batch, task.identity_tokens(batch)):
+            both = task.predicted(batch, noisy)
+        cross = FaceFusionTask(base, adapter, pairs_of(data, base)[0])
+        with cross.fused(batch, cross.identity_tokens(batch)):
+            alone = cross.predicted(batch, noisy)
+    assert torch.allclose(both[1], plain[1], atol=1e-5)
+    assert (both[0] - plain[0]).abs().max() > 1e-3 and (both[0] - alone[0]).abs().max() > 1e-4
+    _, found = gradients(task, batch)
+    assert all(gradient.abs().sum() > 0 for gradient in found)
+
+
 # --- Processes, kills and full disks -----------------------------------------------------------------------------
 
 
@@ -829,6 +865,16 @@ def test_weights_card_and_pictures(train: Any, tmp_path: Path, family: str) -> N
     assert status == 2 and "checkpoint-2 of an earlier run" in errors
 
 
+def test_weights_for_both_attentions(train: Any, tmp_path: Path) -> None:
+    words = ["--face-mode", "both", "--validation-prompt", "a cat", "--validation-inference-steps", "1"]
+    status, errors = train(*words, validation_people=1)
+    assert status == 0, errors
+    record = json.loads((tmp_path / "out" / "training.json").read_text())["face-fusion"]
+    assert record["learned"]["face_mode"] == "both" and record["learned"]["self_layers"] == "up_blocks"
+    assert "--face-mode both" in (tmp_path / "out" / "README.md").read_text()
+    assert train(*words, validation_people=1)[0] == 0, "it goes on where it was"
+
+
 def test_photos_are_prepared_on_the_way(train: Any, tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", ["ada", "ada", "bob"])
     selected = ["--min-side", "16", "--min-face", "4", "--workers", "1", "--min-sharpness", "0"]
@@ -847,6 +893,7 @@ def test_a_checkpoint_of_another_training_is_refused(train: Any, tmp_path: Path)
         (["--text-dropout", "0.2"], "text_dropout 0.05, not 0.2"),
         (["--init", "zero_v"], "initial_weights"),
         (["--validation-people", "2"], "training_images"),
+        (["--face-mode", "both"], "face_mode adapter, not both"),
     ):
         status, errors = train(*words, **({} if "people" in words[0] else {"validation_people": 0}))
         assert status == 2 and named in errors and "checkpoint-2" in errors

@@ -71,6 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--init", choices=("attn1", "zero_v", "xavier"), default="attn1", help="initial weights")
     what.add_argument("--init-adapter", type=Path, metavar="PATH", help="start from this file or folder")
     what.add_argument("--reference-timestep", type=whole(0, 999), default=0, help="noise level of the reference pass")
+    what.add_argument(
+        "--face-mode",
+        choices=("adapter", "both"),
+        default="adapter",
+        help="how the weights will be used: with both, the reference is at the self-attention as well, and they learn "
+        "what it lacks",
+    )
     what.add_argument("--token-count-bias", action="store_true", help="log(text tokens / face tokens) on face logits")
     what.add_argument("--text-dropout", type=FRACTION, default=0.05, help="fraction of examples without their prompt")
     what.add_argument("--face-dropout", type=FRACTION, default=0.05, help="fraction without their face")

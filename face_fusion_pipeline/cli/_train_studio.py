@@ -60,6 +60,8 @@ def check_studio_arguments(args: argparse.Namespace) -> None:
     for option in ("init_adapter", "identity_embedder", "keep_references", "validation_prompt"):
         if getattr(args, option, None):
             raise FaceFusionError(f"--{option.replace('_', '-')} is of Face Fusion's training, not of FaceStudio's")
+    if args.face_mode != "adapter":
+        raise FaceFusionError("--face-mode is of Face Fusion's training, not of FaceStudio's")
 
 
 def create_studio_task(

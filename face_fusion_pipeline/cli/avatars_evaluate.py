@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ._arguments import AVATAR_SIDE, COUNT, GUIDANCE, GUIDED, SEED, STEPS, STREN
 
 
 if TYPE_CHECKING:
+    from ..avatars.evaluation.savings_table import Saving
     from ..avatars.evaluation.scoring import Panel
     from ..evaluation.generation import Settings
     from ..face_detectors import FaceDetector
@@ -81,8 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     savings = actions.add_parser("savings", help="smaller references, fewer steps or layers: the likeness lost")
     _add_generation(savings)
     _add_adapter(savings)
-    savings.add_argument("--identities", type=COUNT, default=50, help="test people (default: 50)")
-    savings.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
+    reference = actions.add_parser("reference", help="what of it the self-attention sees: the likeness lost or won")
+    _add_generation(reference)
+    for action in (savings, reference):
+        action.add_argument("--identities", type=COUNT, default=50, help="test people (default: 50)")
+        action.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
 
     recognition = actions.add_parser("recognition", help="do tools made for photographs accept avatars?")
     _add_evaluators(recognition)
@@ -144,8 +149,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generated.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
     generated.add_argument("--training-steps", type=COUNT, default=2000, help="of both trainings (default: 2000)")
     generated.add_argument("--train-batch-size", type=COUNT, default=16, help="of both trainings (default: 16)")
+    generated.add_argument(
+        "--mixed-precision",
+        choices=("auto", "no", "bf16"),
+        default="no",
+        help="of both trainings; auto: bf16 where the processor computes in it",
+    )
 
-    for action in (table, model, people, depth, morph, studio, savings, recognition, train, choose, eyes, generated):
+    judged = (table, model, people, depth, morph, studio, savings, reference, recognition, eyes, generated)
+    for action in (*judged, train, choose):
         action.add_argument("--threads", type=THREADS, help="CPU threads of torch (default: torch decides)")
         action.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -165,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
         "morph": _morph,
         "studio": _studio,
         "savings": _savings,
+        "reference": _reference,
         "recognition": _recognition,
         "train-evaluators": _train,
         "choose": _choose,
@@ -311,6 +324,7 @@ def _generated(args: argparse.Namespace) -> tuple[dict, str]:
     from ..avatars.evaluation.trials import plan_trials
     from ..avatars.measures.panel import load_measures
     from ..training.base_model import load_base
+    from ..training.loop import usable_precision
 
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
@@ -318,7 +332,8 @@ def _generated(args: argparse.Namespace) -> tuple[dict, str]:
     panel.measures = load_measures(panel.evaluators)
     base = load_base(_model_folder(args))
     base.pipeline.to(args.device)
-    schooling = Schooling(args.training_steps, args.train_batch_size, seed=args.seed)
+    precision = usable_precision(args.mixed_precision)
+    schooling = Schooling(args.training_steps, args.train_batch_size, seed=args.seed, precision=precision)
     result = compare_generated(base, args.data, trials, panel, _settings(args), schooling, args.out)
     return result, table_of(result, panel.names)
 
@@ -401,19 +416,31 @@ def _studio(args: argparse.Namespace) -> tuple[dict, str]:
 
 
 def _savings(args: argparse.Namespace) -> tuple[dict, str]:
-    from ..avatars.evaluation.evaluators import SHIPPED, load_evaluators
-    from ..avatars.evaluation.savings_table import as_markdown, compare_savings
-    from ..avatars.evaluation.trials import plan_trials
-    from ..evaluation.generation import pipeline_of
+    from ..avatars.evaluation.savings_table import SAVINGS
     from ..face_errors import FaceFusionError
 
     settings = _settings(args, adapter=_adapter(args), face_scale=args.scale)
     if settings.adapter is None:
         raise FaceFusionError("no adapter beside the model, name one with --adapter")
+    return _compare_savings(args, settings, SAVINGS)
+
+
+def _reference(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..avatars.evaluation.savings_table import REFERENCES
+
+    return _compare_savings(args, _settings(args), REFERENCES)
+
+
+def _compare_savings(args: argparse.Namespace, settings: Settings, savings: Sequence[Saving]) -> tuple[dict, str]:
+    from ..avatars.evaluation.evaluators import SHIPPED, load_evaluators
+    from ..avatars.evaluation.savings_table import as_markdown, compare_savings
+    from ..avatars.evaluation.trials import plan_trials
+    from ..evaluation.generation import pipeline_of
+
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
     evaluators = load_evaluators(args.evaluators or SHIPPED)
-    result = compare_savings(pipeline_of(settings, args.device), trials, evaluators, settings, args.out)
+    result = compare_savings(pipeline_of(settings, args.device), trials, evaluators, settings, args.out, savings)
     return result, as_markdown(result)
 
 

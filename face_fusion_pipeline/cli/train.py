@@ -134,6 +134,7 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
     """The adapter, the pairs and what else the options ask for, as a task; the base gets its training precision."""
     import torch
 
+    from ..face_self_attention import SelfAttentionReference
     from ..training.latent_cache import cache_folders
     from ..training.objective import load_face_embedder
     from ..training.pairs import Pairs, split_people
@@ -157,7 +158,8 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
     )
     embedder = load_face_embedder(args.identity_embedder) if args.identity_embedder else None
     samples = create_samples(args, base, adapter, folder, held_out) if args.validation_prompt else None
-    task = FaceFusionTask(base, adapter, pairs, held_out, options, embedder, samples)
+    own = SelfAttentionReference() if args.face_mode == "both" else None
+    task = FaceFusionTask(base, adapter, pairs, held_out, options, embedder, samples, self_attention=own)
     base.cast(frozen)
     if base.unet.device.type == "cuda":  # the layout in which tensor cores convolve
         base.unet.to(memory_format=torch.channels_last)
@@ -217,7 +219,7 @@ def create_samples(
         faces = [read_picture(folder / row["face_file_name"]) for row in rows[:count]]
     else:
         raise DataError("nobody is set aside for validation: give --validation-image, or --validation-people 1")
-    return Samples(faces, args.validation_prompt, args.validation_inference_steps, seed=args.seed)
+    return Samples(faces, args.validation_prompt, args.validation_inference_steps, seed=args.seed, mode=args.face_mode)
 
 
 def loop_options(args: argparse.Namespace, size: int, processes: int) -> LoopOptions:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def write_card(
         **record,
         "base": public_name(model),
         "pipeline": type(task.base.pipeline).__name__,
-        "learned": asdict(task.options),
+        "learned": task.settings,
         "adapter": task.adapter.metadata.to_strings(),
         "data": report,
         "command": shlex.join(map(public_name, command)),

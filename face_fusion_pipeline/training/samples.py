@@ -25,6 +25,7 @@ class Samples:
     steps: int = 25
     guidance: float = 5.0
     seed: int = 0
+    mode: str | None = None  # of the face; None: the default of the pipeline
     without: list[Image.Image] = field(default_factory=list)  # the base alone does not change: drawn once
 
     def __post_init__(self) -> None:
@@ -53,6 +54,7 @@ class Samples:
             pipe(
                 prompt,
                 face_image=face,
+                face_mode=self.mode,
                 num_inference_steps=self.steps,
                 guidance_scale=self.guidance,
                 generator=torch.Generator().manual_seed(self.seed + number),

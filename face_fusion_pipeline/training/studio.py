@@ -73,6 +73,7 @@ class StudioTask(FaceFusionTask):
     ) -> None:
         chosen = options or StudioOptions()
         super().__init__(base, studio, train, validation, chosen, teacher=teacher)  # type: ignore[arg-type]
+        del self.settings["face_mode"]  # a face is seen as tokens
         self.embeddings = embeddings
         self.adapter.requires_grad_(True)
         for tensor in lora_state(self.unet).values():

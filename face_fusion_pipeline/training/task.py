@@ -30,7 +30,9 @@ from ..face_adapter import (
 )
 from ..face_errors import also_named
 from ..face_layout import layer_sizes
-from ..reference_pass import capture_hidden_states, noise_latents
+from ..face_self_attention import SelfAttentionReference
+from ..joint_attention import PersonKeys, reference_log_weights
+from ..reference_pass import capture_hidden_states, noise_latents, reference_passes, self_attention_projections
 from .base_model import BaseModel
 from .kernels import plain_attention_on_cpu
 from .loop import Batch, Part, Task, seeded
@@ -101,6 +103,8 @@ class FaceFusionTask(Task):
         samples: pictures to generate now and then.
         teacher: weights for the same base and the same kind of reference. What they predict is learned.
         feature_cache: where `keep_references` keeps them, for other tasks of the same base to use it too.
+        self_attention: what of the reference is seen at the self-attention as well, for weights that are to be used
+            in `face_mode="both"`: they learn what it lacks. None: nothing, as in the paper.
     """
 
     name = "face-fusion"
@@ -118,10 +122,14 @@ class FaceFusionTask(Task):
         samples: Samples | None = None,
         teacher: FaceFusionAdapter | None = None,
         feature_cache: FeatureCache | None = None,
+        self_attention: SelfAttentionReference | None = None,
     ) -> None:
         super().__init__()
         self.options = options or FaceFusionOptions()
+        self.self_attention = self_attention
         self.settings = asdict(self.options)
+        own = {} if self_attention is None else self_attention.to_strings()
+        self.settings |= {"face_mode": "both" if own else "adapter", **own}
         self.base, self.adapter, self.pairs, self.held_out, self.samples = base, adapter, train, validation, samples
         self.size = len(train)
         self.empty = {key: state.float().cpu() for key, state in base.conditions([""]).items()}
@@ -237,14 +245,23 @@ class FaceFusionTask(Task):
 
     @torch.no_grad()
     def reference_states(self, latents: Tensor) -> dict[str, Tensor]:
-        """h_f of Eq. 2: layer name -> (B, N_f, C) for reference latents (B, c, r, r)."""
-        timestep = self.reference_timestep
-        latents = noise_latents(latents, self.base.schedule.alphas, timestep).to(self.base.dtype)
-        count = len(latents)
-        empty = {key: self.on_device(state).expand(count, *state.shape[1:]) for key, state in self.empty.items()}
+        """h_f of Eq. 2: layer name -> (B, N_f, C) for reference latents (B, c, r, r).
+
+        With `self_attention` also what its layers of self-attention see, (B, cells, C).
+        """
+        empty = {
+            key: self.on_device(state).expand(len(latents), *state.shape[1:]) for key, state in self.empty.items()
+        }
         arguments = self.base.unet_arguments(empty, self.side(latents))
-        step = torch.full((), timestep, device=latents.device)
-        return capture_hidden_states(self.unet, latents, step, **arguments)
+        found: dict[str, Tensor] = {}
+        for (timestep, seed), kinds in reference_passes(self.reference_timestep, self.self_attention).items():
+            noised = noise_latents(latents, self.base.schedule.alphas, timestep, seed).to(self.base.dtype)
+            step = torch.full((), timestep, device=latents.device)
+            found |= capture_hidden_states(self.unet, noised, step, kind=kinds, **arguments)
+        if self.self_attention is None:
+            return found
+        own, cross = by_attention(found)
+        return cross | self.self_attention.chosen(own)[0]
 
     def side(self, latents: Tensor) -> int:
         """Pixels a side of the images of these latents."""
@@ -278,13 +295,32 @@ class FaceFusionTask(Task):
 
     def fused(self, batch: Batch, tokens: dict[str, Tensor]) -> AbstractContextManager[None]:
         """Within it the UNet sees the faces of the batch, each in its place."""
-        return face_fused_unet(self.unet, self.adapter, tokens, batch["has_face"], places=self.places(batch))
+        return self.fused_by(self.adapter, batch, tokens)
+
+    def fused_by(self, adapter: Any, batch: Batch, tokens: dict[str, Tensor]) -> AbstractContextManager[None]:
+        """As [`fused`], with the weights of `adapter`."""
+        own, cross = by_attention(tokens)
+        seen, places = batch["has_face"], self.places(batch)
+        further = self.self_attention_keys(own, seen, places) if own else None
+        return face_fused_unet(self.unet, adapter, cross, seen, places=places, further=further)
+
+    @torch.no_grad()
+    def self_attention_keys(
+        self, tokens: dict[str, Tensor], seen: Tensor, places: dict[int, Tensor] | None
+    ) -> dict[str, PersonKeys]:
+        """What the model's own self-attention makes of the references (B, 1, cells, C), where `seen` (B,) says so."""
+        assert self.self_attention is not None
+        log_weights = reference_log_weights(torch.ones(1), ~seen)
+        projected = self_attention_projections(self.unet, {n: h.to(self.base.dtype) for n, h in tokens.items()})
+        return {
+            name: PersonKeys(key, value, log_weights, self.self_attention.scale, places=places)
+            for name, (key, value) in projected.items()
+        }
 
     @torch.no_grad()
     def taught(self, batch: Batch, noisy: Tensor, tokens: dict[str, Tensor]) -> Tensor:
         """What the teacher predicts, who sees what the student sees."""
-        places = self.places(batch)
-        with face_fused_unet(self.unet, self.teacher, tokens, batch["has_face"], places=places):
+        with self.fused_by(self.teacher, batch, tokens):
             return self.predicted(batch, noisy)
 
     def places(self, batch: Batch) -> dict[int, Tensor] | None:
@@ -353,3 +389,9 @@ class FaceFusionTask(Task):
     def export(self, folder: Path) -> None:
         """Write the adapter in float16."""
         save_adapter(copy.deepcopy(self.adapter).half(), folder / ADAPTER_WEIGHTS_NAME)
+
+
+def by_attention(states: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Those of self-attention layers, and those of all others."""
+    own = {name: state for name, state in states.items() if name.endswith(".attn1")}
+    return own, {name: state for name, state in states.items() if name not in own}

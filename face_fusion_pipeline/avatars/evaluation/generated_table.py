@@ -41,6 +41,7 @@ class Schooling:
     batch_size: int = 16
     learning_rate: float = 1.5e-3
     seed: int = 0
+    precision: str = "no"
 
     @property
     def loop(self) -> LoopOptions:
@@ -51,6 +52,7 @@ class Schooling:
             warmup=min(100, self.steps // 10),
             ema_decay=0.99,
             seed=self.seed,
+            precision=self.precision,
             sample_minutes=1e9,
         )
 

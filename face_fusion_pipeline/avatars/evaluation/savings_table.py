@@ -1,4 +1,4 @@
-"""What it costs in likeness to spend less on faces: smaller references, fewer steps, fewer layers, fewer queries.
+"""What it costs in likeness to see less of a face: smaller references, fewer steps, fewer layers, fewer queries.
 
 Every way is an option of the pipeline. The same trials with the same noise run through all of them, so what is
 compared is the difference within a trial, which is far steadier than the likeness itself.
@@ -22,6 +22,7 @@ from ...evaluation.image_files import read_image, to_pil, write_image
 from ...evaluation.metrics import Estimate, bootstrap_mean, cosine_similarity
 from ...evaluation.reports import circumstances, contact_sheet, markdown_table, write_report
 from ...face_attention import attention_layers
+from ...face_self_attention import WHOLE_AND_CLEAN, SelfAttentionReference
 from ...files.atomic import write_text
 from .evaluators import IMAGE_SIZE, Evaluators
 from .people_table import true_boxes
@@ -34,10 +35,11 @@ SHEET_ROWS = 6
 
 @dataclass(frozen=True)
 class Saving:
-    """A way to spend less.
+    """A way to see less, or more, of a face.
 
     Attributes:
         side: side of the reference, as a fraction of the side of the model's own pictures.
+        encode: further arguments of `encode_face`.
         call: arguments of the pipeline's call.
         finest: whether the layers with the most queries, the outermost ones of the UNet, see the face.
         in_box: only queries in the face box of the true render's scene see it (`face_boxes`).
@@ -45,6 +47,7 @@ class Saving:
 
     name: str
     side: float = 1.0
+    encode: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
     finest: bool = True
     in_box: bool = False
@@ -60,6 +63,26 @@ SAVINGS = (
     Saving("last 80 % of the steps", call={"face_start": 0.2}),
     Saving("without the finest layers", finest=False),
     Saving("queries in the face box", in_box=True),
+)
+
+
+def at_self_attention(name: str, **how: Any) -> Saving:
+    """The mode without training, which sees this of a reference; see [`SelfAttentionReference`]."""
+    return Saving(name, encode={"face_mode": "training-free", "self_attention": SelfAttentionReference(**how)})
+
+
+REFERENCES = (
+    at_self_attention("as it is"),
+    at_self_attention("clean reference", timestep=0),
+    at_self_attention("noised to 300", timestep=300),
+    at_self_attention("downward half", layers=("down_blocks",)),
+    at_self_attention("all layers", layers=("down_blocks", "mid_block", "up_blocks")),
+    at_self_attention("whole crop", half_axes=(2.0, 2.0)),
+    at_self_attention("strength 1", scale=1.0),
+    Saving(
+        "clean, all layers, whole crop, strength 1",
+        encode={"face_mode": "training-free", "self_attention": WHOLE_AND_CLEAN},
+    ),
 )
 
 
@@ -143,7 +166,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 def _image(pipe: Any, trial: Trial, saving: Saving, settings: Settings) -> torch.Tensor:
     face, cell = portraits(trial.person, seed=settings.seed).face, pipe.vae_scale_factor
     side = max(1, round(pipe.unet.config.sample_size * saving.side)) * cell
-    identity = pipe.encode_face(face, face_resolution=side)
+    identity = pipe.encode_face(face, face_resolution=side, **saving.encode)
     places = {"face_boxes": true_boxes(trial)} if saving.in_box else {}
     pipe.set_face_fusion_scale(1.0 if saving.finest else inner_scales(pipe.unet))
     try:
