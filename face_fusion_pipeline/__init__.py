@@ -16,7 +16,7 @@ _EXPORTS = {
     "AdapterMetadata": "face_adapter",
     "FaceFusionAdapter": "face_adapter",
     "create_adapter": "face_adapter",
-    "face_fused_unet": "face_adapter",
+    "face_fused_unet": "training.fused_unet",
     "load_adapter": "face_adapter",
     "save_adapter": "face_adapter",
     "FaceFusionAttnProcessor": "face_attention",

@@ -32,7 +32,6 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .conditioner_reference import ReferenceConditioner
     from .control_landmarks import landmark_control
     from .control_pictures import control_picture
-    from .face_axes import face_axes
     from .face_defaults import FaceDefaults
     from .face_detectors import load_detector
     from .face_embedders import load_face_embedder
@@ -45,6 +44,7 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_loader_mixin import FaceLoaderMixin
     from .face_metadata import without_metadata
     from .face_models import load_face_model
+    from .face_people import face_axes
     from .face_pictures import upright_rgb
     from .face_places import place_people
     from .face_prior import load_prior

@@ -1,18 +1,17 @@
 """The trainable weights W_kf, W_vf of Eq. 2: create, apply, save, load, and refuse what does not fit."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .face_attention import FaceFusionAttnProcessor, LayerPeople, attention_layers, installed_processors
+from .face_attention import attention_layers
 from .face_errors import AdapterMismatchError, FaceFusionError, short, shown
 from .face_files import check_range, check_tensors, number, save_tensors
-from .joint_attention import KeysAndValues, PersonKeys, reference_log_weights
+from .joint_attention import KeysAndValues
 from .unet_family import base_family, face_widths, fingerprint, is_fingerprint, plain_weight, unet_fingerprint
 
 
@@ -30,7 +29,7 @@ class AdapterMetadata:
         base_family: which UNets the weights fit, see `unet_family.base_family`.
         reference_mode: `"clean"` (timestep 0) or `"noised"` (to `reference_timestep`).
         reference_timestep: timestep of the reference pass, 0 for `"clean"`.
-        token_count_bias: see `face_attention.constant_bias`.
+        token_count_bias: see `joint_attention.constant_bias`.
         face_crop: side of the square face crop over the longer side of the face box, from 0.5 to 5.
         resolution: side of the reference image in pixels, from 8 to 2048.
         base_fingerprint: `unet_family.fingerprint` of the UNet trained on, for information: fine-tunes may be used.
@@ -222,67 +221,3 @@ def load_adapter(
             )
     adapter.load_state_dict(dict(state_dict), assign=True)
     return adapter
-
-
-# --- Training ----------------------------------------------------------------------------------------------------
-
-
-def face_keys(
-    adapter: Any,
-    identity_tokens: Mapping[str, Tensor],
-    face_mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    scale: float = 1.0,
-    token_count_bias: bool | None = None,
-    places: Mapping[int, Tensor] | None = None,
-) -> dict[str, PersonKeys]:
-    """What layers see of the faces of a batch, projected by `adapter`; the arguments are those of [`face_fused_unet`].
-
-    Args:
-        adapter: also anything else that makes keys and values of tokens.
-    """
-    if token_count_bias is None:
-        token_count_bias = bool(getattr(adapter, "module", adapter).metadata.token_count_bias)
-    tokens = next(iter(identity_tokens.values()))
-    if weights is None:
-        weights = torch.ones(tokens.shape[1])
-    drop = None if face_mask is None else ~face_mask.bool().to(tokens.device)
-    log_weights = reference_log_weights(weights.float(), drop)
-    log_weights = None if log_weights is None else log_weights.to(tokens.device)
-    return {
-        name: PersonKeys(key, value, log_weights, scale, token_count_bias, places)
-        for name, (key, value) in adapter(identity_tokens).items()
-    }
-
-
-@contextmanager
-def face_fused_unet(
-    unet: Any,
-    adapter: Any,
-    identity_tokens: Mapping[str, Tensor],
-    face_mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    scale: float = 1.0,
-    token_count_bias: bool | None = None,
-    places: Mapping[int, Tensor] | None = None,
-    further: Mapping[str, PersonKeys] | None = None,
-) -> Iterator[None]:
-    """Within the block, `unet(...)` attends to the faces; gradients reach `adapter` (Eq. 2-6).
-
-    Run `backward` inside the block too if gradient checkpointing recomputes the forward pass.
-
-    Args:
-        adapter: a [`FaceFusionAdapter`], also wrapped (DistributedDataParallel): its forward is called once.
-        identity_tokens: layer name -> `(B, n_refs, N_f, C)`, see `face_identity.capture_hidden_states`.
-        face_mask: bool `(B,)`, False drops the face of that sample (masked, never zeroed).
-        weights: `(n_refs,)` or `(B, n_refs)`, default equal.
-        scale: strength > 0.
-        token_count_bias: default as the adapter's metadata.
-        places: which queries see the face of their sample, see `PersonKeys`.
-        further: keys of the same faces at other layers, such as those of the model's own self-attention.
-    """
-    keys = face_keys(adapter, identity_tokens, face_mask, weights, scale, token_count_bias, places)
-    seen_at = {**keys, **(further or {})}
-    processors = {name: FaceFusionAttnProcessor([LayerPeople((seen,))]) for name, seen in seen_at.items()}
-    with installed_processors(unet, processors):
-        yield

@@ -12,10 +12,10 @@ from .conditioner import IdentityOptions, conditioner_of, one_mode
 from .conditioner_face_studio import MODE, Style, studio_acting, studio_context
 from .conditioner_reference import ReferenceConditioner  # noqa: F401  (registers the modes)
 from .face_attention import FaceCall, check_idle
-from .face_axes import Faces, check_window, encode_people, wanted_people
 from .face_layout import Background, Box, Layout, Overlap, Placement
 from .face_loader_mixin import FaceLoaderMixin
 from .face_ownership import sole_use
+from .face_people import Faces, check_window, encode_people, wanted_people
 from .face_places import DraftInterrupted, picture_rows, place_people, with_boxes
 from .face_self_attention import SelfAttentionReference
 from .face_studio_loader_mixin import FaceStudioLoaderMixin
@@ -145,7 +145,7 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
             face_image: a [`FaceIdentity`], one or several face crops of one person, or a list of these for several
                 people: `[[ada_1, ada_2], [bob]]`; one level deeper, each prompt has its own. None: the plain pipeline.
             face_scale, face_self_scale, face_weights, face_mode, face_resolution, face_mirrored, identity_by: how, and
-                how strongly, people are seen: see `face_axes.Faces`.
+                how strongly, people are seen: see `face_people.Faces`.
             face_start, face_end: step i of n sees the faces where face_start <= i / n < face_end.
             face_boxes, face_masks, face_layout, face_assign, face_overlap, face_background, face_detector: where
                 people go, see `face_layout.Placement`. Several without a place: where they stand in a first drawing.

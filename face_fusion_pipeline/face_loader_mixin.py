@@ -18,10 +18,10 @@ from .face_adapter import (
     save_adapter,
 )
 from .face_attention import attention_layers
-from .face_axes import check_scale
 from .face_defaults import DEFAULTS_NAME, FaceDefaults, loaded_defaults
 from .face_errors import AdapterMismatchError, FaceFusionError, InvalidScaleError, ModelNotFoundError
 from .face_files import read_tensors
+from .face_people import check_scale
 from .face_single_file import load_single_file
 from .unet_family import base_family
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .face_axes import face_axes, per_person, weights_per_person
 from .face_defaults import settings_of_pipeline
 from .face_errors import FaceAxesError, FaceFusionError, InvalidLayoutError, InvalidPromptError, InvalidScaleError
 from .face_images import crop_face
 from .face_layout import Box, Placement, assign_boxes, box_masks, check_box, visible_people
+from .face_people import face_axes, per_person, weights_per_person
 from .face_pictures import load_images
 
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from .call_arguments import prompt_count
 from .control_pictures import ControlFaces, control_picture, load_depth_estimator, photo_of
-from .face_axes import check_scale, face_axes
 from .face_defaults import few_step_defaults
 from .face_errors import FaceAxesError, FaceFusionError
 from .face_fusion_mixin import FaceFusionMixin
 from .face_layout import Box, Layout, Placement
 from .face_models import load_face_model
 from .face_ownership import own_thread
+from .face_people import check_scale, face_axes
 
 
 if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others

@@ -16,7 +16,6 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .control_pictures import control_picture
     from .face_adapter import FaceFusionAdapter
     from .face_attention import FaceFusionAttnProcessor
-    from .face_axes import face_axes
     from .face_defaults import FaceDefaults
     from .face_detectors import load_detector
     from .face_embedders import load_face_embedder
@@ -32,6 +31,7 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_metadata import without_metadata
     from .face_models import load_face_model
     from .face_ownership import sole_use
+    from .face_people import face_axes
     from .face_pictures import upright_rgb
     from .face_places import place_people
     from .face_prior import load_prior

@@ -7,17 +7,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import SD15_UNET, SDXL_UNET, TEXT_WIDTH, one_face, tiny_pipeline, tiny_unet
 
-from face_fusion_pipeline.face_adapter import (
-    AdapterMetadata,
-    FaceFusionAdapter,
-    adapter_fingerprint,
-    create_adapter,
-    face_fused_unet,
-)
+from face_fusion_pipeline.face_adapter import AdapterMetadata, FaceFusionAdapter, adapter_fingerprint, create_adapter
 from face_fusion_pipeline.face_attention import attention_layers
 from face_fusion_pipeline.face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError
 from face_fusion_pipeline.joint_attention import reference_log_weights
 from face_fusion_pipeline.reference_pass import capture_hidden_states
+from face_fusion_pipeline.training.fused_unet import face_fused_unet
 from face_fusion_pipeline.unet_family import base_family, fingerprint, same_fingerprint, unet_fingerprint
 
 

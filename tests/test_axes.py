@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_models import face
 
-from face_fusion_pipeline.face_axes import depth, describe, face_axes, per_person
 from face_fusion_pipeline.face_errors import FaceAxesError
 from face_fusion_pipeline.face_identity import FaceIdentity
+from face_fusion_pipeline.face_people import depth, describe, face_axes, per_person
 
 
 IDENTITY = FaceIdentity({"x": torch.zeros(1, 2, 3)}, {"x": torch.zeros(1, 2, 3)}, torch.ones(1), "adapter")

@@ -90,6 +90,43 @@ def test_files_and_options_that_pages_name_exist(page: Path) -> None:
         assert command in commands(), f"{name(page)}: face-fusion {command}"
 
 
+NAMED = re.compile(r"`(\w+(?:\.\w+)+)`")  # `module.name` or `room.module.name`
+ENDINGS = ("py", "json", "jsonl", "safetensors")  # of names of files
+
+
+def is_there(dotted: str) -> bool:
+    """Whether a name of this package exists; one that begins with no module or room of it is another's."""
+    path, parts = ROOT / "face_fusion_pipeline", dotted.split(".")
+    foreign = not (path / parts[0]).is_dir() and not (path / f"{parts[0]}.py").is_file()
+    if foreign or parts[-1] in ENDINGS:
+        return True
+    while parts and (path / parts[0]).is_dir():
+        path /= parts.pop(0)
+    path = path / parts.pop(0) if parts and (path / f"{parts[0]}.py").is_file() else path
+    found: Any = importlib.import_module(".".join(path.relative_to(ROOT).parts))
+    for part in parts:
+        if not hasattr(found, part) and part not in getattr(found, "__annotations__", {}):
+            return False
+        found = getattr(found, part, None)
+    return True
+
+
+def test_names_that_pages_and_docstrings_mention_exist() -> None:
+    texts = [*PAGES, CARD, *(ROOT / "face_fusion_pipeline").rglob("*.py")]
+    wrong = [
+        f"{name(text)}: {said}" for text in texts for said in NAMED.findall(text.read_text()) if not is_there(said)
+    ]
+    assert not wrong
+
+
+def test_the_page_of_the_architecture_says_where_things_are() -> None:
+    page = (ROOT / "docs" / "reference" / "attention.md").read_text()
+    said = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    assert len(said) > 8 and all(NAMED.search(line) for line in said)
+    for what in ("encoded", "see it", "kept apart"):
+        assert any(what in line for line in said), what
+
+
 # --- Snippets --------------------------------------------------------------------------------------------------------
 
 

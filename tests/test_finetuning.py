@@ -27,7 +27,7 @@ from face_fusion_pipeline.avatars.training.rendered import detected, paired, pre
 from face_fusion_pipeline.avatars.world.dataset import plan
 from face_fusion_pipeline.avatars.world.render import render
 from face_fusion_pipeline.cli import build_parser, main
-from face_fusion_pipeline.face_adapter import face_fused_unet, save_adapter
+from face_fusion_pipeline.face_adapter import save_adapter
 from face_fusion_pipeline.face_images import crop_face
 from face_fusion_pipeline.face_layout import box_masks, pool, visible_people
 from face_fusion_pipeline.face_self_attention import SelfAttentionReference
@@ -35,6 +35,7 @@ from face_fusion_pipeline.reference_pass import face_tensors
 from face_fusion_pipeline.training import latent_cache, loop, objective
 from face_fusion_pipeline.training import task as task_module
 from face_fusion_pipeline.training.base_model import base_of, load_base
+from face_fusion_pipeline.training.fused_unet import face_fused_unet
 from face_fusion_pipeline.training.kernels import plain_attention, plain_attention_on_cpu
 from face_fusion_pipeline.training.latent_cache import Shards, cache_folders, encode, is_encoded, shard_path
 from face_fusion_pipeline.training.loop import Part, TrainingError, data_order

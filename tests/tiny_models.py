@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import face_fusion_pipeline
-from face_fusion_pipeline import face_axes
+from face_fusion_pipeline import face_people
 from face_fusion_pipeline.face_adapter import create_adapter
 from face_fusion_pipeline.face_attention import FaceCall, FaceFusionAttnProcessor, LayerPeople
 from face_fusion_pipeline.face_defaults import FACE_MODES
@@ -182,7 +182,7 @@ def with_adapter(pipe: Any) -> Any:
 
 def in_mode(pipe: Any, mode: str, monkeypatch: Any) -> Any:
     """`pipe` in which faces are encoded in `mode` where nothing else is said."""
-    monkeypatch.setattr(face_axes, "MODE_WITH_WEIGHTS", mode)
+    monkeypatch.setattr(face_people, "MODE_WITH_WEIGHTS", mode)
     return pipe if mode == "training-free" else with_adapter(pipe)
 
 

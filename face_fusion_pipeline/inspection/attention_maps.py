@@ -65,7 +65,7 @@ def attention_weights(
     """Eq. 4, softmax(M + Q [K_c; K_f]^T / sqrt(d)), explicitly and in float32 at least.
 
     Args:
-        query, text_key, face_key, face_bias, text_bias: as in `face_attention.joint_attention`.
+        query, text_key, face_key, face_bias, text_bias: as in `joint_attention.joint_attention`.
 
     Returns:
         `(B, heads, N_h, N_c + K_f)`, the text first; every row sums to 1.

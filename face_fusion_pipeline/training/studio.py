@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..face_adapter import FaceFusionAdapter, face_fused_unet
+from ..face_adapter import FaceFusionAdapter
 from ..face_studio import STUDIO_WEIGHTS_NAME, FaceStudio, lora_state, save_studio, set_lora, studio_lora
 from ..unet_family import TEXT
 from .base_model import BaseModel
+from .fused_unet import face_fused_unet
 from .kernels import plain_attention_on_cpu
 from .loop import Batch, Part, seeded
 from .pairs import Pairs, Reference

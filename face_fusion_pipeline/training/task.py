@@ -21,19 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..face_adapter import (
-    ADAPTER_WEIGHTS_NAME,
-    FaceFusionAdapter,
-    adapter_fingerprint,
-    face_fused_unet,
-    save_adapter,
-)
+from ..face_adapter import ADAPTER_WEIGHTS_NAME, FaceFusionAdapter, adapter_fingerprint, save_adapter
 from ..face_errors import also_named
 from ..face_layout import layer_sizes
 from ..face_self_attention import SelfAttentionReference
 from ..joint_attention import PersonKeys, reference_log_weights
 from ..reference_pass import capture_hidden_states, noise_latents, reference_passes, self_attention_projections
 from .base_model import BaseModel
+from .fused_unet import face_fused_unet
 from .kernels import plain_attention_on_cpu
 from .loop import Batch, Part, Task, seeded
 from .objective import (

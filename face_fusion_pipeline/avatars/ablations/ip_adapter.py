@@ -17,11 +17,11 @@ from diffusers.models.embeddings import (
 from torch import Tensor, nn
 
 from ...conditioner import Person
-from ...face_adapter import face_keys
 from ...face_attention import (
     attention_layers,
 )
 from ...joint_attention import KeysAndValues, PersonKeys
+from ...training.fused_unet import face_keys
 from ...training.latent_cache import read_picture
 from ...training.pairs import Pairs
 from ...training.sources import DataError

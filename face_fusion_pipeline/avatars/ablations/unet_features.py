@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...face_adapter import FaceFusionAdapter, create_adapter, face_keys
+from ...face_adapter import FaceFusionAdapter, create_adapter
 from ...face_attention import (
     attention_layers,
 )
@@ -23,6 +23,7 @@ from ...reference_pass import (
     self_attention_projections,
 )
 from ...training.base_model import BaseModel
+from ...training.fused_unet import face_keys
 from ...training.pairs import Pairs
 from ...training.preparation import read_report
 from .conditioning import Conditioning

@@ -14,8 +14,9 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ...face_adapter import FaceFusionAdapter, face_fused_unet
+from ...face_adapter import FaceFusionAdapter
 from ...training.base_model import TEXT, BaseModel
+from ...training.fused_unet import face_fused_unet
 from ...training.loop import Batch, Task, seeded
 from ...training.pairs import Pairs, Reference
 from ...training.task import FaceFusionOptions, FaceFusionTask
