@@ -90,7 +90,7 @@ class FaceDetector(Protocol):
 
     One whose scores tell turned faces from upright ones may also have `clear`, the score from which a face surely
     stands upright, and `turned`, the sureness from which it does so in a turned picture: see
-    `face_images.upright_faces`.
+    `generation.photos.upright_faces`.
 
     Attributes:
         name: what log lines call it.

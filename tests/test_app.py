@@ -46,8 +46,8 @@ from face_fusion_pipeline.cli import app as app_command
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.face_defaults import FaceDefaults
 from face_fusion_pipeline.face_errors import IdentityMismatchError
-from face_fusion_pipeline.face_images import locate_face
 from face_fusion_pipeline.generation.loading import controlnet_beside, load_pipeline
+from face_fusion_pipeline.generation.photos import locate_face
 
 
 ROOT = Path(__file__).parents[1]

@@ -16,10 +16,11 @@ import tiny_models
 import torch
 from PIL import Image
 
-from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter, face_images, save_adapter
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, create_adapter, save_adapter
 from face_fusion_pipeline.cli import commands, main
 from face_fusion_pipeline.cli import generate as generate_command
 from face_fusion_pipeline.face_defaults import FaceDefaults
+from face_fusion_pipeline.generation import photos
 from face_fusion_pipeline.generation.contact_sheet import contact_sheet, save_png
 
 
@@ -342,9 +343,9 @@ def test_a_folder_of_photos_is_its_photos(generate: Any, tmp_path: Path, monkeyp
         tiny_models.face(seed, size=32).save(folder / name, "PNG")
     (folder / "notes.txt").write_text("no photo")
     located = []
-    original = face_images.locate_face
+    original = photos.locate_face
     monkeypatch.setattr(
-        face_images, "locate_face", lambda source, *args: located.append(Path(source).name) or original(source, *args)
+        photos, "locate_face", lambda source, *args: located.append(Path(source).name) or original(source, *args)
     )
     assert generate("--no-detect", "--no-sheet", face=folder)[0] == 0
     assert located == ["a.JPG", "b.png"]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tiny_models import tiny_components, tiny_controlnet, tiny_unet
 
-from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, face_images
+from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
 from face_fusion_pipeline.avatars import BACKGROUNDS, CLOTHINGS, EXPRESSIONS, STYLES, render
 from face_fusion_pipeline.avatars.evaluation import depth_table, people_table
 from face_fusion_pipeline.avatars.evaluation.avatar_table import CEILING, FLOOR, as_markdown, compare, summarise
@@ -60,6 +60,7 @@ from face_fusion_pipeline.evaluation.recognisers import load_recognisers
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError, NoFaceError
 from face_fusion_pipeline.face_images import Face
 from face_fusion_pipeline.face_recognisers import OnnxRecogniser, align_faces, face_template, similarity_transform
+from face_fusion_pipeline.generation import photos
 from face_fusion_pipeline.training.errors import TrainingError
 
 
@@ -398,8 +399,8 @@ def test_references_are_cut_out_by_a_detector_as_of_photos(
             raise NoFaceError("no face")
         return image, Face({"yunet": (30.0, 20.0, 95.0, 110.0)}[detector], 0.9)
 
-    monkeypatch.setattr(face_images, "load_detector", lambda name: name)
-    monkeypatch.setattr(face_images, "find_upright", found)
+    monkeypatch.setattr(photos, "load_detector", lambda name: name)
+    monkeypatch.setattr(photos, "find_upright", found)
     detected_face.cache_clear()
     crop = reference_face(first, cut_out="yunet")
     assert crop.size == (128, 128) and np.abs(np.asarray(crop, float) - np.asarray(portraits(first).face)).mean() > 1

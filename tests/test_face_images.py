@@ -15,15 +15,9 @@ from face_fusion_pipeline.face_errors import (
     SeveralFacesError,
     UnreadableImageError,
 )
-from face_fusion_pipeline.face_images import (
-    FacePhoto,
-    crop_box,
-    crop_face,
-    detect_faces,
-    find_face,
-    load_image,
-    prepare_face,
-)
+from face_fusion_pipeline.face_images import crop_box, crop_face, detect_faces, find_face
+from face_fusion_pipeline.face_pictures import load_image
+from face_fusion_pipeline.generation.photos import FacePhoto, prepare_face
 
 
 Box = tuple[float, float, float, float]

@@ -369,8 +369,8 @@ def test_pictures_vary_by_the_seed_alone() -> None:
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model, and pictures of two kinds in which the whole picture is the face."""
-    from face_fusion_pipeline import face_images
     from face_fusion_pipeline.face_detectors import Face
+    from face_fusion_pipeline.generation import photos
 
     tiny_pipeline().save_pretrained(tmp_path / "model")
     for red in (True, False):
@@ -382,9 +382,9 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def found(source: Any, detector: Any = None, **options: Any) -> Any:
         picture = Image.open(source).convert("RGB")
-        return face_images.FacePhoto(picture, Face((8.0, 8.0, 24.0, 24.0), 0.9))
+        return photos.FacePhoto(picture, Face((8.0, 8.0, 24.0, 24.0), 0.9))
 
-    monkeypatch.setattr("face_fusion_pipeline.face_images.locate_face", found)
+    monkeypatch.setattr("face_fusion_pipeline.generation.photos.locate_face", found)
     return tmp_path
 
 

@@ -25,16 +25,10 @@ from face_fusion_pipeline.control_pictures import control_depth
 from face_fusion_pipeline.evaluation.faces import FaceFinder
 from face_fusion_pipeline.face_detectors import Face, YuNetDetector
 from face_fusion_pipeline.face_errors import InvalidLayoutError, UnreadableImageError
-from face_fusion_pipeline.face_images import (
-    crop_box,
-    crop_face,
-    find_upright,
-    locate_face,
-    prepare_face,
-    upright_faces,
-)
+from face_fusion_pipeline.face_images import crop_box, crop_face
 from face_fusion_pipeline.face_layout import given_masks, read_mask
 from face_fusion_pipeline.face_pictures import FORMATS, load_image, upright_rgb
+from face_fusion_pipeline.generation.photos import find_upright, locate_face, prepare_face, upright_faces
 from face_fusion_pipeline.reference_pass import face_tensors
 from face_fusion_pipeline.training.selection import SelectionOptions, select
 from face_fusion_pipeline.training.sources import Photo

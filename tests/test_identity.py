@@ -23,7 +23,8 @@ from face_fusion_pipeline.face_errors import (
     ModelNotFoundError,
     UnreadableImageError,
 )
-from face_fusion_pipeline.face_images import FacePhoto, load_image
+from face_fusion_pipeline.face_pictures import load_image
+from face_fusion_pipeline.generation.photos import FacePhoto
 from face_fusion_pipeline.reference_pass import face_tensors, noise_latents
 from face_fusion_pipeline.unet_family import encode_latents, unet_fingerprint, weights_fingerprint
 

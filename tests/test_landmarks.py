@@ -27,7 +27,6 @@ from face_fusion_pipeline.face_errors import (
     ModelNotFoundError,
     NoFaceError,
 )
-from face_fusion_pipeline.face_images import locate_face
 from face_fusion_pipeline.face_landmarks import (
     COLOURS,
     PARTS,
@@ -42,6 +41,7 @@ from face_fusion_pipeline.face_landmarks import (
     rotation,
 )
 from face_fusion_pipeline.face_models import FaceFit, FaceModel, LinearFaceModel, load_face_model, recombined
+from face_fusion_pipeline.generation.photos import locate_face
 
 
 DATA = Path(os.environ.get("FACE_FUSION_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))

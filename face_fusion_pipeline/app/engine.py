@@ -13,8 +13,9 @@ from ..face_defaults import FaceDefaults, settings_of_pipeline
 from ..face_detectors import FaceDetector, load_detector
 from ..face_errors import FaceFusionError, InvalidLayoutError, NoFaceError, SeveralFacesError
 from ..face_identity import FaceIdentity, check_identity_fits
-from ..face_images import FacePhoto, detect_faces, locate_face
+from ..face_images import detect_faces
 from ..face_layout import Box, assign_boxes, even_boxes, scale_boxes
+from ..generation.photos import FacePhoto, locate_face
 from ..generation.provenance import describe, public_name
 from ..generation.references import reference_crops
 from ..generation.watermark import check_size

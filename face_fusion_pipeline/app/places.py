@@ -13,8 +13,8 @@ from typing import Any
 from PIL import Image
 
 from ..face_errors import FaceFusionError
-from ..face_images import load_image
 from ..face_layout import Box, check_box, scale_boxes
+from ..face_pictures import load_image
 from .form import MAX_PEOPLE, FieldError
 
 

@@ -14,8 +14,8 @@ from ._arguments import STRENGTH, real
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..face_images import FacePhoto
     from ..face_models import FaceModel
+    from ..generation.photos import FacePhoto
 
 ANGLES = {"yaw": "to the picture's right", "pitch": "up", "roll": "clockwise"}
 LANDMARK_FOLDER = "controlnet_landmarks"  # in a model's folder

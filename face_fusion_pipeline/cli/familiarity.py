@@ -108,7 +108,7 @@ def rendered(count: int) -> Iterator[FaceIn]:
 def found_in(folder: Path, args: argparse.Namespace) -> Iterator[Any]:
     """The main face of each picture in a folder, and in those below it; without the pictures that show none."""
     from ..face_detectors import load_detector
-    from ..face_images import locate_face
+    from ..generation.photos import locate_face
     from ..training.photos import begins_as_picture
 
     detector = load_detector(args.detector)

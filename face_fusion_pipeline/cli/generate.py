@@ -41,7 +41,7 @@ from ._generate_studio import (
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..face_images import FacePhoto
+    from ..generation.photos import FacePhoto
 
 SIDE = whole(64, 4096, step=8)  # pixels
 BATCH_SIZE = 4
@@ -316,7 +316,7 @@ def read_faces(args: argparse.Namespace) -> "list[FacePhoto] | Any":
     if args.face and args.face[0].endswith(".safetensors"):
         return read_identity(args.face[0])
     from ..face_detectors import load_detector
-    from ..face_images import locate_face
+    from ..generation.photos import locate_face
 
     detector = None if args.no_detect else load_detector(args.detector, args.detector_model)
     photos, bad = [], []
@@ -358,7 +358,7 @@ def encode(
         if mode not in (None, faces.mode):
             raise FaceFusionError(f"--mode {mode} is for photos: this identity was saved in mode {faces.mode}")
         return [], faces
-    from ..face_images import with_mirrored
+    from ..generation.photos import with_mirrored
 
     crops = reference_crops(pipe, faces)
     return crops, pipe.encode_face(with_mirrored(crops) if mirror else crops, face_mode=mode, mirrored=False)

@@ -206,7 +206,7 @@ def create_samples(
     faces: list[Image.Image]
     if args.validation_image:
         from ..face_detectors import load_detector
-        from ..face_images import prepare_face
+        from ..generation.photos import prepare_face
 
         detector = load_detector(args.detector, args.detector_model)
         crop: dict[str, Any] = {"enlarge": metadata.face_crop, "resolution": metadata.resolution}

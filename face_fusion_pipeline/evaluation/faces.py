@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image
 
 from ..face_detectors import Face, FaceDetector
-from ..face_images import detect_faces, find_upright, load_image
+from ..face_images import detect_faces
+from ..face_pictures import load_image
+from ..generation.photos import find_upright
 from ..training.sources import Photo
 
 

@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from ..face_defaults import EARLIER_NAMES
 from ..face_errors import FaceFusionError, renamed
-from ..face_images import with_mirrored
 from ..face_self_attention import SelfAttentionReference
 from ..files.atomic import write_text
 from ..files.texts import read_json
 from ..generation.contact_sheet import save_png
 from ..generation.loading import load_pipeline
+from ..generation.photos import with_mirrored
 from ..generation.provenance import DISCLOSURE, SOURCE_TYPE
 from ..guidance_interval import GuidanceInterval
 from .image_files import to_pil

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..face_images import load_image
+from ..face_pictures import load_image
 from ..generation.contact_sheet import save_png
 
 

@@ -16,8 +16,8 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from ..face_errors import FaceFusionError, UnreadableImageError
-from ..face_images import FacePhoto, load_image
-from ..face_pictures import open_picture
+from ..face_pictures import load_image, open_picture
+from ..generation.photos import FacePhoto
 from ..training.sources import Photo
 from .clip_score import ClipScore
 from .copying import expression_difference, landmark_difference, pixel_agreement, pose_difference, yaw

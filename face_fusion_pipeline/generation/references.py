@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..face_images import FacePhoto
+    from .photos import FacePhoto
 
 
 def reference_crops(pipe: Any, faces: "Sequence[FacePhoto]") -> "list[Image.Image]":

@@ -18,7 +18,9 @@ from ..face_errors import (
     UnreadableImageError,
     also_named,
 )
-from ..face_images import CROP_ENLARGE, crop_box, crop_face, find_upright, load_image
+from ..face_images import CROP_ENLARGE, crop_box, crop_face
+from ..face_pictures import load_image
+from ..generation.photos import find_upright
 from .photos import Box, Fault, Photo
 
 

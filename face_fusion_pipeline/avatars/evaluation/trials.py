@@ -19,7 +19,8 @@ from ...evaluation.generation import TRUE_BOX, CutOut
 from ...evaluation.image_files import to_pil
 from ...face_detectors import DetectorName
 from ...face_errors import FaceTooSmallError, NoFaceError
-from ...face_images import crop_face, prepare_face
+from ...face_images import crop_face
+from ...generation.photos import prepare_face
 from .. import SPLITS, Scene, caption, render, sample_identity, sample_scene
 from .evaluators import IMAGE_SIZE, decidable
 

@@ -147,7 +147,8 @@ def render_avatars(
 ) -> AvatarImages:
     """The first `count` images of a split, rendered on `device` and kept in memory instead of read from disk.
 
-    The same scenes as `avatars.world.dataset.write` draws. `folder/split` only takes caches of what is computed from them.
+    The same scenes as `avatars.world.dataset.write` draws. `folder/split` only takes caches of what is computed of
+    them.
     """
     pixels = torch.empty(count, 3, size, size, dtype=torch.uint8)
     depths = torch.empty(count, 1, size, size, dtype=torch.uint8) if depth else None
