@@ -22,8 +22,9 @@ from .face_adapter import FaceFusionAdapter
 from .face_attention import FaceCall
 from .face_errors import FaceFusionError
 from .face_fusion_mixin import FaceFusionMixin
-from .face_layout import Layout, Placement
+from .face_layout import Layout
 from .face_ownership import own_thread
+from .face_places import Placement
 
 
 if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
@@ -46,7 +47,6 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_models import load_face_model
     from .face_people import face_axes
     from .face_pictures import upright_rgb
-    from .face_places import place_people
     from .face_prior import load_prior
     from .face_recognisers import OnnxRecogniser
     from .face_refinement import refine_faces

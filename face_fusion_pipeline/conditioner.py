@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .face_attention import FaceCall, FaceFusionAttnProcessor, LayerPeople, installed_processors
+from .face_attention import FaceCall, FaceFusionAttnProcessor, LayerPeople
 from .face_errors import FaceFusionError, IdentityMismatchError
 from .face_layout import Regions
+from .face_ownership import installed_processors
 from .joint_attention import PersonKeys
 
 

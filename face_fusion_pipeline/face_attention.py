@@ -1,32 +1,18 @@
-"""The attention processor that lets the layers of a UNet see people, and its installation for the time of a call."""
+"""The attention processor that lets the layers of a UNet see people, and which rows of a batch do."""
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.attention_processor import (
-    Attention,
-    AttnProcessor,
-    AttnProcessor2_0,
-    FusedAttnProcessor2_0,
-    SlicedAttnProcessor,
-    XFormersAttnProcessor,
-)
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
 from .face_errors import FaceFusionError
 from .face_layout import Regions
-from .face_ownership import IN_USE, REPLACED, OwnThread, Use, heal
+from .face_ownership import OwnThread, is_ip_adapter_processor
 from .joint_attention import PersonKeys, join_people, joint_attention, split_heads
-
-
-logger = logging.getLogger(__name__)
-
-PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
 
 @dataclass
@@ -261,11 +247,6 @@ def with_context(people: tuple[PersonKeys, ...], context: PersonKeys | None) -> 
     return people if context is None or any(person.context for person in people) else (*people, context)
 
 
-def is_ip_adapter_processor(processor: Any) -> bool:
-    """True for processors that add image-prompt attention to the text's, recognised by their weights."""
-    return hasattr(processor, "to_k_ip")
-
-
 def call_processor(
     processor: Any,
     attn: Attention,
@@ -298,62 +279,3 @@ def attention_layers(unet: Any, kind: str) -> dict[str, Attention]:
         and isinstance(module, Attention)
         and module.is_cross_attention == (kind == "attn2")
     }
-
-
-def check_replaceable(name: str, processor: Any) -> None:
-    """Raise [`FaceFusionError`] unless Face Fusion can stand in for `processor` at layer `name`."""
-    if hasattr(processor, "acts_here"):  # ours, perhaps of another copy of this module
-        raise FaceFusionError(IN_USE)
-    if not isinstance(processor, PLAIN_PROCESSORS) and not is_ip_adapter_processor(processor):
-        raise FaceFusionError(
-            f"{name} uses {type(processor).__name__}, which Face Fusion cannot be combined with; "
-            "unload what installed it, or call `unet.set_attn_processor(AttnProcessor2_0())`"
-        )
-
-
-def check_idle(unet: Any) -> None:
-    """Raise [`FaceFusionError`] where a call in this thread would see the faces that another one has in this UNet.
-
-    That is in a callback of a call with faces: in other threads they do not act.
-    """
-    heal(unet)
-    for layer in (*attention_layers(unet, "attn1").values(), *attention_layers(unet, "attn2").values()):
-        if getattr(layer.processor, "acts_here", False):
-            raise FaceFusionError(IN_USE)
-
-
-@contextmanager
-def installed_processors(unet: Any, processors: Mapping[str, Any]) -> Iterator[None]:
-    """Put `processors` (by layer name) into the UNet and, whatever happens, put the very same old objects back."""
-    unet = getattr(unet, "_orig_mod", unet)
-    layers = {name: unet.get_submodule(name) for name in processors}
-    originals = {name: layer.processor for name, layer in layers.items()}
-    for name, original in originals.items():
-        check_replaceable(name, original)
-    sliced = [
-        isinstance(originals[name], SlicedAttnProcessor) and isinstance(processor, FaceFusionAttnProcessor)
-        for name, processor in processors.items()
-    ]
-    if any(sliced):
-        logger.warning("attention slicing is off in %d layers while they see faces: more memory is used", sum(sliced))
-    use = Use()
-    try:
-        for name, layer in layers.items():
-            processors[name].take_over(originals[name])
-            processors[name].use = use
-            layer.set_processor(processors[name])
-            if isinstance(
-                originals[name], torch.nn.Module
-            ):  # with weights (IP-Adapter), which have to move with the UNet
-                layer.add_module(REPLACED, originals[name])
-        yield
-        lost = [name for name, layer in layers.items() if layer.processor is not processors[name]]
-    finally:
-        for name, layer in layers.items():
-            layer._modules.pop(REPLACED, None)
-            layer.set_processor(originals[name])
-    if lost:
-        raise FaceFusionError(
-            f"the attention processors of {len(lost)} layers (first: {lost[0]}) were replaced during the call, so the "
-            "face was lost; change attention processors before or after a call, not in a callback"
-        )

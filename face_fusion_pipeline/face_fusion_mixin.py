@@ -11,12 +11,12 @@ from .call_arguments import Call, bind_call, follow_steps, has_call_below, with_
 from .conditioner import IdentityOptions, conditioner_of, one_mode
 from .conditioner_face_studio import MODE, Style, studio_acting, studio_context
 from .conditioner_reference import ReferenceConditioner  # noqa: F401  (registers the modes)
-from .face_attention import FaceCall, check_idle
-from .face_layout import Background, Box, Layout, Overlap, Placement
+from .face_attention import FaceCall
+from .face_layout import Background, Box, Layout, Overlap
 from .face_loader_mixin import FaceLoaderMixin
-from .face_ownership import sole_use
+from .face_ownership import check_idle, sole_use
 from .face_people import Faces, check_window, encode_people, wanted_people
-from .face_places import DraftInterrupted, picture_rows, place_people, with_boxes
+from .face_places import DraftInterrupted, Placement, picture_rows, place_people, with_boxes
 from .face_self_attention import SelfAttentionReference
 from .face_studio_loader_mixin import FaceStudioLoaderMixin
 
@@ -148,7 +148,7 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
                 how strongly, people are seen: see `face_people.Faces`.
             face_start, face_end: step i of n sees the faces where face_start <= i / n < face_end.
             face_boxes, face_masks, face_layout, face_assign, face_overlap, face_background, face_detector: where
-                people go, see `face_layout.Placement`. Several without a place: where they stand in a first drawing.
+                people go, see `face_places.Placement`. Several without a place: where they stand in a first drawing.
             style_image, style_scale, style_context: FaceStudio's picture, or one for each prompt, whose faces are
                 covered; how strongly it counts, by default .5; and how, see `conditioner_face_studio.Style`.
 

@@ -1,4 +1,4 @@
-"""Who uses a UNet: one call with faces at a time, whose attention processors act in its own thread only.
+"""Who uses a UNet: one call with faces at a time, whose attention processors are in it and act in its own thread only.
 
 Faces live in the attention layers of a UNet while it runs. A second use with faces would mix identities, so it is
 refused. A plain call in another thread, perhaps by a stock pipeline that asks nobody, passes through to the processors
@@ -7,15 +7,29 @@ that stood there before.
 
 import contextlib
 import inspect
+import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 from weakref import ref
 
+import torch
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+
 from .face_errors import FaceFusionError
 
+
+logger = logging.getLogger(__name__)
+
+PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
 IN_USE = (
     "this UNet is in use by another call with faces: let calls on one UNet follow each other, do not start one in a "
@@ -108,3 +122,68 @@ def heal(unet: Any) -> None:
         if use is not None and not use.goes_on:
             layer._modules.pop(REPLACED, None)
             layer.set_processor(processor.original)  # type: ignore[union-attr]
+
+
+# --- Installation ---------------------------------------------------------------------------------------------------
+
+
+def is_ip_adapter_processor(processor: Any) -> bool:
+    """True for processors that add image-prompt attention to the text's, recognised by their weights."""
+    return hasattr(processor, "to_k_ip")
+
+
+def check_replaceable(name: str, processor: Any) -> None:
+    """Raise [`FaceFusionError`] unless Face Fusion can stand in for `processor` at layer `name`."""
+    if hasattr(processor, "acts_here"):  # ours, perhaps of another copy of this module
+        raise FaceFusionError(IN_USE)
+    if not isinstance(processor, PLAIN_PROCESSORS) and not is_ip_adapter_processor(processor):
+        raise FaceFusionError(
+            f"{name} uses {type(processor).__name__}, which Face Fusion cannot be combined with; "
+            "unload what installed it, or call `unet.set_attn_processor(AttnProcessor2_0())`"
+        )
+
+
+def check_idle(unet: Any) -> None:
+    """Raise [`FaceFusionError`] where a call in this thread would see the faces that another one has in this UNet.
+
+    That is in a callback of a call with faces: in other threads they do not act.
+    """
+    heal(unet)
+    for layer in getattr(unet, "_orig_mod", unet).modules():
+        if getattr(getattr(layer, "processor", None), "acts_here", False):
+            raise FaceFusionError(IN_USE)
+
+
+@contextlib.contextmanager
+def installed_processors(unet: Any, processors: Mapping[str, Any]) -> Iterator[None]:
+    """Put `processors` (by layer name) into the UNet and, whatever happens, put the very same old objects back."""
+    unet = getattr(unet, "_orig_mod", unet)
+    layers = {name: unet.get_submodule(name) for name in processors}
+    originals = {name: layer.processor for name, layer in layers.items()}
+    for name, original in originals.items():
+        check_replaceable(name, original)
+    sliced = [
+        isinstance(originals[name], SlicedAttnProcessor) and hasattr(processor, "is_face_fusion_processor")
+        for name, processor in processors.items()
+    ]
+    if any(sliced):
+        logger.warning("attention slicing is off in %d layers while they see faces: more memory is used", sum(sliced))
+    use = Use()
+    try:
+        for name, layer in layers.items():
+            processors[name].take_over(originals[name])
+            processors[name].use = use
+            layer.set_processor(processors[name])
+            if isinstance(originals[name], torch.nn.Module):  # with weights (IP-Adapter), which move with the UNet
+                layer.add_module(REPLACED, originals[name])
+        yield
+        lost = [name for name, layer in layers.items() if layer.processor is not processors[name]]
+    finally:
+        for name, layer in layers.items():
+            layer._modules.pop(REPLACED, None)
+            layer.set_processor(originals[name])
+    if lost:
+        raise FaceFusionError(
+            f"the attention processors of {len(lost)} layers (first: {lost[0]}) were replaced during the call, so the "
+            "face was lost; change attention processors before or after a call, not in a callback"
+        )

@@ -1,18 +1,26 @@
 """Where people go in a picture: given, found in a layout picture, found in a draft without faces, or side by side."""
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from .call_arguments import Call
 from .conditioner import Person, PictureRow
-from .face_errors import FaceAxesError
+from .face_errors import FaceAxesError, InvalidLayoutError
 from .face_layout import (
+    BACKGROUNDS,
+    OVERLAPS,
+    Background,
     Layout,
-    Placement,
+    Overlap,
     assign_boxes,
     even_boxes,
     given_masks,
@@ -24,6 +32,81 @@ from .face_pictures import load_images
 
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What the caller says about where people go; the arguments `face_*` of the pipeline's call.
+
+    Several people without boxes, masks and layout: a draft without faces is generated first, as an ordinary call with
+    its callbacks, and takes the layout's place.
+
+    Attributes:
+        boxes: XYXY in pixels of the output, one for each person, or one such list for each prompt. The person's mask
+            is the box enlarged 1.6 times.
+        masks: instead of boxes one mask for each person: path, image or array (H, W), see `face_layout.read_mask`.
+        layout: instead of boxes a picture with as many faces, which are detected, or a list with one picture for each
+            prompt.
+        assign: for each person the number of the face in the layout or draft that it takes, counted from 0 and from
+            left to right. Default: people as given, from left to right.
+        overlap, background: what queries in several masks, and in none, see: see `face_layout.visible_people`;
+            `"literal"` and `"all"` are Eq. 7 of the paper.
+        detector: see `face_detectors.load_detector`.
+    """
+
+    boxes: Any = None
+    masks: Any = None
+    layout: Any = None
+    assign: Sequence[int] | None = None
+    overlap: Overlap = "nearest"
+    background: Background = "none"
+    detector: Any = "auto"
+
+    @property
+    def given(self) -> str | None:
+        """The one argument that says it, or None."""
+        return next(iter(self._given()), None)
+
+    def _given(self) -> list[str]:
+        said = {"face_boxes": self.boxes, "face_masks": self.masks, "face_layout": self.layout}
+        return [name for name, value in said.items() if value is not None]
+
+    def check(self) -> None:
+        """Raise [`InvalidLayoutError`] where arguments exclude each other or are unknown words."""
+        names = self._given()
+        if len(names) > 1:
+            raise InvalidLayoutError(f"{' and '.join(names)} say the same thing twice: give one of them")
+        if self.assign is not None and (self.boxes is not None or self.masks is not None):
+            raise InvalidLayoutError(
+                f"face_assign chooses among faces that are found; {names[0]} are taken in the order of the people"
+            )
+        if self.assign is not None and len(set(self.assign)) != len(self.assign):
+            raise InvalidLayoutError(f"face_assign must name different faces, got {list(self.assign)}")
+        for name, value, allowed in (
+            ("face_overlap", self.overlap, OVERLAPS),
+            ("face_background", self.background, BACKGROUNDS),
+        ):
+            if value not in allowed:
+                raise InvalidLayoutError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+    def per_prompt(self) -> list[list[Any]]:
+        """The boxes or masks as prompts (1 or more) × people. A box is flat, a mask has two axes."""
+        places = self.boxes if self.boxes is not None else self.masks
+        levels = _levels(places) - (0 if self.boxes is not None else 1)
+        if levels == 2:
+            return [list(places)]
+        if levels == 3:
+            return [list(row) for row in places]
+        raise InvalidLayoutError(f"{self.given} must be a list with one entry for each person, got {places!r}")
+
+
+def _levels(places: Any) -> int:
+    """Depth of nesting down to the numbers; an image and its file count as two axes."""
+    if isinstance(places, (Image.Image, str, os.PathLike, bytes)):
+        return 2
+    if isinstance(places, (np.ndarray, Tensor)):
+        return int(places.ndim)
+    return 1 + (_levels(places[0]) if len(places) else 0) if isinstance(places, (list, tuple)) else 0
 
 
 def place_people(pipe: Any, placement: Placement, people: list[int], call: Call) -> list[Layout]:

@@ -15,9 +15,10 @@ from PIL import Image, ImageFilter
 from .face_defaults import settings_of_pipeline
 from .face_errors import FaceAxesError, FaceFusionError, InvalidLayoutError, InvalidPromptError, InvalidScaleError
 from .face_images import crop_face
-from .face_layout import Box, Placement, assign_boxes, box_masks, check_box, visible_people
+from .face_layout import Box, assign_boxes, box_masks, check_box, visible_people
 from .face_people import face_axes, per_person, weights_per_person
 from .face_pictures import load_images
+from .face_places import Placement
 
 
 logger = logging.getLogger(__name__)

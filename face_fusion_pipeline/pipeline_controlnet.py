@@ -18,10 +18,11 @@ from .control_pictures import ControlFaces, control_picture, load_depth_estimato
 from .face_defaults import few_step_defaults
 from .face_errors import FaceAxesError, FaceFusionError
 from .face_fusion_mixin import FaceFusionMixin
-from .face_layout import Box, Layout, Placement
+from .face_layout import Box, Layout
 from .face_models import load_face_model
 from .face_ownership import own_thread
 from .face_people import check_scale, face_axes
+from .face_places import Placement
 
 
 if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
@@ -43,7 +44,6 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_loader_mixin import FaceLoaderMixin
     from .face_metadata import without_metadata
     from .face_pictures import upright_rgb
-    from .face_places import place_people
     from .face_prior import load_prior
     from .face_recognisers import OnnxRecogniser
     from .face_self_attention import SelfAttentionReference

@@ -8,7 +8,8 @@ from .call_arguments import Call
 from .face_defaults import few_step_defaults
 from .face_errors import InvalidLayoutError
 from .face_fusion_mixin import FaceFusionMixin
-from .face_layout import Layout, Placement
+from .face_layout import Layout
+from .face_places import Placement
 
 
 if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
@@ -34,7 +35,6 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_ownership import sole_use
     from .face_people import face_axes
     from .face_pictures import upright_rgb
-    from .face_places import place_people
     from .face_prior import load_prior
     from .face_recognisers import OnnxRecogniser
     from .face_self_attention import SelfAttentionReference

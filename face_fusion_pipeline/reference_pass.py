@@ -9,15 +9,9 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
-from .face_attention import (
-    attention_layers,
-    call_processor,
-    check_idle,
-    installed_processors,
-    is_ip_adapter_processor,
-)
+from .face_attention import attention_layers, call_processor
 from .face_errors import FaceFusionError
-from .face_ownership import OwnThread, own_thread
+from .face_ownership import OwnThread, check_idle, installed_processors, is_ip_adapter_processor, own_thread
 from .face_pictures import centre_square, load_images
 from .face_self_attention import SelfAttentionReference
 from .joint_attention import KeysAndValues

@@ -33,13 +33,9 @@ from tiny_models import (
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline
-from face_fusion_pipeline.face_attention import (
-    FaceFusionAttnProcessor,
-    LayerPeople,
-    attention_layers,
-    installed_processors,
-)
+from face_fusion_pipeline.face_attention import FaceFusionAttnProcessor, LayerPeople, attention_layers
 from face_fusion_pipeline.face_errors import FaceFusionError, IdentityMismatchError
+from face_fusion_pipeline.face_ownership import installed_processors
 
 
 A, B = face(0), face(1)

@@ -7,8 +7,9 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from tiny_models import GUIDED, identity_mask_bias, one_face, tiny_unet
 
-from face_fusion_pipeline.face_attention import FaceCall, attention_layers, installed_processors
+from face_fusion_pipeline.face_attention import FaceCall, attention_layers
 from face_fusion_pipeline.face_errors import FaceFusionError, InvalidScaleError
+from face_fusion_pipeline.face_ownership import installed_processors
 from face_fusion_pipeline.joint_attention import PersonKeys, constant_bias, joint_attention, reference_log_weights
 
 

@@ -13,7 +13,6 @@ from face_fusion_pipeline.face_attention import FaceFusionAttnProcessor, LayerPe
 from face_fusion_pipeline.face_errors import FaceFusionError, InvalidLayoutError
 from face_fusion_pipeline.face_fusion_mixin import FaceFusionMixin
 from face_fusion_pipeline.face_layout import (
-    Placement,
     assign_boxes,
     box_masks,
     even_boxes,
@@ -25,6 +24,7 @@ from face_fusion_pipeline.face_layout import (
     scale_boxes,
     visible_people,
 )
+from face_fusion_pipeline.face_places import Placement
 from face_fusion_pipeline.joint_attention import PersonKeys, joint_attention, reference_log_weights
 
 

@@ -26,13 +26,9 @@ from tiny_models import (
 
 from face_fusion_pipeline import face_fusion_mixin
 from face_fusion_pipeline.face_adapter import create_adapter
-from face_fusion_pipeline.face_attention import (
-    FaceCall,
-    FaceFusionAttnProcessor,
-    attention_layers,
-    installed_processors,
-)
+from face_fusion_pipeline.face_attention import FaceCall, FaceFusionAttnProcessor, attention_layers
 from face_fusion_pipeline.face_errors import FaceFusionError, InvalidPromptError, InvalidScaleError
+from face_fusion_pipeline.face_ownership import installed_processors
 from face_fusion_pipeline.reference_pass import capture_hidden_states, face_tensors
 from face_fusion_pipeline.training.fused_unet import face_fused_unet
 from face_fusion_pipeline.unet_family import encode_latents

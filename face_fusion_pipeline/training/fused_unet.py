@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..face_attention import FaceFusionAttnProcessor, LayerPeople, installed_processors
+from ..face_attention import FaceFusionAttnProcessor, LayerPeople
+from ..face_ownership import installed_processors
 from ..joint_attention import PersonKeys, reference_log_weights
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..face_attention import attention_layers, installed_processors
+from ..face_attention import attention_layers
+from ..face_ownership import installed_processors
 from .kernels import plain_attention
 
 

@@ -15,13 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ...conditioner import Conditioner, IdentityOptions, Person, PictureRow
-from ...face_attention import (
-    FaceCall,
-    FaceFusionAttnProcessor,
-    LayerPeople,
-    installed_processors,
-)
+from ...face_attention import FaceCall, FaceFusionAttnProcessor, LayerPeople
 from ...face_errors import InvalidScaleError
+from ...face_ownership import installed_processors
 from ...joint_attention import PersonKeys
 from ...training.pairs import Pairs
 from .added_attention import AddedFaceAttnProcessor
