@@ -1,4 +1,6 @@
-"""The three axes of `face_image`: prompts × people × references. The depth of nesting says which axes are meant.
+"""Who is in the pictures: `face_image` by its axes, and the identities of these people.
+
+The axes are prompts × people × references. The depth of nesting says which of them are meant.
 
 | given | means |
 |---|---|
@@ -233,7 +235,8 @@ def encode_people(pipe: Any, faces: Sequence[Any], mode: str | None, options: Se
     Raises:
         FaceFusionError: a subclass for each kind of bad input, such as an identity of another mode.
     """
-    mode = mode and conditioner_of(mode).mode
+    if mode is not None:
+        conditioner_of(mode)  # refuses a name that nobody has
     ready = {face.mode for face in faces if is_identity(face)}
     judge = familiarity_of(pipe) if mode is None and not ready else None
     asked = mode or (ready.pop() if len(ready) == 1 else usual_mode(pipe))

@@ -88,3 +88,5 @@ def test_kinds_do_not_mix_and_unknown_ones_are_named(pipe):
         )
     with pytest.raises(FaceFusionError, match="adapter, training-free, both, tint or None, got 'ink'"):
         conditioner_of("ink")
+    with pytest.raises(FaceFusionError, match="or None, got ''"):
+        generate(pipe, face_image=A, face_mode="")
