@@ -22,7 +22,7 @@ def main(ada: str, bob: str, prompt: str, of_ada: str, of_bob: str, steps: int =
     pipe.load_face_fusion_adapter(embedded_model())
 
     faces = [prepare_face(ada), prepare_face(bob)]
-    people = [pipe.encode_face(face) for face in faces]
+    people = pipe.encode_people(faces)
     common = {"face_image": people, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
     result = pipe(prompt, face_boxes=[LEFT, RIGHT], **common)
     again = pipe.refine_faces(result.images, [of_ada, of_bob], face_boxes=result.face_boxes, **common)

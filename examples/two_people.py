@@ -33,7 +33,7 @@ def main(ada: str, bob: str, prompt: str = PROMPT, steps: int = 25) -> None:
     pipe.load_face_fusion_adapter(embedded_model())
 
     faces = [prepare_face(ada), prepare_face(bob)]
-    people = [pipe.encode_face(face) for face in faces]  # a list of identities is several people
+    people = pipe.encode_people(faces)  # a list of identities is several people
     pictures = []
     for places in ({"face_boxes": [LEFT, RIGHT]}, {}):
         result = pipe(

@@ -29,7 +29,7 @@ def main(ada: str, bob: str, layout: str, prompt: str, depth: str | None = None,
     pipe.load_face_fusion_adapter(embedded_model())
 
     faces = [prepare_face(ada), prepare_face(bob)]
-    people = [pipe.encode_face(face) for face in faces]  # from left to right
+    people = pipe.encode_people(faces)  # from left to right
     photo = load_image(layout)
     near = load_image(depth) if depth else control_depth(photo, "photo")
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor  # the depth map decides how large the picture becomes

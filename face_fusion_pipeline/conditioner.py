@@ -123,7 +123,11 @@ def one_mode(people: Sequence[Sequence[Person]]) -> str | None:
     """The mode of all people of a call, None without people. Raises IdentityMismatchError: there are several."""
     modes = {person.identity.mode for row in people for person in row}
     if len(modes) > 1:
-        raise IdentityMismatchError(f"people of one call must be encoded in one mode, got {' and '.join(modes)}")
+        found = " and ".join(sorted(modes))
+        raise IdentityMismatchError(
+            f"people of one call must be encoded in one mode, got {found}: encode them together, "
+            "`pipe.encode_people([ada, bob])`"
+        )
     return modes.pop() if modes else None
 
 
