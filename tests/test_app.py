@@ -23,6 +23,7 @@ import tiny_models
 import torch
 from PIL import Image
 from test_controlnet import tiny_controlnet
+from test_face_studio import random_weights, toy_encoder, toy_prior
 from test_several_people import FakeDetector
 
 from face_fusion_pipeline import FaceFusionError, FaceIdentity, create_adapter
@@ -102,6 +103,7 @@ BAD = {
     "guidance that is no number": ({"guidance": float("nan")}, "guidance"),
     "no guidance": ({"guidance": None}, "guidance"),
     "no strength": ({"people": (PersonForm(1, (Path("a.png"),), strength=None),)}, "person_1"),
+    "style beyond all": ({"style_picture": Image.new("RGB", (8, 8)), "style_scale": 1.5}, "style_picture"),
     "box of nobody": ({"boxes": {1: LEFT, 2: RIGHT}}, "places"),
     "picture to follow too long": ({"control": Image.new("RGB", (500, 100))}, "places"),
     "picture to follow too high": ({"control": Image.new("RGB", (100, 401))}, "places"),
@@ -291,6 +293,30 @@ def test_the_depth_of_a_picture_is_followed_in_its_shape(photo: Path) -> None:
     assert run(engine, form)[0].image.size == (16, 16)
     drawn = run(engine, replace(form, layout_size=(300, 150)))[0]  # boxes on a picture keep their shape without depth
     assert drawn.image.size == (16, 8) and drawn.boxes and drawn.boxes[1] == pytest.approx([9.6, 2, 15.2, 6])
+
+
+def test_a_picture_brings_the_style_and_the_photo_the_person(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    assert not engine.has_style
+    plain_form = replace(FORM, people=(PersonForm(1, (photo,)),), count=1)
+    (before,) = run(engine, plain_form)
+    random_weights(engine.pipe.unet, picture_mask=1.0)
+    engine.pipe.register_modules(image_encoder=toy_encoder())
+    engine.pipe._studio_parts = {"prior": toy_prior}
+    assert engine.has_style
+    looked: list[Any] = []
+    monkeypatch.setattr(engine.pipe, "_detect_boxes", lambda image, detector: looked.append(detector) or [])
+    assert not differ(run(engine, plain_form)[0], before)  # as if it were not there
+    style = Image.effect_noise((40, 32), 90).convert("RGB")
+    form = replace(plain_form, style_picture=style, compare=True)
+    half, whole = (run(engine, replace(form, style_scale=scale))[0] for scale in (0.5, 1.0))
+    assert differ(half, before) and not np.array_equal(np.asarray(whole.image), np.asarray(half.image))
+    assert (half.text["style_image"], half.text["style_scale"], before.text["style_image"]) == (True, 0.5, None)
+    assert half.plain is not None and not np.array_equal(np.asarray(half.plain), np.asarray(half.image))
+    assert looked and all(detector is engine.detector for detector in looked)  # which all threads may ask
+    engine.pipe.unload_face_fusion_adapter()
+    (training_free,) = run(engine, form)
+    assert training_free.text["face_mode"] == "training-free"  # FaceStudio brings the style alone
 
 
 def test_cancelling_keeps_the_pictures_so_far(photo: Path) -> None:

@@ -292,11 +292,16 @@ def test_on_a_phone_a_message_far_above_the_button_comes_into_sight(open_page: A
 def test_on_a_phone_what_came_out_is_above_the_form(open_page: Any) -> None:
     page = open_page(PHONE)
     expect(page.locator("#generate")).to_be_in_viewport()
+    page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+    last, actions = (page.locator(f"#{name}").bounding_box() for name in ("more", "actions"))
+    assert last["y"] + last["height"] <= actions["y"]  # nothing of the form is behind the buttons
     tops = [page.locator(f"#{name}").bounding_box()["y"] for name in ("model", "status", "people")]
     assert tops == sorted(tops)
     desktop = open_page()
     left, right = (desktop.locator(f"#{name}").bounding_box()["x"] for name in ("people", "status"))
     assert left < right
+    desktop.evaluate("window.scrollTo(0, 500)")  # beside the form, too, the button stays in sight
+    expect(desktop.locator("#generate")).to_be_in_viewport(ratio=1)
 
 
 def test_a_file_above_the_limit_is_refused(open_page: Any) -> None:
@@ -371,6 +376,32 @@ def test_the_depth_of_a_picture_is_followed(open_page: Any, pipe: SpiedPipeline)
     (text,) = finished(page, 1)
     assert text["control"] and [call["control_image"].size for call in pipe.calls] == [(256, 128)] * 2
     assert page.locator("#results img").first.evaluate("image => image.naturalWidth / image.naturalHeight") == 2
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+def test_the_style_of_a_picture_is_taken(open_page: Any, pipe: SpiedPipeline, size: dict[str, int]) -> None:
+    page = open_page(size)
+    upload(page, png(portrait(ADA)))
+    expect(beside(page, "person_1")).to_contain_text("with a face")
+    page.locator("#prompt textarea").fill("a person in a suit on a beach")
+    set_pictures(page, 1)
+    page.get_by_role("button", name="Style from a picture").click()
+    for file in ({"name": "bad.png", "mimeType": "image/png", "buffer": b"no"}, png(portrait(BOB, 304), "bob.png")):
+        with page.expect_file_chooser() as chooser:
+            page.locator("#style_picture").click()
+        chooser.value.set_files(file)
+        if file["name"] == "bad.png":
+            expect(beside(page, "style_picture")).to_contain_text("bad.png")
+    expect(page.locator("#style_shown img")).to_have_count(1)
+    expect(beside(page, "style_picture")).to_have_count(0)
+    field = page.locator("#style_scale input[type=number]")
+    field.fill("0.75")
+    field.press("Tab")
+    page.locator("#generate").click()
+    (text,) = finished(page, 1)
+    assert text["style_image"] and text["style_scale"] == 0.75 and "bob" not in json.dumps(text)
+    assert [call["style_scale"] for call in pipe.calls] == [0.75] * 2  # without the face, too
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # nothing sticks out
 
 
 def test_the_strength_of_each_person_reaches_the_pipeline(open_page: Any, pipe: SpiedPipeline) -> None:

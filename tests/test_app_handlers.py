@@ -27,9 +27,10 @@ from face_fusion_pipeline.unet_family import unet_fingerprint
 
 gr = pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
 
+from face_fusion_pipeline.app.avatar_examples import Example  # noqa: E402
 from face_fusion_pipeline.app.handlers import Handlers  # noqa: E402  without Gradio these tests skip
 from face_fusion_pipeline.app.page import build_page  # noqa: E402
-from face_fusion_pipeline.app.person_handlers import PersonHandlers  # noqa: E402
+from face_fusion_pipeline.app.person_handlers import ExampleHandler, PersonHandlers  # noqa: E402
 from face_fusion_pipeline.face_defaults import FaceDefaults  # noqa: E402
 from face_fusion_pipeline.generation.avatar_model import AVATAR_DEFAULTS  # noqa: E402
 
@@ -46,7 +47,7 @@ class Page:
     def __init__(self, engine: Engine, photo: Path) -> None:
         self.engine, self.sessions = engine, Sessions()
         with gr.Blocks():
-            self.widgets = w = build_page([], 1.0, 2, AVATAR_DEFAULTS, True)
+            self.widgets = w = build_page([], 1.0, 2, AVATAR_DEFAULTS, True, True)
         self.handlers = Handlers(engine, self.sessions, w)
         self.request: Any = type("Request", (), {"session_hash": "ada"})()
         self.values = {widget: getattr(widget, "value", None) for widget in self.handlers.form_inputs()}
@@ -326,6 +327,25 @@ def test_a_failure_that_is_said_late_does_not_stop_the_next_run(page: Page) -> N
 def test_depth_without_a_picture_is_refused(page: Page) -> None:
     (update,) = page.run({**page.start(), page.widgets.follow_depth: True})
     assert "add the picture" in page.words(update, "places") and update[page.widgets.places_section].open
+
+
+def test_a_style_picture_is_shown_and_taken_and_goes_again(page: Page, photo: Path, tmp_path: Path) -> None:
+    w, handlers = page.widgets, page.handlers
+    updates = handlers.show_style(str(photo), page.request)
+    assert updates[w.style_shown].visible and updates[w.remove_style].visible
+    page.values[w.style_scale] = 0.3
+    form = handlers.read_form(page.values, page.sessions.of("ada"))
+    assert form.style_of_picture["style_image"].size == (32, 32) and form.style_of_picture["style_scale"] == 0.3
+    (tmp_path / "notes.png").write_text("no picture")
+    updates = handlers.show_style(str(tmp_path / "notes.png"), page.request)
+    assert page.words(updates, "style_picture").count("notes.png") == 1 and str(tmp_path) not in str(updates)
+    assert updates[w.style_section].open and not updates[w.style_shown].visible
+    assert handlers.read_form(page.values, page.sessions.of("ada")).style_of_picture == {}
+    handlers.show_style(str(photo), page.request)
+    ExampleHandler(handlers, Example("One", ((photo,),), photo, "a cat")).fill(page.request)
+    assert page.sessions.of("ada").style is None
+    handlers.show_style(str(photo), page.request)
+    assert not handlers.remove_style(page.request)[w.style_shown].visible and page.sessions.of("ada").style is None
 
 
 def test_an_identity_that_does_not_fit_is_named_beside_its_person(page: Page, tmp_path: Path, photo: Path) -> None:

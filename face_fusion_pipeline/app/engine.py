@@ -1,26 +1,21 @@
-"""One pipeline for all users of the app: photos to identities, forms to pictures, one call at a time."""
+"""One pipeline for all users of the app: forms to pictures, one call at a time."""
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ..control_pictures import control_depth
 from ..face_defaults import FaceDefaults, settings_of_pipeline
-from ..face_detectors import FaceDetector, load_detector
-from ..face_errors import FaceFusionError, InvalidLayoutError, NoFaceError, SeveralFacesError
-from ..face_identity import FaceIdentity, check_identity_fits
-from ..face_images import detect_faces
+from ..face_detectors import FaceDetector
+from ..face_errors import InvalidLayoutError
+from ..face_identity import FaceIdentity
 from ..face_layout import Box, assign_boxes, even_boxes, scale_boxes
-from ..generation.photos import FacePhoto, locate_face
 from ..generation.provenance import describe, public_name
-from ..generation.references import reference_crops
 from ..generation.watermark import check_size
-from ..unet_family import unet_fingerprint
-from .form import WHOLE_PHOTO, FieldError, Form, PersonForm, in_field
+from .form import FieldError, Form, in_field
+from .people import PeopleEngine
 
 
 OnStep = Callable[[float, str], None]  # part of the work that is done in [0, 1], and what is being done
@@ -48,7 +43,7 @@ class Picture:
     text: dict[str, object]
 
 
-class Engine:
+class Engine(PeopleEngine):
     """A Face Fusion pipeline and a face detector that any number of threads may ask.
 
     Args:
@@ -70,12 +65,10 @@ class Engine:
         watermark: bool = False,
     ) -> None:
         pipe.set_progress_bar_config(disable=True)
-        self.pipe, self.model, self.adapter = pipe, model, adapter
-        self.detector = detector or load_detector()
-        self.watermark = watermark
+        super().__init__(pipe, detector)
+        self.model, self.adapter, self.watermark = model, adapter, watermark
         if watermark:
             check_size(*self.size())
-        self._unet_lock, self._detector_lock = threading.Lock(), threading.Lock()
 
     def size(self, shape: tuple[int, int] | None = None) -> tuple[int, int]:
         """(width, height) of the pictures in pixels: the model's own square, or inside it the same `shape`."""
@@ -108,84 +101,10 @@ class Engine:
         """Whether the model can follow the depth of a picture."""
         return self.pipe.controlnet is not None
 
-    # --- People ----------------------------------------------------------------------------------------------------
-
-    def photos(self, person: PersonForm) -> Iterator[FacePhoto]:
-        """The face that is meant in each photo, one after another: a photo may take much memory.
-
-        Raises [`FieldError`] of the person, at the end, with a line for each photo that does not do.
-        """
-        bad = []
-        for file in person.photos:
-            try:
-                yield self._photo(person, file)
-            except FieldError as error:
-                bad.append(str(error))
-        if bad:
-            raise FieldError(person.field, "\n".join(bad))
-
-    def _photo(self, person: PersonForm, file: Path) -> FacePhoto:
-        try:
-            detector = None if person.which == WHOLE_PHOTO else self.detector
-            with self._detector_lock:  # OpenCV's detectors keep state while they look
-                return locate_face(file, detector, person.face_index, name="the image")
-        except SeveralFacesError as error:
-            message = "several faces are in it, and none is far larger: say which under “Which face”"
-            raise FieldError(person.field, f"{file.name}: {message}") from error
-        except NoFaceError as error:
-            message = "no such face" if person.face_index is not None else "no face"
-            way_out = f"take one that shows it larger, sharper or more frontal, or choose “{WHOLE_PHOTO}”"
-            raise FieldError(person.field, f"{file.name}: {message} found in this photo: {way_out}") from error
-        except FaceFusionError as error:
-            raise FieldError(person.field, f"{file.name}: {error}") from error
-
-    def identity(self, person: PersonForm) -> tuple[list[Image.Image], FaceIdentity]:
-        """The face crops of a person (none of a saved identity) and the identity. Raises [`FieldError`]."""
-        crops = self.crops(person)
-        return crops, self.identities((person,), [crops])[0]
-
-    def crops(self, person: PersonForm) -> list[Image.Image]:
-        """The face crops of a person, none of a saved identity. Raises [`FieldError`]."""
-        photos = () if person.identity is not None else self.photos(person)
-        return [crop for photo in photos for crop in reference_crops(self.pipe, [photo])]
-
-    def identities(
-        self, people: Sequence[PersonForm], crops: Sequence[list[Image.Image]], mode: str | None = None
-    ) -> list[FaceIdentity]:
-        """Identities of people who are seen together, of saved ones and of [`crops`].
-
-        Args:
-            mode: see `FaceFusionMixin.encode_face`.
-
-        Raises [`FieldError`]: the mode is not that of a saved identity, or needs weights that are not loaded.
-        """
-        faces: list[Any] = [person.identity or mine for person, mine in zip(people, crops, strict=True)]
-        if all(person.identity is not None for person in people) and mode is None:
-            return faces
-        with self._unet_lock:
-            return in_field("mode", self.pipe.encode_people, faces, mode)
-
-    def load_identity(self, file: Path) -> FaceIdentity:
-        """A saved identity. Raises [`FaceFusionError`]: not one, or made with another model."""
-        try:
-            identity = FaceIdentity.load(file)
-        except FaceFusionError as error:  # its message may name the path on this machine
-            raise FaceFusionError(
-                f"this is no identity that can be read: {str(error).replace(str(file), 'it')}"
-            ) from None
-        adapter = self.pipe._adapter_fingerprint()
-        if identity.needs_adapter and not adapter:
-            raise FaceFusionError("this identity needs the adapter it was made with: start the app with --adapter")
-        identity.check(unet_fingerprint(self.pipe.unet), adapter)
-        check_identity_fits(identity, self.pipe.unet, self.pipe._face_adapter)
-        return identity
-
-    def find_boxes(self, picture: Image.Image) -> list[Box]:
-        """Boxes XYXY in pixels of all faces of a picture, from left to right."""
-        with self._detector_lock:
-            return [face.box for face in detect_faces(picture, self.detector)]
-
-    # --- Pictures --------------------------------------------------------------------------------------------------
+    @property
+    def has_style(self) -> bool:
+        """Whether FaceStudio's weights are loaded, and so a picture can bring the style."""
+        return self.pipe.face_studio is not None
 
     def run(
         self, form: Form, identities: list[FaceIdentity], on_step: OnStep, cancelled: Callable[[], bool]
@@ -252,6 +171,7 @@ class Engine:
 
         width, height = self.size(form.shape)
         control = {} if form.control is None else {"control_image": form.control}
+        style = {**form.style_of_picture, "face_detector": self.detector} if form.style_of_picture else {}
         try:
             with self._unet_lock:
                 on_step(0.0)  # a run that waited for others may have been cancelled meanwhile
@@ -266,6 +186,7 @@ class Engine:
                     callback_on_step_end=after_step,
                     **faces,
                     **control,
+                    **style,
                 )
         except InvalidLayoutError as error:  # boxes
             raise FieldError("places", error) from error
@@ -323,5 +244,7 @@ class Engine:
             "refine_faces": form.refine,
             "watermark": self.watermark,
             "control": None if form.control is None else "depth of the layout picture",
+            "style_image": form.style_picture is not None or None,  # whatever it is called is nobody's business
+            "style_scale": form.style_of_picture.get("style_scale"),
         }
         return describe(self.pipe, self.model, self.adapter, settings)

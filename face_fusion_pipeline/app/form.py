@@ -6,6 +6,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from ..conditioner_face_studio import STYLE_SCALE, Style
 from ..face_defaults import FACE_MODES
 from ..face_errors import FaceFusionError
 from ..face_layout import Box
@@ -90,6 +91,8 @@ class Form:
         people: those who are given, at least one.
         boxes: person's number -> face box XYXY in [0, 1] of the picture's width and height; may be empty.
         control: picture whose depth is to be followed, an RGB image, or None.
+        style_picture: picture whose style is taken by FaceStudio, an RGB image, or None.
+        style_scale: how much of it, from 0 to 1.
         layout_size: (width, height) of the picture that the boxes were drawn on, or None.
         low_noise_guidance: whether guidance is halved in the low-noise half of the timesteps.
         compare: whether each picture is made without faces, too.
@@ -110,6 +113,8 @@ class Form:
     refine: bool = False
     boxes: dict[int, Box] | None = None
     control: Any = None
+    style_picture: Any = None
+    style_scale: float = STYLE_SCALE
     layout_size: tuple[int, int] | None = None
     mode: str = RECOMMENDED
 
@@ -127,6 +132,13 @@ class Form:
     def guidance_in_low_noise_half(self) -> float | None:
         """Half of the guidance, if that was asked for and is guidance still; None: as before."""
         return self.guidance / 2 if self.low_noise_guidance and self.guidance > 2 else None
+
+    @property
+    def style_of_picture(self) -> dict[str, Any]:
+        """Arguments of a pipeline's call; none without a style picture."""
+        if self.style_picture is None:
+            return {}
+        return {"style_image": self.style_picture, "style_scale": self.style_scale}
 
     @property
     def full_prompt(self) -> str:
@@ -163,6 +175,8 @@ class Form:
             raise FieldError("steps", f"to draw small faces again takes {LEAST_REFINING} steps or more")
         if not isinstance(self.guidance, Real) or not 0 <= self.guidance <= 100:
             raise FieldError("guidance", f"this must be from 0 to 100, got {self.guidance}")
+        if self.style_picture is not None:
+            in_field("style_picture", Style(self.style_picture, self.style_scale).check)
         if self.boxes:
             self._check_boxes(self.boxes)
         if self.shape is not None and max(self.shape) > MAX_RATIO * min(self.shape):

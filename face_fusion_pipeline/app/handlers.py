@@ -17,7 +17,7 @@ from ..generation.prompt_words import unknown_words_line
 from .engine import CancelledError, Engine
 from .form import ONLY_FACE, FieldError, Form, PersonForm, whole_number
 from .page import Widgets
-from .places import boxes_of_people, canvas_value, drawn_boxes, read_picture
+from .places import boxes_of_people, canvas_value, data_url, drawn_boxes, read_picture
 from .results import save_archive, save_picture, save_sheet
 from .session import Run, Session, Sessions
 
@@ -28,6 +28,7 @@ Updates = dict[Any, Any]
 
 UNEXPECTED = "an unexpected error, which this machine has logged: try again, or reload the page"
 UNFAMILIAR_HERE = f"{UNFAMILIAR[0].upper()}{UNFAMILIAR[1:]}; “How faces join”, under “More”, decides otherwise."
+THUMBNAIL = 160  # pixels of a style picture on the page
 REFUSED = "a value was refused: choose it again, or reload the page"
 
 
@@ -55,7 +56,16 @@ class Handlers:
         """All widgets that [`read_form`] reads."""
         w = self.widgets
         fields = {w.run_id, w.prompt, w.style, w.seed, w.count, w.canvas, w.follow_depth}
-        fields |= {w.negative_prompt, w.steps, w.guidance, w.low_noise_guidance, w.compare, w.refine, w.mode}
+        fields |= {
+            w.style_scale,
+            w.negative_prompt,
+            w.steps,
+            w.guidance,
+            w.low_noise_guidance,
+            w.compare,
+            w.refine,
+            w.mode,
+        }
         return fields.union(*({p.photos, p.strength, p.which} for p in w.people))
 
     def read_person(self, values: Updates, number: int, session: Session | None) -> PersonForm:
@@ -88,6 +98,8 @@ class Handlers:
             refine=values[w.refine],
             mode=values[w.mode],
             boxes=boxes,
+            style_picture=session.style,
+            style_scale=values[w.style_scale],
             control=session.layout if values[w.follow_depth] else None,
             layout_size=session.layout.size if session.layout is not None and boxes else None,
         )
@@ -103,10 +115,8 @@ class Handlers:
         updates[w.messages.get(name, w.messages["result"])] = message(str(error))
         if name.startswith("person_"):
             updates[w.tabs] = gr.Tabs(selected=int(name.removeprefix("person_")))
-        elif name == "places":
-            updates[w.places_section] = gr.Accordion(open=True)
-        elif name in ("negative_prompt", "steps", "guidance", "mode"):
-            updates[w.more_section] = gr.Accordion(open=True)
+        elif (section := w.section_of(name)) is not None:
+            updates[section] = gr.Accordion(open=True)
         return updates
 
     # --- Generating ------------------------------------------------------------------------------------------------
@@ -244,7 +254,26 @@ class Handlers:
         w = self.widgets
         return {w.generate: gr.Button(interactive=not running), w.cancel: gr.Button(visible=running)}
 
-    # --- Places ----------------------------------------------------------------------------------------------------
+    # --- Pictures to follow ------------------------------------------------------------------------------------------
+
+    def show_style(self, file: str, request: gr.Request) -> Updates:
+        """A style picture, small, beside its button; one that was there before is not what was asked for now."""
+        w, updates = self.widgets, self.remove_style(request)
+        try:
+            picture = read_picture(file, "style_picture")
+            self.sessions.of(request.session_hash).style = picture
+        except FieldError as error:
+            return {**updates, **self.show_error(error)}
+        shown = gr.HTML(f'<img src="{data_url(picture, THUMBNAIL)}" alt="style picture">', visible=True)
+        return {**updates, w.style_shown: shown, w.remove_style: gr.Button(visible=True)}
+
+    def remove_style(self, request: gr.Request) -> Updates:
+        """The style of the prompt alone again."""
+        w = self.widgets
+        if session := self.sessions.get(request.session_hash):
+            session.style = None
+        hidden = {w.style_shown: gr.HTML("", visible=False), w.remove_style: gr.Button(visible=False)}
+        return {**hidden, w.messages["style_picture"]: message("")}
 
     def show_layout(self, file: str, request: gr.Request) -> Updates:
         """A layout picture behind the boxes, with the faces found in it as boxes."""

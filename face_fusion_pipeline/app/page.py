@@ -2,32 +2,25 @@
 
 import html
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from ..face_defaults import FaceDefaults
-from ..generation.arguments import MAX_PROMPT, guidance_scales
+from ..generation.arguments import MAX_PROMPT
 from ..generation.prompt_words import Vocabulary, groups_of_words
 from .avatar_examples import Example
 from .form import (
     AS_WRITTEN,
     MAX_PEOPLE,
     MAX_PICTURES,
-    MAX_STEPS,
-    MODES,
     MORE_STYLES,
     ONLY_FACE,
-    RECOMMENDED,
     STYLES,
     WHICH_FACE,
 )
-from .places import canvas_value
+from .sections import IMAGES, message_beside, more_section, places_section, style_section
 
-
-STATIC = Path(__file__).parent / "static"
-IMAGES = ["image"]
 
 INTRO = """<h1>Face Fusion</h1>
 <p>New pictures of the same person, from one photo or several and a prompt. Photos stay on the machine that
@@ -35,13 +28,6 @@ runs this page, in a folder that is removed. Use photos of people who agreed to 
 generated.</p>"""
 
 WELCOME = "<p>Add a photo and a prompt, or take an example on this page.</p>"
-
-PERSON_CHIPS = "".join(
-    f'<button type="button" class="places-person-{number}" data-person>Person {number}</button>'
-    for number in range(1, MAX_PEOPLE + 1)
-)
-CANVAS = f"""<div class="places-chips" role="group" aria-label="whose box is drawn">{PERSON_CHIPS}
-<button type="button" data-clear>Clear boxes</button></div><div class="places-area"></div>"""
 
 # System fonts: nothing is fetched from elsewhere.
 THEME = gr.themes.Default(
@@ -79,6 +65,10 @@ class Widgets:
     seed: gr.Number
     dice: gr.Button
     count: gr.Slider
+    style_picture: gr.UploadButton
+    remove_style: gr.Button
+    style_shown: gr.HTML
+    style_scale: gr.Slider
     layout: gr.UploadButton
     remove_layout: gr.Button
     follow_depth: gr.Checkbox
@@ -90,6 +80,7 @@ class Widgets:
     mode: gr.Dropdown
     compare: gr.Checkbox
     refine: gr.Checkbox
+    style_section: gr.Accordion
     places_section: gr.Accordion
     more_section: gr.Accordion
     generate: gr.Button
@@ -105,9 +96,20 @@ class Widgets:
     examples: list[gr.Button]
     messages: dict[str, gr.HTML]
 
+    def section_of(self, field: str) -> gr.Accordion | None:
+        """The folded section that a field of a message lies in, or None."""
+        in_more = dict.fromkeys(("negative_prompt", "steps", "guidance", "mode"), self.more_section)
+        return {"places": self.places_section, "style_picture": self.style_section, **in_more}.get(field)
+
 
 def build_page(
-    examples: list[Example], ratio: float, steps: int, defaults: FaceDefaults, has_control: bool, described: str = ""
+    examples: list[Example],
+    ratio: float,
+    steps: int,
+    defaults: FaceDefaults,
+    has_control: bool,
+    has_style: bool,
+    described: str = "",
 ) -> Widgets:
     """Lay out all widgets; call it inside `gr.Blocks()`.
 
@@ -116,6 +118,7 @@ def build_page(
         steps: denoising steps at the beginning.
         defaults: what the model recommends, and the words that it knows, if they are few.
         has_control: whether the model can follow the depth of a picture.
+        has_style: whether the model can take the style of a picture.
         described: what draws the pictures.
     """
     widgets: dict[str, Any] = {}
@@ -130,14 +133,15 @@ def build_page(
             with gr.Tabs(elem_id="people") as widgets["tabs"]:
                 widgets["people"] = [_person(number, messages) for number in range(1, MAX_PEOPLE + 1)]
             _prompt(widgets, messages, defaults.vocabulary)
-            _places(widgets, messages, ratio, has_control)
-            _more(widgets, messages, steps, defaults)
+            style_section(widgets, messages, has_style)
+            places_section(widgets, messages, ratio, has_control)
+            more_section(widgets, messages, steps, defaults)
         with gr.Column(min_width=320, elem_id="outcome"):
             with gr.Row(elem_id="actions"):
                 widgets["generate"] = gr.Button("Generate", variant="primary", elem_id="generate")
                 widgets["cancel"] = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel")
             widgets["run_id"] = gr.Textbox(visible="hidden")
-            messages["result"] = _message("result")
+            messages["result"] = message_beside("result")
             widgets["status"] = gr.HTML(WELCOME, elem_id="status", elem_classes="status", min_height=48)
             _results(widgets)
     return Widgets(messages=messages, **widgets)
@@ -148,10 +152,6 @@ def _example(example: Example) -> gr.Button:
     assert button.icon is not None
     button.keep_in_cache.add(button.icon["path"])  # or it would be removed with old uploads
     return button
-
-
-def _message(field: str) -> gr.HTML:
-    return gr.HTML(visible=False, elem_id=f"message_{field}", elem_classes="message", apply_default_css=False)
 
 
 def _person(number: int, messages: dict[str, gr.HTML]) -> PersonWidgets:
@@ -168,7 +168,7 @@ def _person(number: int, messages: dict[str, gr.HTML]) -> PersonWidgets:
             elem_id=f"photos_{number}",
             elem_classes="photos",
         )
-        messages[f"person_{number}"] = _message(f"person_{number}")
+        messages[f"person_{number}"] = message_beside(f"person_{number}")
         crops = gr.HTML(visible=False, elem_id=f"crops_{number}", elem_classes="crops", apply_default_css=False)
         with gr.Row():
             strength = gr.Slider(
@@ -201,7 +201,7 @@ def _prompt(widgets: dict[str, Any], messages: dict[str, gr.HTML], vocabulary: V
         max_length=MAX_PROMPT,
         elem_id="prompt",
     )
-    messages["prompt"] = _message("prompt")
+    messages["prompt"] = message_beside("prompt")
     if vocabulary is not None:
         rows = "".join(
             f"<p><b>{html.escape(group)}</b>: {html.escape(words)}</p>" for group, words in groups_of_words(vocabulary)
@@ -217,71 +217,7 @@ def _prompt(widgets: dict[str, Any], messages: dict[str, gr.HTML], vocabulary: V
         with gr.Column(min_width=160):
             widgets["seed"] = gr.Number(0, label="Seed", info="same seed, same picture", precision=0, elem_id="seed")
             widgets["dice"] = gr.Button("Another seed", size="sm")
-    messages["count"], messages["seed"] = _message("count"), _message("seed")
-
-
-def _places(widgets: dict[str, Any], messages: dict[str, gr.HTML], ratio: float, has_control: bool) -> None:
-    with gr.Accordion("Where people go", open=False, elem_id="places") as widgets["places_section"]:
-        gr.HTML(
-            "<p>For several people: draw a box around where each face goes, on the empty area or over a picture "
-            "whose faces are found for you. Without boxes the places come from a draft.</p>",
-            apply_default_css=False,
-        )
-        with gr.Row():
-            widgets["layout"] = gr.UploadButton(
-                "Layout picture" + (" or depth map" if has_control else ""),
-                file_types=IMAGES,
-                size="sm",
-                min_width=120,
-                elem_id="layout",
-            )
-            widgets["remove_layout"] = gr.Button("Remove picture", size="sm", min_width=120, visible=False)
-        widgets["follow_depth"] = gr.Checkbox(False, label="Follow the depth of this picture", visible=has_control)
-        messages["places"] = _message("places")
-        widgets["canvas"] = gr.HTML(
-            canvas_value(ratio=ratio),
-            html_template=CANVAS,
-            js_on_load=(STATIC / "canvas.js").read_text(),
-            elem_id="canvas",
-            apply_default_css=False,
-        )
-
-
-def _more(widgets: dict[str, Any], messages: dict[str, gr.HTML], steps: int, defaults: FaceDefaults) -> None:
-    with gr.Accordion("More", open=False, elem_id="more") as widgets["more_section"]:
-        widgets["negative_prompt"] = gr.Textbox(label="What not to show", lines=1, max_length=MAX_PROMPT)
-        messages["negative_prompt"] = _message("negative_prompt")
-        with gr.Row():
-            widgets["steps"] = gr.Slider(1, MAX_STEPS, steps, step=1, label="Denoising steps", min_width=160)
-            widgets["guidance"] = gr.Slider(
-                *(1, 20, guidance_scales(None, None, defaults)[0]),
-                step=0.5,
-                label="Guidance",
-                info="1 is off; more follows the prompt closer",
-                min_width=160,
-            )
-        messages["steps"], messages["guidance"] = _message("steps"), _message("guidance")
-        widgets["low_noise_guidance"] = gr.Checkbox(
-            defaults.low_noise_guidance is not None,
-            label="Half the guidance at low noise",
-            info="in the later steps, so that details are less overdrawn; suits the avatars",
-        )
-        widgets["mode"] = gr.Dropdown(
-            list(MODES), value=RECOMMENDED, label="How faces join", info="trained weights, the model's own, or both"
-        )
-        messages["mode"] = _message("mode")
-        widgets["compare"] = gr.Checkbox(
-            True,
-            label="Also without the face",
-            info="in the contact sheet, from the same seed: shows what the face changes, and takes twice the time",
-            elem_id="compare",
-        )
-        widgets["refine"] = gr.Checkbox(
-            False,
-            label="Draw small faces again",
-            info="each by itself and larger: for several people, and for pictures of the whole body",
-            elem_id="refine",
-        )
+    messages["count"], messages["seed"] = message_beside("count"), message_beside("seed")
 
 
 def _results(widgets: dict[str, Any]) -> None:

@@ -112,12 +112,12 @@ class ExampleHandler:
     example: Example
 
     def fill(self, request: gr.Request) -> Updates:
-        """Photos, prompt and style of the example; other people, boxes and identities go."""
+        """Photos, prompt and style of the example; other people, boxes, identities and a style picture go."""
         w, example = self.page.widgets, self.example
         if session := self.page.sessions.get(request.session_hash):
             session.identities.clear()
         updates: Updates = {w.prompt: example.prompt, w.style: example.style, w.tabs: gr.Tabs(selected=1)}
-        updates |= self.page.remove_layout(request)
+        updates |= {**self.page.remove_layout(request), **self.page.remove_style(request)}
         for number, person in enumerate(w.people):
             photos = example.people[number] if number < len(example.people) else ()
             updates |= {person.photos: [str(photo) for photo in photos] or None, person.which: ONLY_FACE}

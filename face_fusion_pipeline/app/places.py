@@ -18,7 +18,7 @@ from ..face_pictures import load_image
 from .form import MAX_PEOPLE, FieldError
 
 
-KEPT = 1024  # longest side in pixels of a layout picture: more than the pictures that it is followed in
+KEPT = 1024  # longest side in pixels of a layout or style picture: more than the pictures that follow it
 SHOWN = 640  # longest side in pixels of the picture that is shown behind the boxes
 
 
@@ -55,17 +55,17 @@ def drawn_boxes(value: Any) -> dict[int, Box]:
         raise FieldError("places", f"person's box cannot be used, draw it again: {error}") from error
 
 
-def read_picture(file: str | Path) -> Image.Image:
-    """An uploaded layout picture or depth map, at most 1024 pixels a side, for it is kept as long as the page is open.
+def read_picture(file: str | Path, field: str = "places") -> Image.Image:
+    """An uploaded layout, depth map or style picture, at most 1024 pixels a side: it is kept while the page is open.
 
-    Raises [`FieldError`] with the file's name, never its path.
+    Raises [`FieldError`] of `field` with the file's name, never its path.
     """
     try:
         picture = load_image(Path(file), "the image")
         picture.thumbnail((KEPT, KEPT), reducing_gap=2.0)
         return picture
     except FaceFusionError as error:
-        raise FieldError("places", f"{Path(file).name}: {error}") from error
+        raise FieldError(field, f"{Path(file).name}: {error}") from error
 
 
 def boxes_of_people(boxes: Sequence[Box], size: tuple[int, int]) -> list[Box]:

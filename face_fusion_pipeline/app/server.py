@@ -15,8 +15,9 @@ from .avatar_examples import Example, draw_examples
 from .engine import Engine
 from .guard import Guard
 from .handlers import Handlers
-from .page import STATIC, THEME, build_page
+from .page import THEME, build_page
 from .person_handlers import ExampleHandler, PersonHandlers
+from .sections import STATIC
 from .session import Sessions
 
 
@@ -42,7 +43,8 @@ def build_app(engine: Engine, sessions: Sessions, steps: int = 25) -> gr.Blocks:
     width, height = engine.size()
     blocks = gr.Blocks(title="Face Fusion", analytics_enabled=False, delete_cache=(HOUR, HOUR))
     with blocks:
-        widgets = build_page(examples, width / height, steps, engine.defaults, engine.has_control, engine.described)
+        can = (engine.has_control, engine.has_style)
+        widgets = build_page(examples, width / height, steps, engine.defaults, *can, engine.described)
         connect(Handlers(engine, sessions, widgets), examples)
 
         blocks.queue(max_size=WAITING)
@@ -71,7 +73,7 @@ def connect(handlers: Handlers, examples: list[Example]) -> None:
         w.cancel,
         *messages,
     ]
-    sections = [w.tabs, w.places_section, w.more_section]
+    sections = [w.tabs, w.style_section, w.places_section, w.more_section]
 
     def generate_after(listener: Callable[..., Any]) -> Any:
         """`start` at once and `run` in the queue; returns the latter, for the Cancel button."""
@@ -98,7 +100,8 @@ def connect(handlers: Handlers, examples: list[Example]) -> None:
 
     runs = [generate_after(w.generate.click)]
     filled = [w.prompt, w.style, w.tabs, w.canvas, w.remove_layout, w.follow_depth, w.messages["places"]]
-    filled += [widget for p in w.people for widget in (p.photos, p.which, p.strength, p.forget, p.crops)]
+    style = [w.style_shown, w.messages["style_picture"], w.remove_style]
+    filled += [*style, *(widget for p in w.people for widget in (p.photos, p.which, p.strength, p.forget, p.crops))]
     for example, button in zip(examples, w.examples, strict=True):
         fill = button.click(ExampleHandler(handlers, example).fill, outputs=filled, queue=False, **HIDDEN)
         runs.append(generate_after(fill.then))
@@ -108,6 +111,8 @@ def connect(handlers: Handlers, examples: list[Example]) -> None:
     places = [w.canvas, w.messages["places"], w.remove_layout, w.places_section]
     w.layout.upload(handlers.show_layout, w.layout, places, api_visibility="private", show_progress_on=w.canvas)
     w.remove_layout.click(handlers.remove_layout, outputs=[*places, w.follow_depth], **HIDDEN)
+    w.style_picture.upload(handlers.show_style, w.style_picture, [*style, w.style_section], **HIDDEN)
+    w.remove_style.click(handlers.remove_style, outputs=style, **HIDDEN)
     for number in range(1, len(w.people) + 1):
         _connect_person(PersonHandlers(handlers, number))
 

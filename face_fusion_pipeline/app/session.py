@@ -97,6 +97,7 @@ class Session:
         folder: for results and identity files; removed when the page is closed.
         identities: person's number -> identity loaded from a file.
         layout: picture behind the boxes, RGB, or None.
+        style: picture whose style is taken, RGB, or None.
         run: the last one, or None.
         failure_due: Gradio is still to say that a run failed which was cancelled.
         seen: when it was last asked for, in seconds of `time.monotonic`.
@@ -105,6 +106,7 @@ class Session:
     folder: Folder
     identities: dict[int, Any] = field(default_factory=dict)
     layout: Any = None
+    style: Any = None
     run: Run | None = None
     failure_due: bool = False
     seen: float = field(default_factory=time.monotonic)

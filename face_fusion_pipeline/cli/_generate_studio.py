@@ -5,11 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..face_errors import FaceFusionError
+from ..generation.loading import STUDIO_FOLDER, studio_beside
 from ._arguments import FRACTION
-
-
-FOLDER = "face_studio"  # of a model's folder: its weights
-WEIGHTS = "face_studio.safetensors"
 
 
 def add_studio_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +21,7 @@ def add_studio_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--face-studio",
         metavar="DIR_OR_FILE_OR_HUB_ID",
-        help=f"FaceStudio weights; default: {FOLDER} in the model's folder",
+        help=f"FaceStudio weights; default: {STUDIO_FOLDER} in the model's folder",
     )
 
 
@@ -40,18 +37,16 @@ def load_studio(pipe: Any, args: argparse.Namespace) -> None:
     """Load FaceStudio's weights if an option asks for them. Raises [`FaceFusionError`] where there are none."""
     if not (args.style_image or args.face_studio or args.mode == "face-studio"):
         return
-    if args.face_studio is not None:
-        pipe.load_face_studio(args.face_studio)
-        return
-    from ..generation.avatar_model import embedded_model
-
-    model = embedded_model() if args.model is None else args.model
-    if Path(model).is_dir() and not (Path(model) / FOLDER / WEIGHTS).is_file():
+    weights = args.face_studio or studio_beside(args.model)
+    if weights is not None:
+        pipe.load_face_studio(weights)
+    elif args.model is not None and not Path(args.model).exists():  # a Hub id
+        pipe.load_face_studio(args.model, subfolder=STUDIO_FOLDER)
+    else:
         raise FaceFusionError(
             f"{args.model or 'this package'} has no FaceStudio weights: name some with --face-studio, or train them, "
             "`face-fusion train --conditioner face-studio`"
         )
-    pipe.load_face_studio(model, subfolder=FOLDER)
 
 
 def read_identity(path: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..face_errors import FaceFusionError
 from ..generation.arguments import add_version_arguments, check_model, check_version
-from ..generation.loading import adapter_beside, controlnet_beside, load_pipeline
+from ..generation.loading import STUDIO_FOLDER, adapter_beside, controlnet_beside, load_pipeline, studio_beside
 from ..generation.watermark import blind_watermark
 from ._arguments import real, whole
 
@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--controlnet",
         metavar="DIR_OR_HUB_ID",
         help="depth ControlNet, to follow a layout picture; default: the one in the model's folder, if there is one",
+    )
+    parser.add_argument(
+        "--face-studio",
+        metavar="DIR_OR_FILE_OR_HUB_ID",
+        help=f"FaceStudio weights, to take the style of a picture; default: {STUDIO_FOLDER} in the model's folder",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=whole(0, 65535), default=7860, help="port to listen on; 0 takes a free one")
@@ -68,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def load_engine(args: argparse.Namespace) -> Any:
     """The `app.engine.Engine` that the options ask for. Raises [`FaceFusionError`]."""
     from ..app.engine import Engine
+    from ..conditioner_face_studio import image_encoder_of
     from ..face_detectors import load_detector
 
     detector = load_detector(args.detector, args.detector_model)
@@ -75,6 +81,9 @@ def load_engine(args: argparse.Namespace) -> Any:
     controlnet = args.controlnet or controlnet_beside(args.model)
     version = (args.revision, args.variant, args.model_config)
     pipe = load_pipeline(args.model, adapter, args.device, args.dtype, controlnet, *version)
+    if studio := args.face_studio or studio_beside(args.model):
+        pipe.load_face_studio(studio)
+        image_encoder_of(pipe)  # one that is missing is said now, not at the first picture
     return Engine(pipe, args.model, adapter, detector, args.watermark)
 
 

@@ -15,6 +15,7 @@ from .avatar_model import embedded_model
 
 
 ADAPTER_FILE = "face_fusion_adapter.safetensors"
+STUDIO_FOLDER, STUDIO_FILE = "face_studio", "face_studio.safetensors"  # of FaceStudio, in a model's folder
 
 
 def adapter_beside(model: str | None) -> str | None:
@@ -70,6 +71,15 @@ def controlnet_beside(model: str | None) -> str | None:
     """
     path = Path(model or embedded_model()) / "controlnet"
     return str(path) if (path / "config.json").is_file() else None
+
+
+def studio_beside(model: str | None) -> str | None:
+    """The folder of FaceStudio's weights in the folder of `model` (None: the embedded avatar model), or None.
+
+    Raises [`ModelNotFoundError`] for an embedded model that was left out.
+    """
+    path = Path(model or embedded_model()) / STUDIO_FOLDER
+    return str(path) if (path / STUDIO_FILE).is_file() else None
 
 
 @contextmanager

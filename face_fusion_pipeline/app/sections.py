@@ -1,0 +1,121 @@
+"""The folded sections of the form: a style picture, where people go, and what is seldom changed."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..conditioner_face_studio import STYLE_SCALE
+from ..face_defaults import FaceDefaults
+from ..generation.arguments import MAX_PROMPT, guidance_scales
+from .form import MAX_PEOPLE, MAX_STEPS, MODES, RECOMMENDED
+from .places import canvas_value
+
+
+STATIC = Path(__file__).parent / "static"
+IMAGES = ["image"]
+
+PERSON_CHIPS = "".join(
+    f'<button type="button" class="places-person-{number}" data-person>Person {number}</button>'
+    for number in range(1, MAX_PEOPLE + 1)
+)
+CANVAS = f"""<div class="places-chips" role="group" aria-label="whose box is drawn">{PERSON_CHIPS}
+<button type="button" data-clear>Clear boxes</button></div><div class="places-area"></div>"""
+
+
+def message_beside(field: str) -> gr.HTML:
+    """What is said beside a field; nothing yet."""
+    return gr.HTML(visible=False, elem_id=f"message_{field}", elem_classes="message", apply_default_css=False)
+
+
+def style_section(widgets: dict[str, Any], messages: dict[str, gr.HTML], has_style: bool) -> None:
+    """A picture whose style is taken; hidden where no weights can do that."""
+    section = gr.Accordion("Style from a picture", open=False, visible=has_style, elem_id="style_picture_section")
+    with section as widgets["style_section"]:
+        gr.HTML(
+            "<p>A picture whose style, clothing and surroundings the new ones take. The person stays the one of the "
+            "photos.</p>",
+            apply_default_css=False,
+        )
+        with gr.Row():
+            widgets["style_picture"] = gr.UploadButton(
+                "Style picture", file_types=IMAGES, size="sm", min_width=120, elem_id="style_picture"
+            )
+            widgets["remove_style"] = gr.Button("Remove style picture", size="sm", min_width=120, visible=False)
+        messages["style_picture"] = message_beside("style_picture")
+        widgets["style_shown"] = gr.HTML(
+            visible=False, elem_id="style_shown", elem_classes="crops", apply_default_css=False
+        )
+        widgets["style_scale"] = gr.Slider(
+            *(0, 1, STYLE_SCALE),
+            step=0.05,
+            label="How much of it",
+            info="0 the prompt alone, 1 the picture alone",
+            elem_id="style_scale",
+        )
+
+
+def places_section(widgets: dict[str, Any], messages: dict[str, gr.HTML], ratio: float, has_control: bool) -> None:
+    """Boxes drawn over a picture or an empty area."""
+    with gr.Accordion("Where people go", open=False, elem_id="places") as widgets["places_section"]:
+        gr.HTML(
+            "<p>For several people: draw a box around where each face goes, on the empty area or over a picture "
+            "whose faces are found for you. Without boxes the places come from a draft.</p>",
+            apply_default_css=False,
+        )
+        with gr.Row():
+            widgets["layout"] = gr.UploadButton(
+                "Layout picture" + (" or depth map" if has_control else ""),
+                file_types=IMAGES,
+                size="sm",
+                min_width=120,
+                elem_id="layout",
+            )
+            widgets["remove_layout"] = gr.Button("Remove picture", size="sm", min_width=120, visible=False)
+        widgets["follow_depth"] = gr.Checkbox(False, label="Follow the depth of this picture", visible=has_control)
+        messages["places"] = message_beside("places")
+        widgets["canvas"] = gr.HTML(
+            canvas_value(ratio=ratio),
+            html_template=CANVAS,
+            js_on_load=(STATIC / "canvas.js").read_text(),
+            elem_id="canvas",
+            apply_default_css=False,
+        )
+
+
+def more_section(widgets: dict[str, Any], messages: dict[str, gr.HTML], steps: int, defaults: FaceDefaults) -> None:
+    """What suits most as it is."""
+    with gr.Accordion("More", open=False, elem_id="more") as widgets["more_section"]:
+        widgets["negative_prompt"] = gr.Textbox(label="What not to show", lines=1, max_length=MAX_PROMPT)
+        messages["negative_prompt"] = message_beside("negative_prompt")
+        with gr.Row():
+            widgets["steps"] = gr.Slider(1, MAX_STEPS, steps, step=1, label="Denoising steps", min_width=160)
+            widgets["guidance"] = gr.Slider(
+                *(1, 20, guidance_scales(None, None, defaults)[0]),
+                step=0.5,
+                label="Guidance",
+                info="1 is off; more follows the prompt closer",
+                min_width=160,
+            )
+        messages["steps"], messages["guidance"] = message_beside("steps"), message_beside("guidance")
+        widgets["low_noise_guidance"] = gr.Checkbox(
+            defaults.low_noise_guidance is not None,
+            label="Half the guidance at low noise",
+            info="in the later steps, so that details are less overdrawn; suits the avatars",
+        )
+        widgets["mode"] = gr.Dropdown(
+            list(MODES), value=RECOMMENDED, label="How faces join", info="trained weights, the model's own, or both"
+        )
+        messages["mode"] = message_beside("mode")
+        widgets["compare"] = gr.Checkbox(
+            True,
+            label="Also without the face",
+            info="in the contact sheet, from the same seed: shows what the face changes, and takes twice the time",
+            elem_id="compare",
+        )
+        widgets["refine"] = gr.Checkbox(
+            False,
+            label="Draw small faces again",
+            info="each by itself and larger: for several people, and for pictures of the whole body",
+            elem_id="refine",
+        )
