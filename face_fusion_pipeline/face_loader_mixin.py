@@ -161,13 +161,13 @@ class FaceLoaderMixin:
         return new
 
     def _kept(self, kind: str, name: Any, load: Callable[[Any], Any]) -> Any:
-        """`load(name)`, such as a detector, loaded once for each name and kept with the pipeline."""
-        if not isinstance(name, str):
+        """`load(name)`, such as a detector, loaded once for each name or path and kept with the pipeline."""
+        if not isinstance(name, (str, os.PathLike)):
             return load(name)
-        tools = self.__dict__.setdefault("_tools", {})
-        if (kind, name) not in tools:
-            tools[kind, name] = load(name)
-        return tools[kind, name]
+        tools, key = self.__dict__.setdefault("_tools", {}), (kind, os.fspath(name))
+        if key not in tools:
+            tools[key] = load(name)
+        return tools[key]
 
     def load_face_fusion_adapter(
         self,

@@ -4,6 +4,7 @@ import io
 import logging
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -433,8 +434,16 @@ def test_midas_of_controlnet_aux(name, monkeypatch, caplog):
 def test_several_photos_load_one_estimator(pipe, monkeypatch):
     monkeypatch.setattr(StubMidas, "loaded", [])
     monkeypatch.setitem(sys.modules, "controlnet_aux", SimpleNamespace(MidasDetector=StubMidas))
-    generate(pipe, ["a cat", "a dog"], control_image=[PHOTO, face(8)], num_inference_steps=1)
+    for _ in range(2):
+        generate(pipe, ["a cat", "a dog"], control_image=[PHOTO, face(8)], num_inference_steps=1)
     assert len(StubMidas.loaded) == 1
+
+
+def test_what_a_call_names_is_loaded_once_by_its_name_or_path(pipe):
+    loaded = []
+    for name in ("here", Path("here"), Path("here")):
+        pipe._kept("depth estimator", name, loaded.append)
+    assert loaded == ["here"]
 
 
 def test_a_broken_midas_is_reported_or_replaced(monkeypatch):

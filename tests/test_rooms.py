@@ -58,3 +58,14 @@ def test_every_room_is_listed_and_none_is_in_a_circle() -> None:
         free = {room for room in left if MAY_IMPORT[room] <= placed}
         assert free, f"these rooms import each other: {', '.join(sorted(left))}"
         placed |= free
+
+
+def test_a_function_of_the_core_is_a_screenful() -> None:
+    lengths = {
+        f"{path.name}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in PACKAGE.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert not {name: lines for name, lines in lengths.items() if lines > 60}
+    assert len((PACKAGE / "face_fusion_mixin.py").read_text().splitlines()) < 250
