@@ -88,7 +88,7 @@ class Conditioner(ABC):
         Args:
             rows: one for all pictures, or one for each equal share of them, in order.
             call: which rows of a batch see faces, and when.
-            context: what else they see than text, a `conditioner_face_studio.StudioContext`.
+            context: what else they see than text, a `conditioner_tokens.TokenContext`.
 
         Raises:
             IdentityMismatchError: people are seen at different layers.
@@ -125,6 +125,26 @@ def one_mode(people: Sequence[Sequence[Person]]) -> str | None:
     if len(modes) > 1:
         raise IdentityMismatchError(f"people of one call must be encoded in one mode, got {' and '.join(modes)}")
     return modes.pop() if modes else None
+
+
+SYSTEMS = ("face-fusion", "face-studio", "face-snap")  # of `identity_by`; the modes of all but the first are theirs
+
+
+def mode_by(pipe: Any, identity_by: str | None, mode: str | None) -> str | None:
+    """The mode that a call asks for by `identity_by` and `face_mode`.
+
+    Raises:
+        FaceFusionError: a system that there is not, or the two contradict each other.
+    """
+    if identity_by is None:
+        return mode
+    if identity_by not in SYSTEMS:
+        raise FaceFusionError(f"identity_by must be {' or '.join(SYSTEMS)}, got {identity_by!r}")
+    if mode is not None and (mode if mode in SYSTEMS else SYSTEMS[0]) != identity_by:
+        raise FaceFusionError(f"identity_by={identity_by!r} and face_mode={mode!r} name two systems: give one of them")
+    if identity_by != SYSTEMS[0]:
+        return identity_by
+    return "training-free" if mode is None and pipe._face_adapter is None else mode
 
 
 def check_not_perturbed(seen: set[str], patterns: Sequence[str]) -> None:

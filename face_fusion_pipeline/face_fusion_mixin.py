@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from .call_arguments import Call, bind_call, has_call_below, with_whole_signature
-from .conditioner import IdentityOptions, Person, conditioner_of, one_mode
-from .conditioner_face_studio import MODE, Style, mode_by, studio_acting, studio_context
+from .conditioner import IdentityOptions, Person, conditioner_of, mode_by, one_mode
+from .conditioner_face_snap import MODE as SNAP_MODE
+from .conditioner_face_snap import snap_context
+from .conditioner_face_studio import MODE, Style, studio_acting, studio_context
 from .conditioner_reference import ReferenceConditioner  # noqa: F401  (registers the modes)
 from .face_attention import FaceCall, check_idle
 from .face_axes import face_axes, per_person, weights_per_person
@@ -20,6 +22,7 @@ from .face_loader_mixin import FaceLoaderMixin, check_scale, check_window
 from .face_ownership import sole_use
 from .face_places import DraftInterrupted, picture_rows, place_people, with_boxes
 from .face_self_attention import SelfAttentionReference
+from .face_snap_loader_mixin import FaceSnapLoaderMixin
 from .face_steps import follow_steps
 from .face_studio_loader_mixin import FaceStudioLoaderMixin
 
@@ -28,7 +31,7 @@ _tokenizing = threading.RLock()
 MODE_WITH_WEIGHTS = "adapter"  # where weights are loaded and no mode is asked for: the paper
 
 
-class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
+class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin, FaceSnapLoaderMixin):
     """Adds faces to a diffusers pipeline that has `unet`, `vae`, `scheduler` and `encode_prompt`.
 
     Put it before the pipeline class: `class Mine(FaceFusionMixin, StableDiffusionPipeline)`. Without a face, or with
@@ -79,9 +82,9 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
             images: see `reference_pass.face_tensors`; already cropped to the face.
             weights: one number >= 0 for each image, equal by default; only ratios matter (a morph slider).
             face_mode: `"adapter"`, trained weights at the cross-attention (the paper); `"training-free"`, the model's
-                own at the self-attention; `"both"`; `"face-studio"`; or `None`: as the model recommends, else with
-                what is loaded; training-free for a face unlike what the model knows, if it can tell (see
-                `face_familiarity`).
+                own at the self-attention; `"both"`; `"face-studio"`; `"face-snap"`; or `None`: as the model
+                recommends, else with what is loaded; training-free for a face unlike what the model knows, if it can
+                tell (see `face_familiarity`).
             face_resolution: side in pixels, default the adapter's, else the UNet's own.
             self_attention: what the self-attention sees of the face in the latter two modes, and how strongly.
             mirrored: show each image mirrored as well, with the same weight. Default: a single image, if the model
@@ -113,7 +116,8 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
         if face_mode is not None:
             return conditioner_of(face_mode).mode
         if self._face_adapter is None:
-            return "training-free" if self.face_studio is None else MODE
+            loaded = {MODE: self.face_studio, SNAP_MODE: self.face_snap}
+            return next((mode for mode, weights in loaded.items() if weights is not None), "training-free")
         return getattr(self.face_defaults, "face_mode", None) or MODE_WITH_WEIGHTS
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
@@ -178,8 +182,8 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
             style_image: FaceStudio's style picture, or one for each prompt; its faces are covered.
             style_scale: from 0, the prompt alone, to 1, the style picture alone; default .5 where there is one.
             style_context: FaceStudio's tokens `"replace"` the text or are `"append"`ed to it; default: the weights'.
-            identity_by: `"face-fusion"` or `"face-studio"`, who takes `face_image` where both are loaded; default
-                Face Fusion, else FaceStudio.
+            identity_by: `"face-fusion"`, `"face-studio"` or `"face-snap"`, who takes `face_image` where several are
+                loaded; default the first of them that is.
 
         Returns:
             What the underlying pipeline returns; where people were placed, it also has `face_boxes`, for each image
@@ -197,7 +201,7 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
         self_scales = per_person(face_self_scale, faces, "face_self_scale", check_self_scale)
         style.check()
         if not any(map(any, scales)) or not self._any_layer_scale():
-            if style.image is None:
+            if style.image is None and self._token_network is None:
                 check_idle(self.unet)
                 return call.run()
             faces = []
@@ -221,7 +225,8 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
                 for row in zip(faces, scales, strict=False)
             ] or [()]
             conditioner = conditioner_of(one_mode(people) or MODE)
-            context = studio_context(self, style, call, face_detector, wanted=conditioner.mode == MODE)
+            context = studio_context(self, style, call, face_detector, wanted=one_mode(people) == MODE)
+            network = snap_context(self, call, faces, people, each)
             try:
                 layouts = self._layouts(placement, [len(row) for row in people], call) if faces else []
             except DraftInterrupted as stopped:
@@ -231,6 +236,7 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
             with (
                 studio_acting(self, context),
                 conditioner.installed(self, rows, state, context),
+                nullcontext() if network is None else network.installed(rows, state),
                 self._layouts_applied(layouts, call.images),
             ):
                 result = call.run()

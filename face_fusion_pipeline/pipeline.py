@@ -41,10 +41,13 @@ from .unet_family import base_family
 
 
 if TYPE_CHECKING:  # not always needed, but the loader has to find their names here
+    from .conditioner_face_snap import SnapConditioner
     from .conditioner_face_studio import StudioConditioner
+    from .conditioner_tokens import TokenConditioner
     from .control_landmarks import landmark_control
     from .control_pictures import control_picture
     from .face_alignment import align_faces
+    from .face_attached import AttachedWeights
     from .face_detectors import load_detector
     from .face_embedders import load_face_embedder
     from .face_familiarity import encode_people
@@ -57,6 +60,8 @@ if TYPE_CHECKING:  # not always needed, but the loader has to find their names h
     from .face_prior import load_prior
     from .face_recognisers import OnnxRecogniser
     from .face_refinement import refine_faces
+    from .face_snap import FaceMixer
+    from .face_snap_loader_mixin import FaceSnapLoaderMixin
     from .face_studio import FaceStudio
     from .face_studio_loader_mixin import FaceStudioLoaderMixin
     from .face_style import unit_length

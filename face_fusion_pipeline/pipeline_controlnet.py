@@ -24,15 +24,19 @@ from .face_layout import Box, Layout, Placement
 from .face_loader_mixin import check_scale
 from .face_models import load_face_model
 from .face_ownership import own_thread
+from .face_snap import as_component, networks_of
 
 
 if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
     from .conditioner import Conditioner
+    from .conditioner_face_snap import SnapConditioner
     from .conditioner_face_studio import StudioConditioner
     from .conditioner_reference import ReferenceConditioner
+    from .conditioner_tokens import TokenConditioner
     from .control_landmarks import landmark_control
     from .face_adapter import FaceFusionAdapter
     from .face_alignment import align_faces
+    from .face_attached import AttachedWeights
     from .face_attention import FaceFusionAttnProcessor
     from .face_defaults import FaceDefaults
     from .face_detectors import load_detector
@@ -51,6 +55,7 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_recognisers import OnnxRecogniser
     from .face_self_attention import SelfAttentionReference
     from .face_single_file import load_single_file
+    from .face_snap_loader_mixin import FaceSnapLoaderMixin
     from .face_steps import follow_steps
     from .face_studio import FaceStudio
     from .face_studio_loader_mixin import FaceStudioLoaderMixin
@@ -83,6 +88,10 @@ class ControlNetFaces(FaceFusionMixin):
             return super().__call__(prompt, *args, **kwargs)
         finally:
             del self._control_face_scale
+
+    @property
+    def _token_network(self) -> Any:
+        return self.face_snap_network
 
     def _needs_layout(self) -> bool:
         return self._control_face_scale != 1.0
@@ -139,6 +148,7 @@ def call_with_control(
     depth_estimator: Any = "auto",
     control_source: Any = None,
     face_model: Any = None,
+    driver_image: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Generate with the components of `pipe` through the ControlNet pipeline.
@@ -153,15 +163,17 @@ def call_with_control(
         control_kind: what the images are, see `control_pictures`; one, or one for each ControlNet.
         depth_estimator: see `face_depth.load_depth_estimator`.
         control_source, face_model: of the kind `"landmarks"`, see `face_text_to_image.TextToImageFaces.__call__`.
+        driver_image: for FaceSnap's ControlNet, see there, too.
 
     Raises:
         FaceFusionError: no ControlNet, or an image that fits none.
     """
-    if pipe.controlnet is None:
-        raise FaceFusionError("control_image needs a ControlNet: load the pipeline with controlnet=ControlNetModel...")
-    net = getattr(pipe.controlnet, "_orig_mod", pipe.controlnet)  # torch.compile's wrapper
-    nets = len(net.nets) if isinstance(net, MultiControlNetModel) else None
     prompts = prompt_count({"prompt": prompt, **kwargs})
+    controlnet, control_image, control_kind = networks_of_call(
+        pipe, control_image, control_kind, driver_image, prompts
+    )
+    net = getattr(controlnet, "_orig_mod", controlnet)  # torch.compile's wrapper
+    nets = len(net.nets) if isinstance(net, MultiControlNetModel) else None
     face_model = getattr(pipe, "face_model", None) if face_model is None else face_model
     tools = ControlFaces(
         size=(kwargs["width"], kwargs["height"]) if kwargs.get("width") and kwargs.get("height") else None,
@@ -182,7 +194,37 @@ def call_with_control(
                 kwargs["face_boxes"] = boxes
                 kwargs.pop("face_assign", None)  # it chose among the driver's faces
 
-    return pipe.as_pipeline(pipeline_class)(prompt, image=image, **kwargs)
+    return pipe.as_pipeline(pipeline_class, controlnet=controlnet)(prompt, image=image, **kwargs)
+
+
+def networks_of_call(
+    pipe: Any, control_image: Any, control_kind: Any, driver_image: Any, prompts: int
+) -> tuple[Any, Any, Any]:
+    """The ControlNets that take part in a call, their images and kinds: FaceSnap's where there is a driver.
+
+    Raises:
+        FaceFusionError: no ControlNet for what is given. FaceAxesError: images that do not go with the prompts.
+    """
+    own = pipe.face_snap_network
+    if own is not None and (hook := getattr(pipe.controlnet, "_hf_hook", None)) is not None:
+        hook.pre_forward(pipe.controlnet)  # offloaded together, they are called one by one
+    others = [net for net in networks_of(pipe.controlnet) if net is not own]
+    if control_image is not None and not others:
+        raise FaceFusionError("control_image needs a ControlNet: load the pipeline with controlnet=ControlNetModel...")
+    if driver_image is None:
+        return (pipe.controlnet if own is None else as_component(others)), control_image, control_kind
+    if own is None:
+        raise FaceFusionError("driver_image needs FaceSnap's ControlNet: call `load_face_snap(...)` first")
+    if control_image is None:
+        return own, driver_image, "landmarks"
+    images, drivers = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (control_image, driver_image))
+    nested = any(isinstance(row, (list, tuple)) for row in images)
+    rows = control_rows(images, nested, len(others) if len(others) > 1 else None, prompts)
+    driven = control_rows(drivers, False, None, prompts)
+    kinds = list(control_kind) if isinstance(control_kind, (list, tuple)) else [control_kind] * len(others)
+    count = max(len(rows), len(driven))
+    together = [[*rows[i % len(rows)], *driven[i % len(driven)]] for i in range(count)]
+    return as_component([*others, own]), together, [*kinds, "landmarks"]
 
 
 def people_of_call(tools: ControlFaces, kwargs: dict[str, Any], source: Any, prompts: int) -> list[ControlFaces]:

@@ -70,8 +70,8 @@ def create_studio_task(
     Args:
         loss: the options that the training of every conditioner has.
     """
-    from ..conditioner_face_studio import image_encoder_of
-    from ..face_studio import new_studio
+    from ..conditioner_tokens import image_encoder_of
+    from ..face_studio import STUDIO, FaceStudio, new_studio
     from ..training.initial_weights import continued_adapter
     from ..training.latent_cache import cache_folders
     from ..training.pairs import Pairs, split_people
@@ -81,8 +81,8 @@ def create_studio_task(
 
     rows = read_rows(folder)
     cache = cache_folders(folder, base, args.augmentations)
-    base.pipeline._studio_parts = {"image_encoder": args.image_encoder}
-    encoder, processor = image_encoder_of(base.pipeline)
+    base.pipeline._token_parts = {STUDIO: {"image_encoder": args.image_encoder}}
+    encoder, processor = image_encoder_of(base.pipeline, FaceStudio)
     embedder = face_embedder(args.face_embedder)
     made = encode_embeddings(folder, base, cache, encoder, embedder, mask=args.picture_mask, processor=processor)
     embeddings = Embeddings(made, len(rows))
