@@ -123,7 +123,7 @@ class SnapConditioner(TokenConditioner):
             return {}
         tokens = mixed_tokens(pipe, person.identity)
         return {
-            name: PersonKeys(key[None], value[None], scale=person.scale * pipe._layer_scale(name))
+            name: PersonKeys(key[None], value[None], scale=person.scale * pipe._layer_scale(name), embedded=True)
             for name, (key, value) in projected(pipe.unet, tokens).items()
             if pipe._layer_scale(name) > 0
         }

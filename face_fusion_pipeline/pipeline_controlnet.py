@@ -210,7 +210,10 @@ def networks_of_call(
         hook.pre_forward(pipe.controlnet)  # offloaded together, they are called one by one
     others = [net for net in networks_of(pipe.controlnet) if net is not own]
     if control_image is not None and not others:
-        raise FaceFusionError("control_image needs a ControlNet: load the pipeline with controlnet=ControlNetModel...")
+        raise FaceFusionError(
+            "control_image needs a ControlNet: load the pipeline with controlnet=ControlNetModel..."
+            + ("; FaceSnap's own takes a driver_image" if own is not None else "")
+        )
     if driver_image is None:
         return (pipe.controlnet if own is None else as_component(others)), control_image, control_kind
     if own is None:

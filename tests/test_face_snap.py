@@ -457,7 +457,7 @@ def test_patches_are_those_of_the_last_layer_but_one():
     [
         ({"face_image": A}, FaceFusionError, "give a driver_image"),
         ({"driver_image": DOTS + 100}, LandmarksError, "is in the 16x16 picture"),
-        ({"driver_image": DOTS, "control_image": STYLE}, FaceFusionError, "control_image needs a ControlNet"),
+        ({"driver_image": DOTS, "control_image": STYLE}, FaceFusionError, "own takes a driver_image"),
         ({"driver_image": [DOTS, DOTS, DOTS]}, FaceFusionError, "3 prompts, but there are 1"),
         ({"driver_image": DOTS, "guess_mode": True}, FaceFusionError, "guess_mode"),
         ({"driver_image": DOTS, "face_image": A, "face_self_scale": 2.0}, InvalidScaleError, "not of FaceSnap"),
@@ -472,6 +472,13 @@ def test_patches_are_those_of_the_last_layer_but_one():
 def test_bad_arguments(sd, arguments, error, words):
     with pytest.raises(error, match=words):
         generate(sd, **arguments)
+
+
+def test_attention_maps_are_of_face_fusion_alone(appended):
+    from face_fusion_pipeline import record_attention
+
+    with pytest.raises(FaceFusionError, match="FaceSnap are of none"), record_attention(appended):
+        generate(appended, face_image=A)
 
 
 def test_what_is_missing_is_named(weights, sd, tmp_path):

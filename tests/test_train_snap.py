@@ -16,6 +16,8 @@ from test_finetuning import SELECTION, write_photos
 from tiny_models import face, tiny_pipeline
 
 from face_fusion_pipeline.cli import _train_snap, main
+from face_fusion_pipeline.conditioner_face_snap import mixed_tokens
+from face_fusion_pipeline.face_attached import detach_module
 from face_fusion_pipeline.face_embedders import WEIGHTS_NAME, AvatarEmbedder
 from face_fusion_pipeline.face_errors import LandmarksError
 from face_fusion_pipeline.face_files import read_tensors, save_tensors
@@ -32,6 +34,7 @@ from face_fusion_pipeline.training.preparation import PrepareOptions, prepare, r
 from face_fusion_pipeline.training.snap import SnapOptions, SnapTask
 from face_fusion_pipeline.training.snap_cache import SnapFeatures, encode_snap_features, points_of
 from face_fusion_pipeline.training.sources import DataError, open_source
+from face_fusion_pipeline.training.studio_cache import decoded
 
 
 class PlacedModel(ToyModel):
@@ -88,7 +91,16 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 def test_weights_card_and_resume(train, tmp_path, capsys, monkeypatch):
     options = ("--snap-tokens", "3", "--snap-depth", "1", "--checkpointing-steps", "2", "--max-train-steps", "4")
-    options += ("--identity-embedder", "colours:embedder", "--learning-rate", "1e-3", "--snap-context", "append")
+    options += (
+        "--validation-steps",
+        "2",
+        "--identity-embedder",
+        "colours:embedder",
+        "--learning-rate",
+        "1e-3",
+        "--snap-context",
+        "append",
+    )
     straight, again = tmp_path / "straight", tmp_path / "again"
     assert train(straight, *options) == 0
     assert "facial points of" in capsys.readouterr().out
@@ -98,6 +110,7 @@ def test_weights_card_and_resume(train, tmp_path, capsys, monkeypatch):
     record = json.loads((straight / "training.json").read_text())["face-snap"]
     assert (record["learned"]["identity_loss_weight"], record["learned"]["identity_loss_until"]) == (0.1, 1.0)
     card = (straight / "README.md").read_text()
+    assert "Loss of people set aside, with the same noise: right_face" in card
     assert "# FaceSnap weights for base" in card and "FaceSnap's mixer and its ControlNet" in card
     assert str(tmp_path) not in card + json.dumps(record)
     tensors = weights(straight)
@@ -147,28 +160,28 @@ def test_it_learns_of_photos(train, tmp_path):
 # --- The task ----------------------------------------------------------------------------------------------------
 
 
-def task_of(place: Path, context: str = "none", embedder: Any = None, **options: Any) -> SnapTask:
-    base = load_base(place / "base")
-    cache = cache_folders(place / "data", base)
+def task_of(
+    place: Path, context: str = "none", embedder: Any = None, base: Any = None, data: str = "data", **options: Any
+) -> SnapTask:
+    base = base or load_base(place / "base")
+    cache = cache_folders(place / data, base)
     torch.manual_seed(0)
     known_by, encoder = AvatarEmbedder().eval(), base.pipeline.image_encoder
     made = encode_snap_features(
-        *(place / "data", base, cache, encoder, known_by, PlacedModel()), model_name="toy", oval=0.9, progress=False
+        *(place / data, base, cache, encoder, known_by, PlacedModel()), model_name="toy", oval=0.9, progress=False
     )
-    rows = read_rows(place / "data")
+    rows = read_rows(place / data)
     people, _ = split_people(rows, 0, 0)
-    pairs = Pairs(place / "data", cache, people)
-    mixer = new_mixer(
-        base.unet, image_width=PATCH_WIDTH, face_width=256, face_embedder="avatars", depth=1, tokens=2, context=context
-    )
+    pairs = Pairs(place / data, cache, people)
+    sizes = {"image_width": PATCH_WIDTH, "face_width": 256, "depth": 1, "tokens": 2}
+    mixer = new_mixer(base.unet, **sizes, face_embedder="avatars", context=context)
     network = new_network(base.unet, 2)
     for name, parameter in network.named_parameters():
         if name.startswith("controlnet_") and "embedding" not in name:  # zeros let no gradient through
             torch.nn.init.normal_(parameter, std=0.1)
     torch.nn.init.normal_(network.controlnet_cond_embedding.conv_out.weight, std=0.1)
-    return SnapTask(
-        base, mixer, network, pairs, SnapFeatures(made, len(rows)), options=SnapOptions(**options), embedder=embedder
-    )
+    features = SnapFeatures(made, len(rows))
+    return SnapTask(base, mixer, network, pairs, features, options=SnapOptions(**options), embedder=embedder)
 
 
 def batch_of(task: SnapTask, size: int = 4) -> dict[str, torch.Tensor]:
@@ -177,19 +190,47 @@ def batch_of(task: SnapTask, size: int = 4) -> dict[str, torch.Tensor]:
 
 
 def test_gradients_reach_both_parts_and_nothing_else(place):
-    task = task_of(place, face_dropout=0.0, points_dropout=0.0)
+    check_gradients(task_of(place, face_dropout=0.0, points_dropout=0.0))
+
+
+def test_sdxl_goes_through_the_same_task(place):
+    pipe = tiny_pipeline(family="xl")
+    pipe.unet.register_to_config(sample_size=16)
+    pipe.register_modules(image_encoder=toy_encoder())
+    pipe.save_pretrained(place / "xl")
+    assert main(["prepare", "avatars:12", "--model", str(place / "xl"), "--out", str(place / "xl data")]) == 0
+    base = load_base(place / "xl")
+    for context in ("none", "append"):
+        task = task_of(place, context, base=base, data="xl data", face_dropout=0.0, points_dropout=0.0)
+        check_gradients(task)
+        detach_module(base.unet, "face_snap")
+
+
+def check_gradients(task: SnapTask) -> None:
     loss, _ = task(batch_of(task))
     loss.backward()
-    named = {
-        name for name, parameter in task.named_parameters() if parameter.grad is not None and parameter.grad.any()
-    }
-    assert {name.split(".")[0] for name in named} == {"adapter", "network"}
-    assert {"adapter.queries", "adapter.who.0.weight", "adapter.patches.0.weight"} <= named
-    assert "network.controlnet_cond_embedding.conv_in.weight" in named
-    assert not any(
-        parameter.requires_grad for name, parameter in task.unet.named_parameters() if "face_snap" not in name
-    )
-    assert "adapter.nobody" not in named  # everybody was there
+    learning = {name: parameter for name, parameter in task.named_parameters() if parameter.grad is not None}
+    reached = {name for name, parameter in learning.items() if parameter.grad.any()}
+    assert {name.split(".")[0] for name in learning} == {"adapter", "network"}
+    assert {"adapter.queries", "adapter.who.0.weight", "adapter.patches.0.weight"} <= reached
+    assert "network.controlnet_cond_embedding.conv_in.weight" in reached
+    frozen = [parameter for name, parameter in task.unet.named_parameters() if not name.startswith("face_snap.")]
+    assert not any(parameter.requires_grad for parameter in frozen)
+    assert "adapter.nobody" not in reached  # everybody was there
+
+
+def test_training_sees_a_reference_as_the_pipeline_does(place):
+    task = task_of(place)
+    crop = decoded(task.base, task.pairs.shards.references([(0, 0)]).float())[0]
+    pipe = task.base.pipeline
+    torch.manual_seed(0)
+    pipe._token_parts = {"face_snap": {"face_embedder": AvatarEmbedder().eval()}}
+    identity = pipe.encode_face(crop, face_mode="face-snap")
+    assert torch.allclose(identity.embeddings, task.features.faces([0]), atol=1e-5)
+    assert torch.allclose(identity.features, task.features.patches([0]), atol=1e-2)  # stored in half precision
+    rows = (torch.tensor([0]), [(0, 0)])
+    batch = task.examples(task.pairs, *rows) | {"has_face": torch.ones(1, dtype=torch.bool)}
+    assert torch.allclose(mixed_tokens(pipe, identity), task.identity_tokens(batch)["text"], atol=1e-2)
 
 
 def test_a_reference_is_another_photo_than_the_target(place):
@@ -264,8 +305,8 @@ def test_a_face_that_cannot_be_fitted_has_no_points(place):
     ("options", "words"),
     [
         (["--face-embedder", ""], "needs a --face-embedder"),
-        (["--keep-references"], "is not of the training of --conditioner face-snap"),
-        (["--validation-prompt", "a cat"], "is not of the training of --conditioner face-snap"),
+        (["--keep-references"], "not of face-snap's"),
+        (["--validation-prompt", "a cat"], "not of face-snap's"),
         (["--identity-loss-weight", "1"], "go together"),
         (["--snap-depth", "0"], "--snap-depth must be"),
     ],

@@ -68,9 +68,8 @@ def check_token_arguments(args: argparse.Namespace) -> None:
     not_of += ["identity_embedder"] if args.conditioner == "face-studio" else []
     for option in not_of:
         if getattr(args, option, None):
-            raise FaceFusionError(
-                f"--{option.replace('_', '-')} is not of the training of --conditioner {args.conditioner}"
-            )
+            flag = f"--{option.replace('_', '-')}"
+            raise FaceFusionError(f"{flag} is of Face Fusion's training, not of {args.conditioner}'s: leave it out")
 
 
 @dataclass(frozen=True)
