@@ -57,6 +57,12 @@ class IdentityOptions:
     familiarity: Any = None
 
 
+def is_identity(face: Any) -> bool:
+    """Whether `face` is an identity of a conditioner; a class loaded through diffusers is not the installed one, hence
+    no type."""
+    return isinstance(getattr(face, "n_refs", None), int) and isinstance(getattr(face, "mode", None), str)
+
+
 class Conditioner(ABC):
     """A way from references to what attention layers see of them.
 
@@ -89,7 +95,7 @@ class Conditioner(ABC):
         Args:
             rows: one for all pictures, or one for each equal share of them, in order.
             call: which rows of a batch see faces, and when.
-            context: what else they see than text, a `conditioner_face_studio.StudioContext`.
+            context: what else they see than text, a `conditioner_tokens.TokenContext`.
 
         Raises:
             IdentityMismatchError: people are seen at different layers.
@@ -129,6 +135,26 @@ def one_mode(people: Sequence[Sequence[Person]]) -> str | None:
             "with `encode_people`, or each with the same `face_mode`"
         )
     return modes.pop() if modes else None
+
+
+SYSTEMS = ("face-fusion", "face-studio", "face-snap")  # of `identity_by`; the modes of all but the first are theirs
+
+
+def mode_by(pipe: Any, identity_by: str | None, mode: str | None) -> str | None:
+    """The mode that a call asks for by `identity_by` and `face_mode`.
+
+    Raises:
+        FaceFusionError: a system that there is not, or the two contradict each other.
+    """
+    if identity_by is None:
+        return mode
+    if identity_by not in SYSTEMS:
+        raise FaceFusionError(f"identity_by must be {' or '.join(SYSTEMS)}, got {identity_by!r}")
+    if mode is not None and (mode if mode in SYSTEMS else SYSTEMS[0]) != identity_by:
+        raise FaceFusionError(f"identity_by={identity_by!r} and face_mode={mode!r} name two systems: give one of them")
+    if identity_by != SYSTEMS[0]:
+        return identity_by
+    return "training-free" if mode is None and pipe._face_adapter is None else mode
 
 
 def check_not_perturbed(seen: set[str], patterns: Sequence[str]) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .conditioner import is_identity
 from .face_detectors import load_detector
 from .face_errors import FaceFusionError, InvalidLayoutError, LandmarksError, NoFaceError
 from .face_images import detect_faces
 from .face_landmarks import POINTS, Pose, check_points, draw_landmarks, points_box
 from .face_layout import Box, assign_boxes, check_box, scale_boxes
 from .face_models import FaceFit, FaceModel, fit_of, load_face_model, recombined
-from .face_people import is_identity
 from .face_pictures import ImageSource, load_image
 
 

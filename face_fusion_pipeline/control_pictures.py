@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .control_landmarks import DrivenFaces, are_points, driven_faces, shape_of
-from .face_errors import FaceFusionError, ModelNotFoundError, UnreadableImageError
+from .face_errors import FaceAxesError, FaceFusionError, ModelNotFoundError, UnreadableImageError
 from .face_landmarks import check_points, points_box
 from .face_layout import Box
 from .face_pictures import eight_bits, open_picture, upright_rgb
@@ -120,6 +120,73 @@ def control_picture(kind: Any) -> ControlPicture:
 for _name in DEPTHS:
     register_control(_name, drawn_depth(_name))
 register_control("landmarks", drawn_landmarks)
+
+
+def control_inputs(
+    control_image: Any, control_kind: Any, people: list[ControlFaces], nets: int | None, prompts: int
+) -> tuple[Any, list[Image.Image] | None, list[list[Box]] | None]:
+    """The control images as diffusers takes them, and where people can be looked for or are.
+
+    Args:
+        control_image, control_kind: see `pipeline_controlnet.call_with_control`.
+        people: in the pictures of all prompts, or of each.
+        nets: number of ControlNets in a `MultiControlNetModel`; None for one that stands alone.
+        prompts: number of prompts in the call.
+
+    Returns:
+        Images nested as `control_image` is, or one for each prompt where each has its own people; the photos of the
+        first ControlNet that gets nothing else, or None; the boxes of the faces that are drawn, or None.
+    """
+    images = list(control_image) if isinstance(control_image, (list, tuple)) else [control_image]
+    nested = any(isinstance(row, (list, tuple)) for row in images)
+    rows = control_rows(images, nested, nets, prompts)
+    kinds = list(control_kind) if isinstance(control_kind, (list, tuple)) else [control_kind] * (nets or 1)
+    if len(kinds) != (nets or 1):
+        raise FaceAxesError(f"{len(kinds)} values of control_kind for {nets or 1} ControlNets: give one, or one each")
+    draw = [control_picture(kind) for kind in kinds]
+    if len(kinds) > 1 and any(photo_of(row[i]) for row in rows for i, kind in enumerate(kinds) if kind == "auto"):
+        raise FaceFusionError(
+            "among several ControlNets a control image with colour may be a photo or a map: say what each of them "
+            f"takes, such as control_kind={['photo', *['map'] * (len(kinds) - 1)]}"
+        )
+    own_people = "landmarks" in kinds and len(people) > len(rows)
+    rows = rows * len(people) if own_people else rows
+    drawn = [
+        [kind(image, people[i % len(people)]) for kind, image in zip(draw, row, strict=True)]
+        for i, row in enumerate(rows)
+    ]
+    columns = list(zip(*drawn, strict=True))
+    layout = next((list(photos) for column in columns if None not in (photos := [x.photo for x in column])), None)
+    boxes = next((list(places) for column in columns if None not in (places := [x.boxes for x in column])), None)
+    ready = [[each.picture for each in row] for row in drawn]
+    if nets is None:
+        listed = own_people or isinstance(control_image, (list, tuple))
+        return ([row[0] for row in ready] if listed else ready[0][0]), layout, boxes
+    return (ready if nested or own_people else ready[0]), layout, boxes
+
+
+def control_rows(images: list[Any], nested: bool, nets: int | None, prompts: int) -> list[list[Any]]:
+    """Control images as prompts (one row for all, or one each) × ControlNets.
+
+    Args:
+        images: one for each prompt, or of several ControlNets for each of these; `nested`, such lists for each prompt.
+        nets, prompts: see [`control_inputs`].
+
+    Raises:
+        FaceAxesError: not one image for each ControlNet, or neither one nor one for each prompt.
+    """
+    if nested:
+        rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
+    else:
+        rows = [[image] for image in images] if nets is None else [images]
+    if wrong := [len(row) for row in rows if len(row) != (nets or 1)]:
+        raise FaceAxesError(
+            f"{wrong[0]} control images for {nets or 1} ControlNets: give a list with one for each ControlNet, or one "
+            "such list for each prompt"
+        )
+    if len(rows) not in (1, prompts):
+        raise FaceAxesError(f"control images for {len(rows)} prompts, but there are {prompts}: give one, or one each")
+    return rows
 
 
 # --- Depth maps -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 
 from .call_arguments import Call, bind_call, follow_steps, has_call_below, with_whole_signature
 from .conditioner import IdentityOptions, conditioner_of, one_mode
+from .conditioner_face_snap import snap_context
 from .conditioner_face_studio import MODE, Style, studio_acting, studio_context
 from .conditioner_reference import ReferenceConditioner  # noqa: F401  (registers the modes)
 from .face_attention import FaceCall
@@ -18,13 +19,14 @@ from .face_ownership import check_idle, sole_use
 from .face_people import Faces, check_window, encode_people, wanted_people
 from .face_places import DraftInterrupted, Placement, picture_rows, place_people, with_boxes
 from .face_self_attention import SelfAttentionReference
+from .face_snap_loader_mixin import FaceSnapLoaderMixin
 from .face_studio_loader_mixin import FaceStudioLoaderMixin
 
 
 _tokenizing = threading.RLock()
 
 
-class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
+class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin, FaceSnapLoaderMixin):
     """Adds faces to a diffusers pipeline that has `unet`, `vae`, `scheduler` and `encode_prompt`.
 
     Put it before the pipeline class: `class Mine(FaceFusionMixin, StableDiffusionPipeline)`. Without a face, or with
@@ -75,9 +77,9 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
             images: see `reference_pass.face_tensors`; already cropped to the face.
             weights: one number >= 0 for each image, equal by default; only ratios matter (a morph slider).
             face_mode: `"adapter"`, trained weights at the cross-attention (the paper); `"training-free"`, the model's
-                own at the self-attention; `"both"`; `"face-studio"`; or `None`: as the model recommends, else with
-                what is loaded; training-free for a face unlike what the model knows, if it can tell (see
-                `face_familiarity`).
+                own at the self-attention; `"both"`; `"face-studio"`; `"face-snap"`; or `None`: as the model
+                recommends, else with what is loaded; training-free for a face unlike what the model knows, if it can
+                tell (see `face_familiarity`).
             face_resolution: side in pixels, default the adapter's, else the UNet's own.
             self_attention: what the self-attention sees of the face in the latter two modes, and how strongly.
             mirrored: show each image mirrored as well, with the same weight. Default: a single image, if the model
@@ -176,14 +178,16 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
         wanted = faces.wanted(call.prompts)
         style.check()
         if not any(person.scale for row in wanted for person in row) or not self._any_layer_scale():
-            if style.image is None:
+            if style.image is None and self._token_network is None:
                 check_idle(self.unet)
                 return call.run()
             wanted = []
         with sole_use(self.unet):
-            people = wanted_people(self, faces, wanted, call.lora_scale)
+            options = faces.options(wanted, call.lora_scale)
+            people = wanted_people(self, faces, wanted, options)
             conditioner = conditioner_of(one_mode(people) or MODE)
-            context = studio_context(self, style, call, placement.detector, wanted=conditioner.mode == MODE)
+            context = studio_context(self, style, call, placement.detector, wanted=one_mode(people) == MODE)
+            network = snap_context(self, call, wanted, people, options)
             try:
                 layouts = self._layouts(placement, [len(row) for row in people], call) if wanted else []
             except DraftInterrupted as stopped:
@@ -193,6 +197,7 @@ class FaceFusionMixin(FaceLoaderMixin, FaceStudioLoaderMixin):
             with (
                 studio_acting(self, context),
                 conditioner.installed(self, rows, state, context),
+                nullcontext() if network is None else network.installed(rows, state),
                 self._layouts_applied(layouts, call.images),
             ):
                 result = call.run()

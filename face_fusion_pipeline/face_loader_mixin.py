@@ -100,7 +100,7 @@ class FaceLoaderMixin:
             return new
         new.face_defaults = pipeline.face_defaults
         if new.unet is pipeline.unet:
-            new._studio_parts = getattr(pipeline, "_studio_parts", {})
+            new._token_parts = getattr(pipeline, "_token_parts", {})
             new._face_adapter, new._face_layer_scales = pipeline._face_adapter, pipeline._face_layer_scales
         elif pipeline._face_adapter is not None:
             logger.warning("the new pipeline has another UNet and so no adapter: load one that was trained for it")
@@ -139,21 +139,24 @@ class FaceLoaderMixin:
                 os.remove(beside)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
-    def as_pipeline(self, pipeline_class: Any) -> Any:
+    def as_pipeline(self, pipeline_class: Any, **parts: Any) -> Any:
         """Another Face Fusion pipeline of this family for a part of this one's work: same components, adapter, scales
         and defaults.
 
         Unlike `from_pipe` it takes any VAE, leaves offloading to this pipeline, and stops where this one is told to
         (`_interrupt`).
+
+        Args:
+            parts: components that it has instead.
         """
         wanted = inspect.signature(pipeline_class.__init__).parameters
-        known = dict(self.config) | self.components  # the configuration lists components by their classes
+        known = dict(self.config) | self.components | parts  # the configuration lists components by their classes
         new = pipeline_class(**{name: known[name] for name in wanted if name in known})
         if hasattr(self, "watermark"):  # diffusers' XL pipelines mark pictures, and keep no word of it
             new.watermark = self.watermark
         new._face_adapter, new._face_layer_scales = self._face_adapter, self._face_layer_scales
         new.face_defaults = self.face_defaults
-        new._studio_parts = getattr(self, "_studio_parts", {})
+        new._token_parts = getattr(self, "_token_parts", {})
         new.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         new.maybe_free_model_hooks = self.maybe_free_model_hooks
         new._tools = self.__dict__.setdefault("_tools", {})

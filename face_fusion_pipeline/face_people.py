@@ -20,8 +20,9 @@ from itertools import chain
 from numbers import Real
 from typing import Any
 
-from .conditioner import IdentityOptions, Person, conditioner_of
-from .conditioner_face_studio import MODE, mode_by
+from .conditioner import IdentityOptions, Person, conditioner_of, is_identity, mode_by
+from .conditioner_face_snap import MODE as SNAP_MODE
+from .conditioner_face_studio import MODE as STUDIO_MODE
 from .face_errors import FaceAxesError, IdentityMismatchError, InvalidScaleError
 from .face_familiarity import FALLBACK_MODE, UNFAMILIAR, familiarity_of, is_unfamiliar
 
@@ -52,8 +53,8 @@ class Faces:
             `scale` multiplies. Default: that of the identity, see `SelfAttentionReference`.
         weights: one number for each image, see `FaceFusionMixin.encode_face`; of several people one such list each.
         mode, resolution, mirrored: see `FaceFusionMixin.encode_face`.
-        by: `"face-fusion"` or `"face-studio"` (`identity_by`), who takes the image where both are loaded; default Face
-            Fusion, else FaceStudio.
+        by: `"face-fusion"`, `"face-studio"` or `"face-snap"` (`identity_by`), who takes the image where several are
+            loaded; default the first of them that is.
     """
 
     image: Any = None
@@ -76,6 +77,15 @@ class Faces:
         own = per_person(self.self_scale, groups, "face_self_scale", check_self_scale)
         rows = zip(groups, scales, own, strict=True)
         return [[Wanted(*person) for person in zip(*row, strict=True)] for row in rows]
+
+    def options(self, wanted: list[list[Wanted]], lora_scale: float | None) -> list[IdentityOptions]:
+        """What is asked of the identity of each person, one after the other. Raises [`FaceAxesError`]."""
+        weights = weights_per_person(self.weights, [[person.face for person in row] for row in wanted])
+        options = IdentityOptions(resolution=self.resolution, mirrored=self.mirrored, lora_scale=lora_scale)
+        return [
+            replace(options, weights=own, self_scale=person.self_scale)
+            for person, own in zip(chain(*wanted), chain(*weights), strict=True)
+        ]
 
 
 def check_scale(scale: Any, name: str = "face_scale") -> float:
@@ -100,12 +110,6 @@ def check_window(start: Any, end: Any) -> tuple[float, float]:
     if not inside:
         raise InvalidScaleError(f"need 0 <= face_start < face_end <= 1, got {start!r} and {end!r}")
     return start, end
-
-
-def is_identity(face: Any) -> bool:
-    """Whether `face` is an identity of a conditioner; a class loaded through diffusers is not the installed one, hence
-    no type."""
-    return isinstance(getattr(face, "n_refs", None), int) and isinstance(getattr(face, "mode", None), str)
 
 
 def depth(face: Any) -> int:
@@ -203,23 +207,21 @@ def per_person(
 def usual_mode(pipe: Any) -> str:
     """The mode that is taken where none is asked for."""
     if pipe._face_adapter is None:
-        return "training-free" if pipe.face_studio is None else MODE
+        loaded = {STUDIO_MODE: pipe.face_studio, SNAP_MODE: pipe.face_snap}
+        return next((mode for mode, weights in loaded.items() if weights is not None), "training-free")
     return getattr(pipe.face_defaults, "face_mode", None) or MODE_WITH_WEIGHTS
 
 
 def wanted_people(
-    pipe: Any, faces: Faces, wanted: list[list[Wanted]], lora_scale: float | None
+    pipe: Any, faces: Faces, wanted: list[list[Wanted]], options: Sequence[IdentityOptions]
 ) -> list[tuple[Person, ...]]:
-    """The people of a call, their identities encoded or looked at: prompts (1 or each) × people."""
+    """The people of a call, their identities encoded or looked at: prompts (1 or each) × people.
+
+    Args:
+        options: see [`Faces.options`].
+    """
     mode = mode_by(pipe, faces.by, faces.mode)
-    options = IdentityOptions(resolution=faces.resolution, mirrored=faces.mirrored, lora_scale=lora_scale)
-    everybody = [person for row in wanted for person in row]
-    weights = weights_per_person(faces.weights, [[person.face for person in row] for row in wanted])
-    each = [
-        replace(options, weights=own, self_scale=person.self_scale)
-        for person, own in zip(everybody, chain(*weights), strict=True)
-    ]
-    identities = iter(encode_people(pipe, [person.face for person in everybody], mode, each))
+    identities = iter(encode_people(pipe, [person.face for person in chain(*wanted)], mode, options))
     return [tuple(Person(next(identities), person.scale) for person in row) for row in wanted] or [()]
 
 

@@ -14,29 +14,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .face_attached import (
+    AttachedWeights,
+    TokenMetadata,
+    at_home,
+    attach_module,
+    attached,
+    context_width,
+    detach_module,
+    read_attached,
+    save_attached,
+    whole,
+)
 from .face_attention import attention_layers
-from .face_errors import AdapterMismatchError, FaceFusionError, short, shown
-from .face_files import check_range, check_tensors, number, read_tensors, save_tensors
-from .unet_family import base_family, face_widths
+from .face_errors import AdapterMismatchError, FaceFusionError, shown
+from .unet_family import base_family
 
 
 STUDIO_WEIGHTS_NAME = "face_studio.safetensors"
 STUDIO = "face_studio"  # name of the module in the UNet, and of the LoRA
-FORMAT, FORMAT_VERSION = "face-studio", "1"
+FORMAT = "face-studio"
 CONTEXTS = ("replace", "append")
 LORA_TARGETS = ("to_k", "to_v")  # of the cross-attention: what reads the tokens
-PROJECTION = "projection."
 
 
 @dataclass(frozen=True)
-class StudioMetadata:
-    """What besides shapes must agree between training and use; stored as strings in the weights file.
+class StudioMetadata(TokenMetadata):
+    """What besides shapes must agree between training and use, see [`TokenMetadata`].
 
     Attributes:
-        base_family: which UNets the weights fit, see `unet_family.base_family`.
-        image_encoder: of the style picture: a Hub id or folder, or "" for the model's own `image_encoder`.
-        image_width: of its embeddings.
-        face_embedder, face_width: name and width of the embeddings of faces, see `face_embedders`.
+        image_encoder, image_width: of the embeddings of style pictures.
         prior: from text to embeddings of pictures: a Hub id, a folder beside the weights, or "" for none.
         tokens: that the Linear makes.
         context: what they do where a call does not say: `"replace"` the text (the paper), or are `"append"`ed to it.
@@ -47,62 +54,19 @@ class StudioMetadata:
         AdapterMismatchError: a value out of range.
     """
 
-    base_family: str
-    image_width: int
-    face_width: int
-    face_embedder: str
-    image_encoder: str = ""
     prior: str = ""
     tokens: int = 8
     context: str = "replace"
     rank: int = 16
     picture_mask: float = 1.5
 
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("image_width", 1, 8192),
-            ("face_width", 1, 8192),
-            ("tokens", 1, 1024),
-            ("rank", 0, 1024),
-            ("picture_mask", 0, 5),
-        ):
-            check_range(name, getattr(self, name), low, high, AdapterMismatchError)
-        if self.context not in CONTEXTS:
-            raise AdapterMismatchError(f"context must be {' or '.join(CONTEXTS)}, got {shown(self.context)}")
-
-    def to_strings(self) -> dict[str, str]:
-        """The metadata block of the weights file."""
-        return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            **{key: str(value) for key, value in vars(self).items()},
-        }
-
-    @classmethod
-    def from_strings(cls, strings: Mapping[str, str] | None) -> "StudioMetadata":
-        """Inverse of [`to_strings`]; raises [`AdapterMismatchError`] on another format, version or a bad value."""
-        strings = dict(strings or {})
-        if strings.get("format") != FORMAT or strings.get("format_version") != FORMAT_VERSION:
-            raise AdapterMismatchError(
-                f"not FaceStudio weights: their metadata say format {shown(strings.get('format'))} version "
-                f"{shown(strings.get('format_version'))}, expected {FORMAT!r} version {FORMAT_VERSION}"
-            )
-        kinds: dict[str, Any] = {
-            "image_width": int,
-            "face_width": int,
-            "tokens": int,
-            "rank": int,
-            "picture_mask": float,
-        }
-        texts = ("base_family", "image_encoder", "face_embedder", "prior", "context")
-        try:
-            values: dict[str, Any] = {n: number(strings, n, kind, AdapterMismatchError) for n, kind in kinds.items()}
-            return cls(**values | {name: strings[name] for name in texts})
-        except KeyError as error:
-            raise AdapterMismatchError(f"FaceStudio's metadata: {short(error)} is missing") from error
+    SYSTEM = "FaceStudio"
+    FORMAT = FORMAT
+    RANGES = {**TokenMetadata.RANGES, "tokens": (1, 1024), "rank": (0, 1024), "picture_mask": (0, 5)}
+    CHOICES = {"context": CONTEXTS}
 
 
-class FaceStudio(nn.Module):
+class FaceStudio(AttachedWeights):
     """e = Linear(picture ‖ face): the context tokens of both branches, e_i and e_p of the paper.
 
     Args:
@@ -110,9 +74,11 @@ class FaceStudio(nn.Module):
         context_width: of the states that the UNet's cross-attention takes.
     """
 
+    NAME = STUDIO
+    METADATA = StudioMetadata
+
     def __init__(self, metadata: StudioMetadata, context_width: int) -> None:
-        super().__init__()
-        self.metadata, self.context_width = metadata, context_width
+        super().__init__(metadata, context_width)
         self.projection = nn.Linear(metadata.image_width + metadata.face_width, metadata.tokens * context_width)
 
     def forward(self, picture: Tensor, face: Tensor) -> Tensor:
@@ -123,7 +89,14 @@ class FaceStudio(nn.Module):
         tokens = self.projection(torch.cat([picture, face], -1).to(self.projection.weight.dtype))
         return tokens.unflatten(-1, (self.metadata.tokens, self.context_width))
 
-    def guided(self, style: Tensor | None, text: Tensor | None, face: Tensor, style_scale: float) -> Tensor:
+    def guided(
+        self,
+        style: Tensor | None,
+        text: Tensor | None,
+        face: Tensor,
+        style_scale: float,
+        device: torch.device | None = None,
+    ) -> Tensor:
         """e_g = α e_i + (1 − α) e_p: tokens `(B, N, context_width)`.
 
         Args:
@@ -131,19 +104,15 @@ class FaceStudio(nn.Module):
                 the prompt; None where α leaves it out.
             face: `(B, face_width)`, zeros for nobody.
             style_scale: α from 0, the prompt alone, to 1, the style picture alone.
+            device: of the tokens; None: that of the weights.
         """
+        device = device or self.projection.weight.device
         parts = [
-            share * self(picture, face)
+            share * at_home(self, device, picture, face)
             for share, picture in ((style_scale, style), (1 - style_scale, text))
             if picture is not None and share > 0
         ]
         return torch.stack(parts).sum(0)
-
-
-def context_width(unet: Any) -> int:
-    """Width of the states that the cross-attention of a UNet takes."""
-    width = getattr(unet, "_orig_mod", unet).config.cross_attention_dim
-    return width if isinstance(width, int) else width[-1]
 
 
 def attach(unet: Any, studio: FaceStudio, lora: Mapping[str, Tensor] | None = None) -> None:
@@ -155,13 +124,13 @@ def attach(unet: Any, studio: FaceStudio, lora: Mapping[str, Tensor] | None = No
     Raises:
         AdapterMismatchError: weights of other layers or shapes. FaceFusionError: there is one already, or no peft.
     """
-    unet = getattr(unet, "_orig_mod", unet)
-    if hasattr(unet, STUDIO):
-        raise FaceFusionError("FaceStudio is loaded already: call `unload_face_studio()` first")
-    weight = unet.conv_in.weight
-    if studio.metadata.rank:
-        _inject(unet, studio.metadata.rank, lora)
-    unet.add_module(STUDIO, studio.to(weight.device, weight.dtype))
+    attach_module(unet, studio)
+    try:
+        if studio.metadata.rank:
+            _inject(whole(unet), studio.metadata.rank, lora)
+    except FaceFusionError:
+        detach_module(unet, STUDIO)
+        raise
 
 
 def _inject(unet: Any, rank: int, weights: Mapping[str, Tensor] | None) -> None:
@@ -203,7 +172,7 @@ def lora_layers(unet: Any) -> dict[str, Any]:
 
 def lora_state(unet: Any) -> dict[str, Tensor]:
     """FaceStudio's LoRA in a UNet: `layer.lora_A.weight` and `layer.lora_B.weight`."""
-    unet = getattr(unet, "_orig_mod", unet)
+    unet = whole(unet)
     return {
         f"{name}.{part}.weight": getattr(layer, part)[STUDIO].weight
         for name, layer in lora_layers(unet).items()
@@ -216,9 +185,8 @@ def detach(unet: Any) -> None:
     """Undo [`attach`]: other LoRAs stay as they are."""
     from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
-    unet = getattr(unet, "_orig_mod", unet)
-    if hasattr(unet, STUDIO):
-        delattr(unet, STUDIO)
+    unet = whole(unet)
+    detach_module(unet, STUDIO)
     layers = lora_layers(unet)
     for layer in layers.values():
         if STUDIO in layer.lora_A:
@@ -254,7 +222,7 @@ def set_lora(unet: Any, acts: bool) -> None:
 
 
 def _studio_layers(unet: Any) -> list[Any]:
-    unet = getattr(unet, "_orig_mod", unet)
+    unet = whole(unet)
     return [layer for layer in lora_layers(unet).values() if STUDIO in layer.lora_A]
 
 
@@ -263,41 +231,38 @@ def _studio_layers(unet: Any) -> list[Any]:
 
 def save_studio(unet: Any, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
     """Write the weights that are attached to `unet`. Raises [`FaceFusionError`] if there are none."""
-    studio = getattr(getattr(unet, "_orig_mod", unet), STUDIO, None)
-    if studio is None:
-        raise FaceFusionError("no FaceStudio weights to save; load some with `load_face_studio(...)`")
-    tensors = {**studio.state_dict(), **lora_state(unet)}
-    kept = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()}
-    save_tensors(path, kept, studio.metadata.to_strings())
+    save_attached(unet, FaceStudio, path, dtype, beside=lora_state(unet))
 
 
 def load_studio(unet: Any, path: str | os.PathLike[str]) -> FaceStudio:
-    """Read what [`save_studio`] wrote and attach it to `unet`.
+    """Read what [`save_studio`] wrote and attach it to `unet`, in the place of what was.
 
     Raises:
         ModelNotFoundError: no such file. AdapterMismatchError: another format, base family, or shapes.
     """
-    tensors, strings = read_tensors(path, check=StudioMetadata.from_strings)
-    metadata = StudioMetadata.from_strings(strings)
-    check_tensors(tensors, "FaceStudio's weights", AdapterMismatchError)
-    if (family := base_family(unet)) != metadata.base_family:
-        raise AdapterMismatchError(
-            f"these FaceStudio weights are for {metadata.base_family}, this model is {family}: take weights that were "
-            "trained for it, `face-fusion train --conditioner face-studio`"
-        )
-    studio = FaceStudio(metadata, context_width(unet))
-    own = {name: tensor for name, tensor in tensors.items() if name.startswith(PROJECTION)}
-    try:
-        studio.load_state_dict(own)
-    except RuntimeError as error:
-        raise AdapterMismatchError(f"FaceStudio's Linear does not fit its metadata: {short(error)}") from error
-    attach(unet, studio, {name: tensor for name, tensor in tensors.items() if name not in own})
-    return studio.requires_grad_(False).eval()
+    studio, lora = read_attached(unet, FaceStudio, path, beside=".lora_")
+    detach(unet)
+    attach(unet, studio, lora)
+    return studio
 
 
 def new_studio(unet: Any, **metadata: Any) -> FaceStudio:
     """Untrained weights for `unet`, attached to it; see [`StudioMetadata`] for what `metadata` are."""
-    face_widths(unet)  # refuses a UNet without cross-attention
     studio = FaceStudio(StudioMetadata(base_family(unet), **metadata), context_width(unet))
     attach(unet, studio)
     return studio
+
+
+@contextmanager
+def studio_left_out(unet: Any) -> Iterator[None]:
+    """Within it nothing of FaceStudio is in the UNet, which can be saved as the one that it was."""
+    studio = attached(unet, STUDIO)
+    if studio is None:
+        yield
+        return
+    lora = {name: tensor.detach().clone() for name, tensor in lora_state(unet).items()}
+    detach(unet)
+    try:
+        yield
+    finally:
+        attach(unet, studio, lora)

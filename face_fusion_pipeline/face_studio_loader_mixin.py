@@ -1,26 +1,26 @@
 """Loading, saving and unloading FaceStudio's weights in a diffusers pipeline."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
+from .face_attached import attached
 from .face_errors import FaceFusionError
 from .face_loader_mixin import check_hub_arguments, weights_path
-from .face_studio import STUDIO, STUDIO_WEIGHTS_NAME, FaceStudio, detach, load_studio, save_studio
-
-
-PARTS = ("prior", "image_encoder", "face_embedder")  # what may lie beside the weights, or is named
+from .face_studio import STUDIO, STUDIO_WEIGHTS_NAME, FaceStudio, detach, load_studio, save_studio, studio_left_out
 
 
 class FaceStudioLoaderMixin:
     """`load_face_studio`, `save_face_studio`, `unload_face_studio`."""
 
     unet: Any
-    _studio_parts: dict[str, Any] = {}
+    _token_parts: dict[str, dict[str, Any]] = {}  # of each system that is loaded, see `beside`
 
     @property
     def face_studio(self) -> FaceStudio | None:
         """The weights that are loaded, or None."""
-        return getattr(getattr(self.unet, "_orig_mod", self.unet), STUDIO, None)
+        studio: FaceStudio | None = attached(self.unet, STUDIO)
+        return studio
 
     def load_face_studio(
         self,
@@ -50,14 +50,9 @@ class FaceStudioLoaderMixin:
         """
         check_hub_arguments("load_face_studio", kwargs)
         path = weights_path("FaceStudio", pretrained_model_name_or_path, weight_name, subfolder, **kwargs)
-        if self.face_studio is not None:
-            detach(self.unet)
         metadata = load_studio(self.unet, path).metadata
         given = {"prior": prior, "image_encoder": image_encoder, "face_embedder": face_embedder}
-        self._studio_parts = {
-            part: given[part] if given[part] is not None else beside(path, part, getattr(metadata, part))
-            for part in PARTS
-        }
+        self._token_parts = {**self._token_parts, STUDIO: parts_of(path, metadata, given)}
 
     def save_face_studio(self, save_directory: str | os.PathLike[str], weight_name: str = STUDIO_WEIGHTS_NAME) -> None:
         """Write the loaded weights to `save_directory/weight_name`. Raises [`FaceFusionError`] if there are none."""
@@ -68,7 +63,20 @@ class FaceStudioLoaderMixin:
         if self.face_studio is None:
             raise FaceFusionError("FaceStudio is not loaded")
         detach(self.unet)
-        self._studio_parts = {}
+        self._token_parts = {name: parts for name, parts in self._token_parts.items() if name != STUDIO}
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers'; FaceStudio's weights stay out of the model's, see [`save_face_studio`]."""
+        with studio_left_out(self.unet):
+            super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+
+def parts_of(weights: str, metadata: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What works with weights, by its name: what is `given`, else what lies beside them, else what they name."""
+    return {
+        part: named if named is not None else beside(weights, part, getattr(metadata, part))
+        for part, named in given.items()
+    }
 
 
 def beside(weights: str, part: str, name: str) -> str:

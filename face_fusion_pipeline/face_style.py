@@ -1,4 +1,5 @@
-"""Pictures as FaceStudio sees them: one CLIP embedding each, of a style picture with its faces covered."""
+"""Pictures as FaceStudio and FaceSnap see them: a CLIP embedding of a style picture whose faces are covered, and the
+patches of a face."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,16 @@ def without_faces(image: Image.Image, boxes: Sequence[Box], enlarge: float) -> I
     return covered
 
 
+def in_oval(image: Image.Image, size: float) -> Image.Image:
+    """What an oval shows of a picture, `size` times as wide and high as it; the rest is grey. 0: all is shown."""
+    if size <= 0:
+        return image
+    (width, height), shown = image.size, Image.new("L", image.size)
+    box = [side * (1 + sign * size) / 2 for sign in (-1, 1) for side in (width, height)]
+    ImageDraw.Draw(shown).ellipse(box, fill=255)
+    return Image.composite(image.convert("RGB"), Image.new("RGB", image.size, GREY), shown)
+
+
 @torch.no_grad()
 def picture_embeddings(encoder: Any, images: Sequence[Image.Image], processor: Any = None) -> Tensor:
     """Embeddings `(n, width)` of pictures in CLIP's common space, float32, see [`unit_length`].
@@ -42,12 +53,24 @@ def picture_embeddings(encoder: Any, images: Sequence[Image.Image], processor: A
         encoder: a `CLIPVisionModelWithProjection`.
         processor: its image processor; None: pixels from -1 to 1, the middle square of the picture.
     """
+    return unit_length(encoder(encoder_pixels(encoder, images, processor)).image_embeds).cpu()
+
+
+@torch.no_grad()
+def picture_patches(encoder: Any, images: Sequence[Image.Image], processor: Any = None) -> Tensor:
+    """What the last layer but one knows of every patch, `(n, P, width)`, float32; see [`picture_embeddings`]."""
+    found = encoder(encoder_pixels(encoder, images, processor), output_hidden_states=True)
+    return found.hidden_states[-2].float().cpu().contiguous()
+
+
+def encoder_pixels(encoder: Any, images: Sequence[Image.Image], processor: Any = None) -> Tensor:
+    """Pictures as a vision tower takes them, where it is; see [`picture_embeddings`]."""
     if processor is None:
         pixels = torch.stack([centred(image, encoder.config.image_size) for image in images])
     else:
         pixels = processor(images=list(images), return_tensors="pt").pixel_values
     weight = next(encoder.parameters())
-    return unit_length(encoder(pixels.to(weight.device, weight.dtype)).image_embeds).cpu()
+    return pixels.to(weight.device, weight.dtype)
 
 
 def centred(image: Image.Image, side: int) -> Tensor:

@@ -46,6 +46,7 @@ class TextToImageFaces(FaceFusionMixin):
         depth_estimator: str | DepthEstimator = "auto",
         control_source: Any = None,
         face_model: Any = None,
+        driver_image: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Text to image with people's faces, as [`FaceFusionMixin.__call__`]; and with the depth or pose of a picture.
@@ -65,16 +66,18 @@ class TextToImageFaces(FaceFusionMixin):
             control_source: whose shapes the dots have, photos or `FaceFit`s nested as `face_image` is; by default
                 those of the photos of `face_image`, and without faces the driver's own.
             face_model: see `face_models.load_face_model`; by default `pipe.face_model`, if that was set.
+            driver_image: for the ControlNet of `load_face_snap`: what a control image of the kind `"landmarks"` may
+                be. With a `control_image` both are seen; the arguments of ControlNets then are lists, FaceSnap's last.
         """
-        if control_image is None:
+        if control_image is None and driver_image is None:
             return super().__call__(prompt, *args, **kwargs)
         if args:
-            raise TypeError("with control_image all arguments after the prompt have to be named")
+            raise TypeError("with control_image or driver_image all arguments after the prompt have to be named")
         from .pipeline_controlnet import call_with_control  # here: diffusers' ControlNet pipeline is slow to import
 
         return call_with_control(
             *(self, self._control_class(), prompt, control_image, control_kind, depth_estimator),
-            **{"control_source": control_source, "face_model": face_model, **kwargs},
+            **{"control_source": control_source, "face_model": face_model, "driver_image": driver_image, **kwargs},
         )
 
     def refine_faces(

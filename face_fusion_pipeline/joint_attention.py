@@ -100,6 +100,7 @@ class PersonKeys:
             not ask for it, those who draw it do.
         context: these are tokens of a context rather than a face; who has some does not see the one of everybody.
         replaces_text: they take the text's place instead of joining it.
+        embedded: they are tokens of an embedding, and so of no cell of a reference.
     """
 
     def __init__(
@@ -114,8 +115,9 @@ class PersonKeys:
         *,
         context: bool = False,
         replaces_text: bool = False,
+        embedded: bool = False,
     ) -> None:
-        self.places, self.cells = places, cells
+        self.places, self.cells, self.embedded = places, cells, embedded or context
         self.context, self.replaces_text = context, replaces_text
         self.tokens_per_reference = key.shape[2]
         self.key, self.value = key.flatten(1, 2), value.flatten(1, 2)

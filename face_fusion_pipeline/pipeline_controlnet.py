@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from .call_arguments import prompt_count
-from .control_pictures import ControlFaces, control_picture, load_depth_estimator, photo_of
-from .face_defaults import few_step_defaults
+from .control_pictures import ControlFaces, control_inputs, control_rows, load_depth_estimator
 from .face_errors import FaceAxesError, FaceFusionError
 from .face_fusion_mixin import FaceFusionMixin
 from .face_layout import Box, Layout
@@ -23,14 +22,18 @@ from .face_models import load_face_model
 from .face_ownership import own_thread
 from .face_people import check_scale, face_axes
 from .face_places import Placement
+from .face_snap import as_component, networks_of
 
 
 if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
     from .conditioner import Conditioner
+    from .conditioner_face_snap import SnapConditioner
     from .conditioner_face_studio import StudioConditioner
     from .conditioner_reference import ReferenceConditioner
+    from .conditioner_tokens import TokenConditioner
     from .control_landmarks import landmark_control
     from .face_adapter import FaceFusionAdapter
+    from .face_attached import AttachedWeights
     from .face_attention import FaceFusionAttnProcessor
     from .face_defaults import FaceDefaults
     from .face_detectors import load_detector
@@ -48,6 +51,7 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_recognisers import OnnxRecogniser
     from .face_self_attention import SelfAttentionReference
     from .face_single_file import load_single_file
+    from .face_snap_loader_mixin import FaceSnapLoaderMixin
     from .face_studio import FaceStudio
     from .face_studio_loader_mixin import FaceStudioLoaderMixin
     from .face_style import unit_length
@@ -79,6 +83,10 @@ class ControlNetFaces(FaceFusionMixin):
             return super().__call__(prompt, *args, **kwargs)
         finally:
             del self._control_face_scale
+
+    @property
+    def _token_network(self) -> Any:
+        return self.face_snap_network
 
     def _needs_layout(self) -> bool:
         return self._control_face_scale != 1.0
@@ -135,6 +143,7 @@ def call_with_control(
     depth_estimator: Any = "auto",
     control_source: Any = None,
     face_model: Any = None,
+    driver_image: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Generate with the components of `pipe` through the ControlNet pipeline.
@@ -149,15 +158,17 @@ def call_with_control(
         control_kind: what the images are, see `control_pictures`; one, or one for each ControlNet.
         depth_estimator: see `control_pictures.load_depth_estimator`.
         control_source, face_model: of the kind `"landmarks"`, see `face_text_to_image.TextToImageFaces.__call__`.
+        driver_image: for FaceSnap's ControlNet, see there, too.
 
     Raises:
         FaceFusionError: no ControlNet, or an image that fits none.
     """
-    if pipe.controlnet is None:
-        raise FaceFusionError("control_image needs a ControlNet: load the pipeline with controlnet=ControlNetModel...")
-    net = getattr(pipe.controlnet, "_orig_mod", pipe.controlnet)  # torch.compile's wrapper
-    nets = len(net.nets) if isinstance(net, MultiControlNetModel) else None
     prompts = prompt_count({"prompt": prompt, **kwargs})
+    controlnet, control_image, control_kind = networks_of_call(
+        pipe, control_image, control_kind, driver_image, prompts
+    )
+    net = getattr(controlnet, "_orig_mod", controlnet)  # torch.compile's wrapper
+    nets = len(net.nets) if isinstance(net, MultiControlNetModel) else None
     face_model = getattr(pipe, "face_model", None) if face_model is None else face_model
     tools = ControlFaces(
         size=(kwargs["width"], kwargs["height"]) if kwargs.get("width") and kwargs.get("height") else None,
@@ -178,7 +189,40 @@ def call_with_control(
                 kwargs["face_boxes"] = boxes
                 kwargs.pop("face_assign", None)  # it chose among the driver's faces
 
-    return pipe.as_pipeline(pipeline_class)(prompt, image=image, **kwargs)
+    return pipe.as_pipeline(pipeline_class, controlnet=controlnet)(prompt, image=image, **kwargs)
+
+
+def networks_of_call(
+    pipe: Any, control_image: Any, control_kind: Any, driver_image: Any, prompts: int
+) -> tuple[Any, Any, Any]:
+    """The ControlNets that take part in a call, their images and kinds: FaceSnap's where there is a driver.
+
+    Raises:
+        FaceFusionError: no ControlNet for what is given. FaceAxesError: images that do not go with the prompts.
+    """
+    own = pipe.face_snap_network
+    if own is not None and (hook := getattr(pipe.controlnet, "_hf_hook", None)) is not None:
+        hook.pre_forward(pipe.controlnet)  # offloaded together, they are called one by one
+    others = [net for net in networks_of(pipe.controlnet) if net is not own]
+    if control_image is not None and not others:
+        raise FaceFusionError(
+            "control_image needs a ControlNet: load the pipeline with controlnet=ControlNetModel..."
+            + ("; FaceSnap's own takes a driver_image" if own is not None else "")
+        )
+    if driver_image is None:
+        return (pipe.controlnet if own is None else as_component(others)), control_image, control_kind
+    if own is None:
+        raise FaceFusionError("driver_image needs FaceSnap's ControlNet: call `load_face_snap(...)` first")
+    if control_image is None:
+        return own, driver_image, "landmarks"
+    images, drivers = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (control_image, driver_image))
+    nested = any(isinstance(row, (list, tuple)) for row in images)
+    rows = control_rows(images, nested, len(others) if len(others) > 1 else None, prompts)
+    driven = control_rows(drivers, False, None, prompts)
+    kinds = list(control_kind) if isinstance(control_kind, (list, tuple)) else [control_kind] * len(others)
+    count = max(len(rows), len(driven))
+    together = [[*rows[i % len(rows)], *driven[i % len(driven)]] for i in range(count)]
+    return as_component([*others, own]), together, [*kinds, "landmarks"]
 
 
 def people_of_call(tools: ControlFaces, kwargs: dict[str, Any], source: Any, prompts: int) -> list[ControlFaces]:
@@ -202,70 +246,3 @@ def people_of_call(tools: ControlFaces, kwargs: dict[str, Any], source: Any, pro
         )
         for row in range(max(len(groups), len(boxes), 1))
     ]
-
-
-def control_inputs(
-    control_image: Any, control_kind: Any, people: list[ControlFaces], nets: int | None, prompts: int
-) -> tuple[Any, list[Image.Image] | None, list[list[Box]] | None]:
-    """The control images as diffusers takes them, and where people can be looked for or are.
-
-    Args:
-        control_image, control_kind: see [`call_with_control`].
-        people: in the pictures of all prompts, or of each.
-        nets: number of ControlNets in a `MultiControlNetModel`; None for one that stands alone.
-        prompts: number of prompts in the call.
-
-    Returns:
-        Images nested as `control_image` is, or one for each prompt where each has its own people; the photos of the
-        first ControlNet that gets nothing else, or None; the boxes of the faces that are drawn, or None.
-    """
-    images = list(control_image) if isinstance(control_image, (list, tuple)) else [control_image]
-    nested = any(isinstance(row, (list, tuple)) for row in images)
-    rows = control_rows(images, nested, nets, prompts)
-    kinds = list(control_kind) if isinstance(control_kind, (list, tuple)) else [control_kind] * (nets or 1)
-    if len(kinds) != (nets or 1):
-        raise FaceAxesError(f"{len(kinds)} values of control_kind for {nets or 1} ControlNets: give one, or one each")
-    draw = [control_picture(kind) for kind in kinds]
-    if len(kinds) > 1 and any(photo_of(row[i]) for row in rows for i, kind in enumerate(kinds) if kind == "auto"):
-        raise FaceFusionError(
-            "among several ControlNets a control image with colour may be a photo or a map: say what each of them "
-            f"takes, such as control_kind={['photo', *['map'] * (len(kinds) - 1)]}"
-        )
-    own_people = "landmarks" in kinds and len(people) > len(rows)
-    rows = rows * len(people) if own_people else rows
-    drawn = [
-        [kind(image, people[i % len(people)]) for kind, image in zip(draw, row, strict=True)]
-        for i, row in enumerate(rows)
-    ]
-    columns = list(zip(*drawn, strict=True))
-    layout = next((list(photos) for column in columns if None not in (photos := [x.photo for x in column])), None)
-    boxes = next((list(places) for column in columns if None not in (places := [x.boxes for x in column])), None)
-    ready = [[each.picture for each in row] for row in drawn]
-    if nets is None:
-        listed = own_people or isinstance(control_image, (list, tuple))
-        return ([row[0] for row in ready] if listed else ready[0][0]), layout, boxes
-    return (ready if nested or own_people else ready[0]), layout, boxes
-
-
-def control_rows(images: list[Any], nested: bool, nets: int | None, prompts: int) -> list[list[Any]]:
-    """Control images as prompts (one row for all, or one each) × ControlNets.
-
-    Args:
-        images: one for each prompt, or of several ControlNets for each of these; `nested`, such lists for each prompt.
-        nets, prompts: see [`control_inputs`].
-
-    Raises:
-        FaceAxesError: not one image for each ControlNet, or neither one nor one for each prompt.
-    """
-    if nested:
-        rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
-    else:
-        rows = [[image] for image in images] if nets is None else [images]
-    if wrong := [len(row) for row in rows if len(row) != (nets or 1)]:
-        raise FaceAxesError(
-            f"{wrong[0]} control images for {nets or 1} ControlNets: give a list with one for each ControlNet, or one "
-            "such list for each prompt"
-        )
-    if len(rows) not in (1, prompts):
-        raise FaceAxesError(f"control images for {len(rows)} prompts, but there are {prompts}: give one, or one each")
-    return rows

@@ -10,11 +10,14 @@ from .pipeline_controlnet import ControlNetFaces
 if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, and no others
     from .call_arguments import Call
     from .conditioner import Conditioner
+    from .conditioner_face_snap import SnapConditioner
     from .conditioner_face_studio import StudioConditioner
     from .conditioner_reference import ReferenceConditioner
+    from .conditioner_tokens import TokenConditioner
     from .control_landmarks import landmark_control
     from .control_pictures import control_picture
     from .face_adapter import FaceFusionAdapter
+    from .face_attached import AttachedWeights
     from .face_attention import FaceFusionAttnProcessor
     from .face_defaults import FaceDefaults
     from .face_detectors import load_detector
@@ -39,6 +42,8 @@ if TYPE_CHECKING:  # diffusers' loader copies the siblings that a file names, an
     from .face_recognisers import OnnxRecogniser
     from .face_self_attention import SelfAttentionReference
     from .face_single_file import load_single_file
+    from .face_snap import FaceMixer
+    from .face_snap_loader_mixin import FaceSnapLoaderMixin
     from .face_studio import FaceStudio
     from .face_studio_loader_mixin import FaceStudioLoaderMixin
     from .face_style import unit_length

@@ -265,9 +265,10 @@ def weights_fingerprint(unet: Any, call_scale: float = 1.0) -> str:
     """
     unet = getattr(unet, "_orig_mod", unet)
     strengths = lora_strengths(unet, call_scale)
+    attached = tuple(f"{name}." for name, module in unet.named_children() if hasattr(module, "is_attached"))
     weights, factors = [], []
     for name, weight in unet.named_parameters():
-        if name.startswith("face_studio."):  # its Linear: no weight of the UNet's own
+        if name.startswith(attached):  # see `face_attached`: no weight of the UNet's own
             continue
         layer, _, rest = name.partition(".lora_")
         lora = rest.split(".")[1] if rest else ""

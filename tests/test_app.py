@@ -47,6 +47,7 @@ from face_fusion_pipeline.cli import app as app_command
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.face_defaults import FaceDefaults
 from face_fusion_pipeline.face_errors import IdentityMismatchError
+from face_fusion_pipeline.face_studio import STUDIO
 from face_fusion_pipeline.generation.loading import controlnet_beside, load_pipeline
 from face_fusion_pipeline.generation.photos import locate_face
 
@@ -302,7 +303,7 @@ def test_a_picture_brings_the_style_and_the_photo_the_person(photo: Path, monkey
     (before,) = run(engine, plain_form)
     random_weights(engine.pipe.unet, picture_mask=1.0)
     engine.pipe.register_modules(image_encoder=toy_encoder())
-    engine.pipe._studio_parts = {"prior": toy_prior}
+    engine.pipe._token_parts = {STUDIO: {"prior": toy_prior}}
     assert engine.has_style
     looked: list[Any] = []
     monkeypatch.setattr(engine.pipe, "_detect_boxes", lambda image, detector: looked.append(detector) or [])

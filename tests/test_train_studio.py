@@ -62,6 +62,7 @@ def test_weights_card_and_resume(place, tmp_path, capsys, monkeypatch):
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if ".lora_B." in name)
     record = json.loads((straight / "training.json").read_text())["face-studio"]
     assert record["learned"]["teacher_weight"] == 0.7
+    assert "face_mode" not in record["learned"]
     card = (straight / "README.md").read_text()
     assert "# FaceStudio weights for base" in card
     assert str(tmp_path) not in card + json.dumps(record)
@@ -120,6 +121,7 @@ def test_embeddings_of_rendered_data_are_of_their_pictures(place):
     [
         (["--face-embedder", ""], "needs a --face-embedder"),
         (["--keep-references"], "of Face Fusion's training"),
+        (["--face-mode", "both"], "--face-mode is of Face Fusion's training, not of face-studio's"),
         (["--face-embedder", "nowhere.safetensors"], "no face embedder"),
         (["--teacher", "nowhere"], "no such file"),
     ],

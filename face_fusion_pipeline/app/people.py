@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..conditioner_face_studio import mode_by
+from ..conditioner import mode_by
 from ..face_detectors import Face, FaceDetector, load_detector
 from ..face_errors import FaceFusionError, NoFaceError, SeveralFacesError
 from ..face_identity import FaceIdentity, check_identity_fits

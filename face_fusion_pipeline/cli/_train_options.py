@@ -9,7 +9,8 @@ from typing import Any
 from ..face_errors import FaceFusionError
 from ..generation.arguments import add_version_arguments
 from ._arguments import COUNT, DECAY, FRACTION, POSITIVE, POWER, RATE, SEED, STEPS, Gather, real, whole
-from ._train_studio import CONDITIONERS, add_studio_arguments, check_studio_arguments
+from ._train_snap import add_snap_arguments
+from ._train_studio import CONDITIONERS, add_studio_arguments, check_token_arguments
 from .prepare import add_selection_arguments, add_source_arguments, check_selection, given_words
 
 
@@ -87,7 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--snr-keep-noisy", action="store_true", help="with v-prediction: noisy steps at full weight")
     what.add_argument("--face-loss-weight", type=POSITIVE, default=1.0, help="weight of the loss inside the face box")
     what.add_argument(
-        "--identity-loss-weight", type=real(), default=0.0, help="weight of the predicted face's likeness"
+        "--identity-loss-weight",
+        type=real(),
+        default=0.0,
+        help="weight of the predicted face's likeness; of FaceSnap 0.1, where there is an embedder",
     )
     what.add_argument("--identity-embedder", metavar="NAME", help="'avatars', or MODULE:FUNCTION that returns one")
     what.add_argument(
@@ -137,6 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     look.add_argument("--hub-model-id", metavar="OWNER/NAME", help="you, and the repository; default: the name of OUT")
     look.add_argument("--hub-private-repo", action="store_true")
     add_studio_arguments(parser)
+    add_snap_arguments(parser)
     add_source_arguments(parser)
     add_selection_arguments(parser)
 
@@ -163,10 +168,11 @@ def loss_options(args: argparse.Namespace) -> dict[str, Any]:
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before torch is imported. Raises [`FaceFusionError`]."""
     check_selection(args)
-    check_studio_arguments(args)
+    check_token_arguments(args)
     if args.text_dropout + args.face_dropout + args.both_dropout > 1:
         raise FaceFusionError("--text-dropout, --face-dropout and --both-dropout add up to more than 1")
-    if (args.identity_loss_weight > 0) != (args.identity_embedder is not None):
+    weighed = args.identity_loss_weight > 0 or (args.conditioner == "face-snap" and args.identity_embedder is not None)
+    if weighed != (args.identity_embedder is not None):
         raise FaceFusionError("--identity-loss-weight and --identity-embedder go together")
     if args.identity_loss_from >= args.identity_loss_until and args.identity_loss_weight:
         raise FaceFusionError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +15,24 @@ if TYPE_CHECKING:
     from ..training.base_model import BaseModel
     from ..training.studio import StudioTask
 
-CONDITIONERS = ("face-fusion", "face-studio")
+CONDITIONERS = ("face-fusion", "face-studio", "face-snap")
 CONTEXTS = ("replace", "append")
 
 
 def add_studio_arguments(parser: argparse.ArgumentParser) -> None:
-    studio = parser.add_argument_group("FaceStudio (--conditioner face-studio)")
-    studio.add_argument(
+    both = parser.add_argument_group("FaceStudio and FaceSnap")
+    both.add_argument(
         "--face-embedder",
         metavar="FILE_OR_NAME",
         help="what faces are known by: a .safetensors or .onnx file, 'insightface', or 'avatars'",
     )
-    studio.add_argument(
-        "--image-encoder", default="", metavar="DIR_OR_HUB_ID", help="of style pictures; default: the model's own"
+    both.add_argument(
+        "--image-encoder",
+        default="",
+        metavar="DIR_OR_HUB_ID",
+        help="of style pictures, and of faces; default: the model's own",
     )
+    studio = parser.add_argument_group("FaceStudio (--conditioner face-studio)")
     studio.add_argument(
         "--prior", default="", metavar="DIR_OR_HUB_ID", help="from text to its embeddings, for the weights' metadata"
     )
@@ -51,17 +56,51 @@ def add_studio_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_studio_arguments(args: argparse.Namespace) -> None:
-    """Raise [`FaceFusionError`] for options that do not go together."""
-    if args.conditioner != "face-studio":
+def check_token_arguments(args: argparse.Namespace) -> None:
+    """Raise [`FaceFusionError`] for options that do not go with the conditioner that is trained."""
+    if args.conditioner == "face-fusion":
         return
     if not args.face_embedder:
-        raise FaceFusionError("--conditioner face-studio needs a --face-embedder: a file, 'insightface', or 'avatars'")
-    for option in ("init_adapter", "identity_embedder", "keep_references", "validation_prompt"):
-        if getattr(args, option, None):
-            raise FaceFusionError(f"--{option.replace('_', '-')} is of Face Fusion's training, not of FaceStudio's")
-    if args.face_mode != "adapter":
-        raise FaceFusionError("--face-mode is of Face Fusion's training, not of FaceStudio's")
+        raise FaceFusionError(
+            f"--conditioner {args.conditioner} needs a --face-embedder: a file, 'insightface', or 'avatars'"
+        )
+    not_of = ["init_adapter", "keep_references", "validation_prompt", "face_mode"]
+    not_of += ["identity_embedder"] if args.conditioner == "face-studio" else []
+    for option in not_of:
+        value = getattr(args, option, None)
+        if value and value != "adapter":  # which is what --face-mode is by default
+            flag = f"--{option.replace('_', '-')}"
+            raise FaceFusionError(f"{flag} is of Face Fusion's training, not of {args.conditioner}'s: leave it out")
+
+
+@dataclass(frozen=True)
+class Looks:
+    """A prepared folder, and what looks at its pictures."""
+
+    rows: list[Any]
+    cache: Any
+    encoder: Any
+    processor: Any
+    embedder: Any
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, base: BaseModel, folder: Path, kind: Any) -> Looks:
+        """Those that the options name for weights of this kind."""
+        from ..conditioner_tokens import image_encoder_of
+        from ..training.latent_cache import cache_folders
+        from ..training.preparation import read_rows
+
+        base.pipeline._token_parts = {kind.NAME: {"image_encoder": args.image_encoder}}
+        encoder, processor = image_encoder_of(base.pipeline, kind)
+        cache = cache_folders(folder, base, args.augmentations)
+        return cls(read_rows(folder), cache, encoder, processor, face_embedder(args.face_embedder))
+
+    def pairs(self, args: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
+        """Examples of training, and of people set aside, or None."""
+        from ..training.pairs import Pairs, split_people
+
+        people, aside = split_people(self.rows, args.validation_people, args.seed)
+        return Pairs(folder, self.cache, people), Pairs(folder, self.cache, aside) if aside else None
 
 
 def create_studio_task(
@@ -72,24 +111,18 @@ def create_studio_task(
     Args:
         loss: the options that the training of every conditioner has.
     """
-    from ..conditioner_face_studio import image_encoder_of
-    from ..face_studio import new_studio
+    from ..face_studio import FaceStudio, new_studio
     from ..training.initial_weights import continued_adapter
-    from ..training.latent_cache import cache_folders
-    from ..training.pairs import Pairs, split_people
-    from ..training.preparation import read_rows
     from ..training.studio import StudioOptions, StudioTask, fit_to_captions
     from ..training.studio_cache import Embeddings, encode_embeddings
 
-    rows = read_rows(folder)
-    cache = cache_folders(folder, base, args.augmentations)
-    base.pipeline._studio_parts = {"image_encoder": args.image_encoder}
-    encoder, processor = image_encoder_of(base.pipeline)
-    embedder = face_embedder(args.face_embedder)
-    made = encode_embeddings(folder, base, cache, encoder, embedder, mask=args.picture_mask, processor=processor)
-    embeddings = Embeddings(made, len(rows))
-    people, aside = split_people(rows, args.validation_people, args.seed)
-    pairs, held_out = Pairs(folder, cache, people), Pairs(folder, cache, aside) if aside else None
+    looks = Looks.of(args, base, folder, FaceStudio)
+    encoder, embedder = looks.encoder, looks.embedder
+    made = encode_embeddings(
+        *(folder, base, looks.cache, encoder, embedder), mask=args.picture_mask, processor=looks.processor
+    )
+    embeddings = Embeddings(made, len(looks.rows))
+    pairs, held_out = looks.pairs(args, folder)
     base.cast(precision)
     studio = new_studio(
         base.unet,

@@ -73,8 +73,9 @@ def run(args: argparse.Namespace) -> int:
 def load_engine(args: argparse.Namespace) -> Any:
     """The `app.engine.Engine` that the options ask for. Raises [`FaceFusionError`]."""
     from ..app.engine import Engine
-    from ..conditioner_face_studio import image_encoder_of
+    from ..conditioner_tokens import image_encoder_of
     from ..face_detectors import load_detector
+    from ..face_studio import FaceStudio
 
     detector = load_detector(args.detector, args.detector_model)
     adapter = args.adapter or adapter_beside(args.model)
@@ -83,7 +84,7 @@ def load_engine(args: argparse.Namespace) -> Any:
     pipe = load_pipeline(args.model, adapter, args.device, args.dtype, controlnet, *version)
     if studio := args.face_studio or studio_beside(args.model):
         pipe.load_face_studio(studio)
-        image_encoder_of(pipe)  # one that is missing is said now, not at the first picture
+        image_encoder_of(pipe, FaceStudio)  # one that is missing is said now, not at the first picture
     return Engine(pipe, args.model, adapter, detector, args.watermark)
 
 

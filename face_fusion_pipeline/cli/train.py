@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..generation.arguments import add_version_arguments, check_version
 from ._train_options import add_arguments, check_arguments, command_line, loss_options, resume
+from ._train_snap import create_snap_task
 from ._train_studio import create_studio_task
 from .prepare import (
     add_selection_arguments,
@@ -142,8 +143,9 @@ def create_task(args: argparse.Namespace, base: BaseModel, folder: Path) -> Face
     from ..training.task import FaceFusionOptions, FaceFusionTask
 
     frozen = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision(args), torch.float32)
-    if args.conditioner == "face-studio":
-        return create_studio_task(args, base, folder, frozen, loss_options(args))
+    if args.conditioner != "face-fusion":
+        create = create_studio_task if args.conditioner == "face-studio" else create_snap_task
+        return create(args, base, folder, frozen, loss_options(args))
     cache = cache_folders(folder, base, args.augmentations)
     people, aside = split_people(read_rows(folder), args.validation_people, args.seed)
     pairs, held_out = Pairs(folder, cache, people), Pairs(folder, cache, aside) if aside else None

@@ -196,10 +196,10 @@ class _LookingProcessor(FaceFusionAttnProcessor):
     def _attend_rows(
         self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, row: LayerPeople
     ) -> Tensor:
-        if row.context is not None or any(person.context for person in row.people):
+        if row.context is not None or any(person.embedded for person in row.people):
             raise FaceFusionError(
-                "attention maps show which cells of a reference are looked at, and FaceStudio's tokens are of none: "
-                "leave out style_image and people of FaceStudio"
+                "attention maps show which cells of a reference are looked at, and the tokens of FaceStudio and "
+                "FaceSnap are of none: leave out style_image and their people"
             )
         if row.people:
             if query.shape[1] not in self.levels:

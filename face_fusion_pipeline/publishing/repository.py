@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
@@ -20,6 +21,7 @@ from ..face_defaults import DEFAULTS_NAME, read_defaults
 from ..face_embedders import WEIGHTS_NAME as EMBEDDER_WEIGHTS_NAME
 from ..face_errors import AdapterMismatchError, FaceFusionError, ModelNotFoundError
 from ..face_files import check_tensors, read_tensors
+from ..face_snap import NETWORK, SNAP_WEIGHTS_NAME, SnapMetadata
 from ..face_studio import STUDIO_WEIGHTS_NAME, StudioMetadata
 from ..files.atomic import new_folder
 from .card import REPOSITORY, finish_card
@@ -29,9 +31,17 @@ PACKAGE = Path(__file__).parents[1]
 TASKS = ("", "_img2img", "_inpaint", "_controlnet")  # ends of the names of pipeline files
 MODEL_PARTS = (
     *("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
-    *("scheduler", "image_encoder", "clip_score", "controlnet", "face_studio"),
+    *("scheduler", "image_encoder", "clip_score", "controlnet", "face_studio", "face_snap"),
 )
-STUDIO_PARTS = ("prior", "prior_scheduler", "tokenizer", "text_encoder")  # that may lie beside FaceStudio's weights
+# Weights by the name of their file: their metadata, and what may lie beside them.
+WEIGHTS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    ADAPTER_WEIGHTS_NAME: (AdapterMetadata, ()),
+    STUDIO_WEIGHTS_NAME: (
+        StudioMetadata,
+        (EMBEDDER_WEIGHTS_NAME, "prior", "prior_scheduler", "tokenizer", "text_encoder"),
+    ),
+    SNAP_WEIGHTS_NAME: (SnapMetadata, (EMBEDDER_WEIGHTS_NAME, NETWORK)),
+}
 RECORDS = ("training.json", "logs/*/metrics.jsonl")
 PICTURES = "images/*.png"
 
@@ -75,25 +85,27 @@ def repository_files(
 
 
 def trained_files(weights: Path) -> tuple[str, list[Path]]:
-    """The base family of the weights in a folder, Face Fusion's or FaceStudio's, and their files.
+    """The base family of the weights in a folder, of whichever system, and their files.
 
     Raises:
-        ModelNotFoundError: there are neither. AdapterMismatchError: a file of that name with something else in it.
+        ModelNotFoundError: there are none. AdapterMismatchError: a file of such a name with something else in it.
     """
-    adapter, studio = weights / ADAPTER_WEIGHTS_NAME, weights / STUDIO_WEIGHTS_NAME
-    if not adapter.is_file() and not studio.is_file():
-        raise ModelNotFoundError(f"{weights} has no {ADAPTER_WEIGHTS_NAME} beside its card, nor {STUDIO_WEIGHTS_NAME}")
-    families, files = [], []
-    for path, kind in ((adapter, AdapterMetadata), (studio, StudioMetadata)):
-        if path.is_file():
-            tensors, strings = read_tensors(path, check=kind.from_strings)  # refuses anything else of that name
-            check_tensors(tensors, str(path), AdapterMismatchError)
-            families.append(kind.from_strings(strings).base_family)
-            files.append(path)
-    if studio.is_file():
-        files += [path for path in (weights / EMBEDDER_WEIGHTS_NAME,) if path.is_file()]
-        files += sorted(path for part in STUDIO_PARTS for path in (weights / part).rglob("*") if path.is_file())
-    return families[0], files
+    families: list[str] = []
+    files: dict[Path, None] = {}
+    for name, (kind, beside) in WEIGHTS.items():
+        path = weights / name
+        if not path.is_file():
+            continue
+        tensors, strings = read_tensors(path, check=kind.from_strings)  # refuses anything else of that name
+        check_tensors(tensors, str(path), AdapterMismatchError)
+        families.append(kind.from_strings(strings).base_family)
+        for part in (path, *(weights / other for other in beside)):
+            found = [part] if part.is_file() else sorted(inner for inner in part.rglob("*") if inner.is_file())
+            files |= dict.fromkeys(found)
+    if not families:
+        first, *others = WEIGHTS
+        raise ModelNotFoundError(f"{weights} has no {first} beside its card, nor {' or '.join(others)}")
+    return families[0], list(files)
 
 
 def says_xl(weights: Path) -> bool:

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..face_studio import FORMAT as STUDIO_FORMAT
 from ..files.atomic import write_text
 from ..files.texts import read_log
 from ..generation.provenance import public_name
 from ..publishing.card import render_card, with_picture_of_training
 from .preparation import data_key, read_report
 from .run_records import RECORD, add_record
-from .studio_card import studio_card
 from .task import FaceFusionTask
+from .token_cards import CARDS
 
 
 SAMPLES = "sample_*.png"  # in the folder of logs
@@ -62,9 +61,9 @@ def last_validation(metrics: Path) -> dict[str, float]:
 def card(record: dict[str, Any], validation: dict[str, float]) -> str:
     """The text of the card."""
     options, data, adapter, base = record["options"], record["data"], record["adapter"], record["base"]
-    studio = adapter["format"] == STUDIO_FORMAT
-    trained = "FaceStudio's Linear and LoRA" if studio else "`to_k_face`, `to_v_face` of all cross-attentions"
-    described = f"tokens {adapter['tokens']}, mask {adapter['picture_mask']}" if studio else options_of(adapter)
+    other = CARDS.get(adapter["format"])
+    trained = other.trained if other else "`to_k_face`, `to_v_face` of all cross-attentions"
+    described = other.described(adapter) if other else options_of(adapter)
     skipped = ", ".join(f"{reason} {number}" for reason, number in data["skipped"].items()) or "none"
     rows = {
         "base": f"{base} (`{adapter['base_family']}`, {described})",
@@ -81,8 +80,8 @@ def card(record: dict[str, Any], validation: dict[str, float]) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     }
     table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
-    if studio:
-        return studio_card(record, validation, "\n".join([*table, "", "```bash", record["command"], "```"]))
+    if other:
+        return other.text(record, validation, "\n".join([*table, "", "```bash", record["command"], "```"]))
     losses = "; ".join(
         f"{kind} face {validation[key]:.4f}"
         for kind in ("right", "wrong", "no")

@@ -338,15 +338,19 @@ class FaceFusionTask(Task):
         rows = batch["recognised"]
         if not len(rows):
             return predicted.sum() * 0
-        noise = batch["timesteps"][rows] / len(self.base.schedule)
-        counts = (noise >= self.options.identity_loss_from) & (noise < self.options.identity_loss_until)
-        counts &= batch["has_face"][rows]
+        weights = self.identity_weights(batch["timesteps"][rows], batch["has_face"][rows])
         latents = self.base.schedule.one_step(noisy[rows], predicted[rows], batch["timesteps"][rows])
         with torch.no_grad():
             truth = self.base.decode(batch["latents"][rows])
         landmarks5 = jittered(batch["landmarks5"][rows], batch["looks"][rows], self.options.identity_loss_jitter)
         found = identity_distance(self.embedder, self.base.decode(latents), truth, landmarks5)
-        return (found * counts).sum() / len(noisy)
+        return (found * weights).sum() / len(noisy)
+
+    def identity_weights(self, timesteps: Tensor, has_face: Tensor) -> Tensor:
+        """How much the identity loss of each counts: 1 where it is taken, else 0."""
+        noise = timesteps / len(self.base.schedule)
+        taken = (noise >= self.options.identity_loss_from) & (noise < self.options.identity_loss_until)
+        return (taken & has_face).float()
 
     # --- Validation and result -----------------------------------------------------------------------------------
 

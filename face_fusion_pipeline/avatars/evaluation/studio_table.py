@@ -17,11 +17,13 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ...conditioner_face_studio import face_embedder_of, image_encoder_of, load_studio_prior
+from ...conditioner_face_studio import load_studio_prior
+from ...conditioner_tokens import face_embedder_of, image_encoder_of
 from ...evaluation.generation import Settings, denoising, keep_settings
 from ...evaluation.image_files import read_image, to_pil, write_image
 from ...evaluation.metrics import bootstrap_mean, bootstrap_normalised, cosine_similarity
 from ...evaluation.reports import circumstances, contact_sheet, markdown_table, write_report
+from ...face_studio import STUDIO, FaceStudio
 from ...face_style import picture_embeddings
 from ...files.atomic import write_text
 from ..measures.figures import distances, row_of
@@ -271,13 +273,13 @@ def two_people(studio: Studio, panel: Panel) -> dict[str, Any]:
 def costs(studio: Studio, repeats: int = 5) -> dict[str, float]:
     """Seconds of processor time: a picture without FaceStudio, and the parts that FaceStudio asks for one."""
     pipe, trial = studio.pipe, studio.trials[0]
-    encoder, processor = image_encoder_of(pipe)
-    prior = load_studio_prior(pipe._studio_parts["prior"])
+    encoder, processor = image_encoder_of(pipe, FaceStudio)
+    prior = load_studio_prior(pipe._token_parts[STUDIO]["prior"])
     face = portraits(trial.person, seed=studio.settings.seed).face
     parts: dict[str, Callable[[], Any]] = {
         "image encoder": lambda: picture_embeddings(encoder, [studio.styles[trial.key]], processor),
         "prior": lambda: prior._sampled(trial.text),  # what is kept of a prompt costs nothing
-        "one more reference": lambda: face_embedder_of(pipe)([face]),
+        "one more reference": lambda: face_embedder_of(pipe, FaceStudio)([face]),
     }
 
     def seconds(run: Callable[[], Any], times: int) -> float:

@@ -1,0 +1,85 @@
+"""The options of `face-fusion train --conditioner face-snap`, and the task they make."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._arguments import COUNT, FRACTION, real, whole
+from ._driver_options import face_model
+from ._train_studio import Looks
+
+
+if TYPE_CHECKING:
+    from ..training.base_model import BaseModel
+    from ..training.snap import SnapTask
+
+
+def add_snap_arguments(parser: argparse.ArgumentParser) -> None:
+    snap = parser.add_argument_group("FaceSnap (--conditioner face-snap)")
+    snap.add_argument(
+        "--face-model", metavar="FILE", help="that finds facial points; default: that of $FACE_FUSION_FACE_MODEL"
+    )
+    snap.add_argument("--landmarker", metavar="FILE_OR_NAME", help="of a face model of photos, see docs/facesnap.md")
+    snap.add_argument("--snap-tokens", type=COUNT, default=16, help="context tokens that the mixer makes")
+    snap.add_argument("--snap-depth", type=whole(1, 64), default=4, help="layers of the mixer's decoder")
+    snap.add_argument(
+        "--snap-context",
+        choices=("none", "append"),
+        default="none",
+        help="what the UNet itself sees of the tokens: none, or they are appended to its text",
+    )
+    snap.add_argument(
+        "--snap-oval", type=real(0, 2), default=0.9, help="how much of a reference is seen, over its crop; 0: all"
+    )
+    snap.add_argument("--points-dropout", type=FRACTION, default=0.05, help="share of examples without their points")
+
+
+def create_snap_task(
+    args: argparse.Namespace, base: BaseModel, folder: Path, precision: Any, loss: dict[str, Any]
+) -> SnapTask:
+    """New weights, features of the prepared folder, and the task; the base gets its precision.
+
+    Args:
+        loss: the options that the training of every conditioner has.
+    """
+    from ..face_recognisers import name_with_digest
+    from ..face_snap import FaceMixer, new_mixer, new_network
+    from ..training.objective import load_face_embedder
+    from ..training.snap import IDENTITY_LOSS_WEIGHT, SnapOptions, SnapTask
+    from ..training.snap_cache import SnapFeatures, encode_snap_features
+
+    looks, model = Looks.of(args, base, folder, FaceMixer), face_model(args)
+    files = [str(path) for path in (args.face_model, args.landmarker) if path]
+    names = [name_with_digest(Path(name)) if Path(name).is_file() else name for name in files]
+    made = encode_snap_features(
+        *(folder, base, looks.cache, looks.encoder, looks.embedder, model),
+        model_name=" ".join([model.name, *names]),
+        oval=args.snap_oval,
+        processor=looks.processor,
+    )
+    features = SnapFeatures(made, len(looks.rows))
+    print(f"facial points of {features.fitted} of {features.count} pictures are known")
+    pairs, held_out = looks.pairs(args, folder)
+    base.cast(precision)
+    mixer = new_mixer(
+        base.unet,
+        image_width=looks.encoder.config.hidden_size,
+        face_width=looks.embedder.width,
+        face_embedder=looks.embedder.name,
+        image_encoder=args.image_encoder,
+        tokens=args.snap_tokens,
+        depth=args.snap_depth,
+        context=args.snap_context,
+        oval=args.snap_oval,
+    )
+    network = new_network(base.unet, base.pipeline.vae_scale_factor)
+    embedder = load_face_embedder(args.identity_embedder) if args.identity_embedder else None
+    options = SnapOptions(
+        **loss,
+        points_dropout=args.points_dropout,
+        identity_loss_weight=(args.identity_loss_weight or IDENTITY_LOSS_WEIGHT) if embedder else 0.0,
+        identity_loss_jitter=args.identity_loss_jitter,
+    )
+    return SnapTask(base, mixer, network, pairs, features, held_out, options, embedder)
