@@ -56,6 +56,7 @@ def draw(page: Page, out: Path) -> None:
     page.locator("#generate").click()
     expect(page.locator("#status")).to_contain_text("Done.")
     page.mouse.move(0, 0)
+    page.evaluate("window.scrollTo(0, 0)")  # where the buttons are in their place
     page.wait_for_timeout(1000)  # the pictures appear
     page.screenshot(path=out, full_page=True)
 

@@ -314,6 +314,8 @@ def test_a_picture_brings_the_style_and_the_photo_the_person(photo: Path, monkey
     assert (half.text["style_image"], half.text["style_scale"], before.text["style_image"]) == (True, 0.5, None)
     assert half.plain is not None and not np.array_equal(np.asarray(half.plain), np.asarray(half.image))
     assert looked and all(detector is engine.detector for detector in looked)  # which all threads may ask
+    assert form.style_of_picture["style_context"] == "replace"  # of one person 1 is the picture alone
+    assert replace(form, people=form.people * 2).style_of_picture["style_context"] is None  # several keep the words
     engine.pipe.unload_face_fusion_adapter()
     (training_free,) = run(engine, form)
     assert training_free.text["face_mode"] == "training-free"  # FaceStudio brings the style alone

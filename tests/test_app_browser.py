@@ -286,6 +286,9 @@ def test_on_a_phone_a_message_far_above_the_button_comes_into_sight(open_page: A
     expect(page.locator("#generate")).to_be_in_viewport()  # wherever one is
     page.locator("#generate").click()
     expect(beside(page, "person_1")).to_be_in_viewport()
+    page.wait_for_timeout(1000)  # it scrolls
+    message, actions = beside(page, "person_1").bounding_box(), page.locator("#actions").bounding_box()
+    assert message["y"] + message["height"] <= actions["y"]  # and not behind the button
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # nothing sticks out
 
 

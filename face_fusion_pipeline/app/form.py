@@ -135,10 +135,15 @@ class Form:
 
     @property
     def style_of_picture(self) -> dict[str, Any]:
-        """Arguments of a pipeline's call; none without a style picture."""
+        """Arguments of a pipeline's call; none without a style picture.
+
+        Of one person the picture takes the place of the words, so that 1 is the picture alone. Several people keep the
+        words, as the weights say: without them they may melt into one.
+        """
         if self.style_picture is None:
             return {}
-        return {"style_image": self.style_picture, "style_scale": self.style_scale}
+        context = "replace" if len(self.people) == 1 else None
+        return {"style_image": self.style_picture, "style_scale": self.style_scale, "style_context": context}
 
     @property
     def full_prompt(self) -> str:

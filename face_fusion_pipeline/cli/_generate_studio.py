@@ -61,10 +61,11 @@ def read_identity(path: str) -> Any:
 
 
 def style_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of a pipeline's call."""
+    """Arguments of a pipeline's call: the picture takes the place of the words, so that 1 is the picture alone."""
     if args.style_image is None:
         return {}
-    return {"style_image": args.style_image, "style_scale": args.style_scale, "face_detector": args.detector}
+    style = {"style_image": args.style_image, "style_scale": args.style_scale, "style_context": "replace"}
+    return {**style, "face_detector": args.detector}
 
 
 def style_settings(args: argparse.Namespace) -> dict[str, object]:
