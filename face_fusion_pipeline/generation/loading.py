@@ -3,11 +3,8 @@
 torch and diffusers are imported inside the function: `--help` and the checks of arguments do without them.
 """
 
-<<<<<<< HEAD
 import json
-=======
 import warnings
->>>>>>> users
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
