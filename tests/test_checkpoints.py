@@ -419,3 +419,12 @@ def test_the_scheduler_of_the_configuration_is_kept(pipe: Any, places: tuple[Pat
     euler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     pipeline_with(scheduler=euler).save_pretrained(tmp_path / "config")
     assert isinstance(reloaded(places[0], config=tmp_path / "config").scheduler, EulerDiscreteScheduler)
+
+
+def test_a_base_that_cannot_be_fetched_is_said_without_warnings(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelNotFoundError, match="not in the cache"):
+        load_base("nobody/nothing")
+    assert [str(warning.message) for warning in recwarn] == []

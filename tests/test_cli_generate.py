@@ -404,8 +404,9 @@ def test_a_run_prints_its_own_lines_only(model: Path, face: Path, tmp_path: Path
         assert [Path(line).suffix for line in done.stdout.splitlines()] == [".png"]
 
 
-def test_a_model_that_cannot_be_fetched_is_one_line(generate: Any) -> None:
+def test_a_model_that_cannot_be_fetched_is_one_line(generate: Any, recwarn: pytest.WarningsRecorder) -> None:
     status, _, err = generate("--no-detect", model="nobody/nothing")
+    assert [str(warning.message) for warning in recwarn] == []  # each would be two more lines on a terminal
     assert status == 2 and "is not in the cache, and the Hub cannot be reached" in err and "stack" not in err
 
 

@@ -277,6 +277,8 @@ def test_every_page_is_in_the_navigation_and_every_module_in_the_reference() -> 
     pages = set(re.findall(r"[\w/-]+\.md", str(navigation)))
     assert pages == {page.relative_to(ROOT / "docs").as_posix() for page in DOCS}
     described = "\n".join(page.read_text() for page in DOCS)
+    named = re.findall(r"^::: (\S+)", described, re.M)
+    assert len(named) == len(set(named)), "a module is on two pages"
     package = ROOT / "face_fusion_pipeline"
     packages = [
         "files",

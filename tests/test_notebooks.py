@@ -1,6 +1,7 @@
 """Every notebook of the examples runs from top to bottom on the embedded model, and shows what it promises."""
 
 import base64
+import importlib.util
 import io
 import os
 import re
@@ -18,7 +19,8 @@ from tiny_models import tiny_pipeline
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 PLACEHOLDER = "OWNER/NAME"  # of the repository, which a reader puts there
-OUTPUTS = 1_500_000  # characters of a notebook with its outputs
+OUTPUTS = 1_500_000  # characters of a notebook with its outputs, as they come
+STORED = 300_000  # bytes of a notebook with its outputs, as docs/run_notebooks.py leaves them
 QUICK = {"STEPS": "4", "COUNT": "2"}  # constants of the notebooks that cost time
 
 
@@ -56,6 +58,11 @@ def pictures(notebook: Any) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
+def images_of(output: Any) -> list[str]:
+    """The pictures of an output, in base64."""
+    return [data for kind, data in output.get("data", {}).items() if kind.startswith("image/")]
+
+
 def size_of_picture(cell: Any) -> tuple[int, int]:
     data = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
     return Image.open(io.BytesIO(base64.b64decode(data))).size
@@ -88,15 +95,45 @@ def test_notebooks_are_those_that_are_tested() -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_stored_without_outputs(path: Path) -> None:
+def test_notebook_is_stored_with_small_outputs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     assert notebook.metadata.kernelspec.name == "python3"
-    assert path.read_text().endswith("}\n") and path.stat().st_size < 20_000
-    for cell in notebook.cells:
-        assert cell.id
-        assert cell.cell_type == "markdown" or (cell.outputs == [] and cell.execution_count is None)
+    assert path.read_text().endswith("}\n") and path.stat().st_size < STORED
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # in one go, from top to bottom
+    assert all(cell.id and "execution" not in cell.metadata for cell in notebook.cells)
+    outputs = [output for cell in code for output in cell.outputs]
+    assert {output.output_type for output in outputs} <= {"stream", "display_data"}  # no error
+    assert not [output.text for output in outputs if output.get("name") == "stderr"]  # no warning
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for o in outputs for data in images_of(o)]
+    assert sizes and all(100 < side < 1200 for size in sizes for side in size)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_name_no_path_of_a_machine(path: Path) -> None:
+    for cell in nbformat.read(path, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
+            assert not re.search(r"(?<![\w.])(/\w+/|~/|[A-Z]:\\)", text), text
+
+
+def test_the_command_that_stores_them_makes_pictures_small_and_leaves_bars_out() -> None:
+    spec = importlib.util.spec_from_file_location("run_notebooks", EXAMPLES.parent / "docs" / "run_notebooks.py")
+    assert spec and spec.loader
+    command = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(command)
+    assert command.NOTEBOOKS == NOTEBOOKS
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 90).convert("RGB").save(buffer, "PNG")
+    data = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": "<Figure>"}
+    small = command.smaller(nbformat.v4.new_output("display_data", data)).data
+    assert small.keys() == {"image/jpeg", "text/plain"} and len(small["image/jpeg"]) < len(data["image/png"])
+    bars = "\rLoading: 50%|##  | 1/2 [00:01<00:01]\n\x1b[A\rpreparing: 24photo [00:41,  1.73s/photo]\n"
+    assert command.smaller(nbformat.v4.new_output("stream", name="stderr", text=bars)) is None
+    said = command.smaller(nbformat.v4.new_output("stream", name="stderr", text=bars + "a warning\n"))
+    assert said.text == "a warning"  # which the tests above would find
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -134,7 +171,7 @@ def test_first_steps(tmp_path: Path) -> None:
 
 def test_several_people(tmp_path: Path) -> None:
     notebook = run("several_people", tmp_path, STEPS="2", then="CONTROLNET = MODEL / 'none'")
-    assert pictures(notebook) == 5
+    assert pictures(notebook) == 6
     assert "2 places from the layout" in printed(notebook)
     width, height = size_of_picture(notebook.cells[-3])
     assert width > 2.5 * height  # layout, depth and two results in a row

@@ -4,6 +4,7 @@ torch and diffusers are imported inside the function: `--help` and the checks of
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,7 +100,9 @@ def quietly() -> Iterator[None]:
     if downloads:  # transformers has taken their bars away with its own
         hub.enable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():  # diffusers names an argument that the Hub's library no longer has
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
+            yield
     finally:
         for library, verbosity, bar in zip(libraries, before, bars, strict=True):
             library.set_verbosity(verbosity)

@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from ..face_errors import FaceFusionError
-from ..generation.loading import check_draws_text, load_checkpoint, model_class, pipeline_for, unloadable
+from ..generation.loading import check_draws_text, load_checkpoint, model_class, pipeline_for, quietly, unloadable
 from ..unet_family import TEXT, encode_latents, latent_scaling, text_conditions, unet_arguments
 from .loop import TrainingError
 from .objective import NoiseSchedule
@@ -109,6 +109,7 @@ def quiet() -> Iterator[None]:
             library.set_verbosity(level)
 
 
+@quietly()
 def load_base(
     name: str | Path, dtype: torch.dtype = torch.float32, config: str | None = None, **hub: Any
 ) -> BaseModel:
