@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +54,7 @@ def pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> Any:
     monkeypatch.chdir(tmp_path)
 
     def card(model: str) -> ModelCard:
-        task: Any = SimpleNamespace(name="face-fusion", options=FaceFusionOptions(), adapter=adapter)
+        task: Any = SimpleNamespace(name="face-fusion", settings=asdict(FaceFusionOptions()), adapter=adapter)
         task.base = SimpleNamespace(pipeline=base)
         weights, command = tmp_path / "weights", ["face-fusion", "train", "--model", model]
         write_card(weights, model, tmp_path / "data", task, RUN, command)
