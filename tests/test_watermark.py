@@ -92,7 +92,7 @@ def test_the_app_marks_pictures_and_sheet(wanted: bool, monkeypatch: pytest.Monk
     from face_fusion_pipeline.face_defaults import FaceDefaults
 
     with gr.Blocks():
-        widgets = build_page([], 1.0, 25, FaceDefaults(), False)
+        widgets = build_page([], 1.0, 25, FaceDefaults(), False, False)
     with Image.open(IMAGES / "reference.png") as image:
         picture = image.convert("RGB")
     made = [Picture(picture, picture, None, False, {"description": "AI"})]
@@ -112,6 +112,7 @@ def test_the_app_says_when_there_can_be_no_watermark(
 ) -> None:
     pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
     monkeypatch.setattr(app, "load_pipeline", lambda *_: tiny_pipeline())
+    monkeypatch.setattr(app, "studio_beside", lambda *_: None)
     assert main(["app", "--watermark"]) == 2
     assert "16 × 16" in capsys.readouterr().err
     monkeypatch.setattr(watermark, "MIN_SIDE", 16)

@@ -30,9 +30,10 @@ ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "unet
 CLICK_SAVED = "() => { document.querySelector('#saved_%d').click(); }"
 # on a phone the results are above the form
 SHOW_STATUS = "() => { document.querySelector('#status').scrollIntoView({behavior: 'smooth', block: 'nearest'}); }"
-# and a message may be far above the button; a tab or section that was opened for it takes a moment to unfold
+# And a message may be far above the button. A tab or section that was opened for it takes a moment to unfold. It goes
+# to the middle: the page may still be on its way to the status, and a message that it passes would not stop it.
 SHOW_ERROR = """() => setTimeout(() => {
-    document.querySelector("[id^=message_] .error")?.scrollIntoView({behavior: "smooth", block: "nearest"});
+    document.querySelector("[id^=message_] .error")?.scrollIntoView({behavior: "smooth", block: "center"});
 }, 200)"""
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 

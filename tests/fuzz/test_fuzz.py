@@ -25,8 +25,8 @@ from face_fusion_pipeline import FaceIdentity
 from face_fusion_pipeline.cli import build_parser, main
 from face_fusion_pipeline.conditioner import IdentityOptions, Person, conditioner_of
 from face_fusion_pipeline.face_errors import FaceFusionError
-from face_fusion_pipeline.face_images import load_image
 from face_fusion_pipeline.face_layout import given_masks
+from face_fusion_pipeline.face_pictures import load_image
 from face_fusion_pipeline.reference_pass import face_tensors
 from face_fusion_pipeline.training.sources import open_source
 
