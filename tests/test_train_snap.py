@@ -13,6 +13,7 @@ import torch
 from test_face_snap import PATCH_WIDTH, ToyModel
 from test_face_studio import toy_encoder
 from test_finetuning import SELECTION, write_photos
+from test_train_studio import prepared_place
 from tiny_models import face, tiny_pipeline
 
 from face_fusion_pipeline.cli import _train_snap, main
@@ -20,13 +21,14 @@ from face_fusion_pipeline.conditioner_face_snap import mixed_tokens
 from face_fusion_pipeline.face_attached import detach_module
 from face_fusion_pipeline.face_embedders import WEIGHTS_NAME, AvatarEmbedder
 from face_fusion_pipeline.face_errors import LandmarksError
-from face_fusion_pipeline.face_files import read_tensors, save_tensors
+from face_fusion_pipeline.face_files import read_tensors
 from face_fusion_pipeline.face_landmarks import POINTS
 from face_fusion_pipeline.face_pictures import load_image
 from face_fusion_pipeline.face_snap import NETWORK, SNAP_WEIGHTS_NAME, SnapMetadata, new_mixer, new_network
 from face_fusion_pipeline.publishing import repository
 from face_fusion_pipeline.training import snap_cache
 from face_fusion_pipeline.training.base_model import load_base
+from face_fusion_pipeline.training.example_pictures import decoded
 from face_fusion_pipeline.training.latent_cache import cache_folders
 from face_fusion_pipeline.training.loop import Part
 from face_fusion_pipeline.training.pairs import Pairs, split_people
@@ -34,7 +36,6 @@ from face_fusion_pipeline.training.preparation import PrepareOptions, prepare, r
 from face_fusion_pipeline.training.snap import SnapOptions, SnapTask
 from face_fusion_pipeline.training.snap_cache import SnapFeatures, encode_snap_features, points_of
 from face_fusion_pipeline.training.sources import DataError, open_source
-from face_fusion_pipeline.training.studio_cache import decoded
 
 
 class PlacedModel(ToyModel):
@@ -56,15 +57,8 @@ class Colours(torch.nn.Module):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: Any) -> Path:
     """A base with an image encoder, a face embedder, and rendered data for the base."""
-    place = tmp_path_factory.mktemp("snap")
-    pipe = tiny_pipeline()
-    pipe.unet.register_to_config(sample_size=16)  # pictures of 32 pixels: smaller ones are not rendered
-    pipe.register_modules(image_encoder=toy_encoder())
-    pipe.save_pretrained(place / "base")
-    torch.manual_seed(0)
-    embedder = AvatarEmbedder()
-    save_tensors(place / WEIGHTS_NAME, embedder.state_dict(), embedder.metadata)
-    assert main(["prepare", "avatars:12", "--model", str(place / "base"), "--out", str(place / "data")]) == 0
+    place: Path = tmp_path_factory.mktemp("snap")
+    prepared_place(place)
     return place
 
 

@@ -23,19 +23,24 @@ from face_fusion_pipeline.training.preparation import read_rows
 from face_fusion_pipeline.training.studio import StudioOptions, StudioTask
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: Any) -> Path:
-    """A base with an image encoder, Face Fusion weights for it, a face embedder, and rendered data for the base."""
-    place = tmp_path_factory.mktemp("studio")
+def prepared_place(place: Path) -> Any:
+    """The pipeline of `place/base`, with an image encoder; beside it a face embedder, and rendered data."""
     pipe = tiny_pipeline()
     pipe.unet.register_to_config(sample_size=16)  # pictures of 32 pixels: smaller ones are not rendered
     pipe.register_modules(image_encoder=toy_encoder())
     pipe.save_pretrained(place / "base")
-    with_adapter(pipe).save_face_fusion_adapter(place / "teacher")
     torch.manual_seed(0)
     embedder = AvatarEmbedder()
     save_tensors(place / WEIGHTS_NAME, embedder.state_dict(), embedder.metadata)
     assert main(["prepare", "avatars:12", "--model", str(place / "base"), "--out", str(place / "data")]) == 0
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: Any) -> Path:
+    """As [`prepared_place`], and Face Fusion weights for the base."""
+    place: Path = tmp_path_factory.mktemp("studio")
+    with_adapter(prepared_place(place)).save_face_fusion_adapter(place / "teacher")
     return place
 
 

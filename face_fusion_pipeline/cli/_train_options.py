@@ -10,7 +10,8 @@ from ..face_errors import FaceFusionError
 from ..generation.arguments import add_version_arguments
 from ._arguments import COUNT, DECAY, FRACTION, POSITIVE, POWER, RATE, SEED, STEPS, Gather, real, whole
 from ._train_snap import add_snap_arguments
-from ._train_studio import CONDITIONERS, add_studio_arguments, check_token_arguments
+from ._train_studio import add_studio_arguments
+from ._train_tokens import CONDITIONERS, add_token_arguments, check_token_arguments
 from .prepare import add_selection_arguments, add_source_arguments, check_selection, given_words
 
 
@@ -140,6 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     look.add_argument("--push-to-hub", action="store_true")
     look.add_argument("--hub-model-id", metavar="OWNER/NAME", help="you, and the repository; default: the name of OUT")
     look.add_argument("--hub-private-repo", action="store_true")
+    add_token_arguments(parser)
     add_studio_arguments(parser)
     add_snap_arguments(parser)
     add_source_arguments(parser)

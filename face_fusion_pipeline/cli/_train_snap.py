@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._arguments import COUNT, FRACTION, real, whole
 from ._driver_options import face_model
-from ._train_studio import Looks
+from ._train_tokens import Looks
 
 
 if TYPE_CHECKING:

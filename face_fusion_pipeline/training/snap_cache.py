@@ -16,11 +16,11 @@ from ..face_landmarks import POINTS
 from ..face_models import FaceModel, recombined
 from ..face_style import in_oval, picture_patches, unit_length
 from .base_model import BaseModel
+from .example_pictures import decoded, in_batches, read_target
 from .latent_cache import Cache, Column, Shards, digest_of, open_shards, write_shards
 from .loop import digest
 from .preparation import data_key, read_rows
 from .sources import DataError
-from .studio_cache import decoded, in_batches, read_target
 
 
 class SnapFeatures:

@@ -1,26 +1,20 @@
 """Embeddings of a prepared folder for FaceStudio, computed once: of every picture, with and without its face, and of
-every face crop. Pictures that the folder does not hold (rendered data) are decoded from their latents.
-"""
+every face crop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
 from ..face_style import picture_embeddings, unit_length, without_faces
 from .base_model import BaseModel
-from .latent_cache import BATCH, Cache, Column, Shards, digest_of, open_shards, read_picture, write_shards
+from .example_pictures import decoded, in_batches, read_target
+from .latent_cache import Cache, Column, Shards, digest_of, open_shards, write_shards
 from .loop import digest
-from .preparation import Row, data_key, read_rows
-
-
-Embedder = Callable[[Sequence[Image.Image]], Tensor]
+from .preparation import data_key, read_rows
 
 
 class Embeddings:
@@ -81,25 +75,3 @@ def encode_embeddings(
 
     write_shards(target, shard, {"examples": len(rows), "base": Path(base.name).name}, "embeddings", progress)
     return target
-
-
-def read_target(folder: Path, base: BaseModel, shards: Shards, rows: list[Row], index: int) -> Image.Image:
-    """The picture of an example: its file, or what its latents decode to."""
-    if name := rows[index].get("file_name"):
-        return read_picture(folder / name)
-    return decoded(base, shards.latents([index]).float())[0]
-
-
-@torch.no_grad()
-def decoded(base: BaseModel, latents: Tensor) -> list[Image.Image]:
-    """Pictures of scaled latents (n, c, h, w)."""
-    found: list[Image.Image] = []
-    for part in latents.split(BATCH):
-        pixels = (base.decode(part.to(base.vae.device)).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
-        found += [Image.fromarray(np.asarray(picture)) for picture in pixels]
-    return found
-
-
-def in_batches(images: Sequence[Image.Image], embed: Embedder) -> Tensor:
-    """(n, width) of n pictures, a few at a time."""
-    return torch.cat([embed(images[start : start + 4 * BATCH]) for start in range(0, len(images), 4 * BATCH)])
