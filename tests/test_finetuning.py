@@ -41,6 +41,7 @@ from face_fusion_pipeline.training.latent_cache import Shards, cache_folders, en
 from face_fusion_pipeline.training.loop import Part, TrainingError, data_order
 from face_fusion_pipeline.training.pairs import Pairs, split_people
 from face_fusion_pipeline.training.preparation import PrepareOptions, prepare, read_rows
+from face_fusion_pipeline.training.samples import Samples
 from face_fusion_pipeline.training.selection import SelectionOptions
 from face_fusion_pipeline.training.sources import DataError, open_source
 from face_fusion_pipeline.training.task import FaceFusionOptions, FaceFusionTask
@@ -874,6 +875,17 @@ def test_weights_for_both_attentions(train: Any, tmp_path: Path) -> None:
     assert record["learned"]["face_mode"] == "both" and record["learned"]["self_layers"] == "up_blocks"
     assert "--face-mode both" in (tmp_path / "out" / "README.md").read_text()
     assert train(*words, validation_people=1)[0] == 0, "it goes on where it was"
+
+
+def test_pictures_of_a_training_are_drawn_in_the_mode_that_it_is_for() -> None:
+    asked: list[Any] = []
+
+    def pipe(prompt: str, **options: Any) -> Any:
+        asked.append(options["face_mode"])
+        return SimpleNamespace(images=[tiny_models.face()])
+
+    Samples([tiny_models.face()], ["a cat"], mode="both")._pictures(pipe, [tiny_models.face()])
+    assert asked == ["both"]
 
 
 def test_photos_are_prepared_on_the_way(train: Any, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
-"""What the trainings of FaceStudio and FaceSnap share, whose weights make context tokens: options, and what looks at the
-pictures of a prepared folder."""
+"""What the trainings of FaceStudio and FaceSnap share, whose weights make context tokens.
+
+Options, and what looks at the pictures of a prepared folder.
+"""
 
 from __future__ import annotations
 
