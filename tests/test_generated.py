@@ -444,3 +444,10 @@ def test_bad_input_is_one_line(
 def test_training_says_that_people_are_drawn_first(small: str, tmp_path: Path, capsys: Any) -> None:
     assert main(["train", "--model", small, "--data", "generated:4", "--out", str(tmp_path)]) == 2
     assert "`face-fusion prepare generated:4 --model ...`" in capsys.readouterr().err
+
+
+def test_the_comparison_trains_in_the_precision_that_is_asked_for() -> None:
+    from face_fusion_pipeline.avatars.evaluation.generated_table import Schooling
+
+    loop = Schooling(7, 4, seed=3, precision="bf16").loop
+    assert (loop.steps, loop.batch_size, loop.seed, loop.precision) == (7, 4, 3, "bf16")
