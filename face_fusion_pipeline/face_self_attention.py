@@ -54,7 +54,7 @@ class SelfAttentionReference:
     scale: float = 4.0
     timestep: int = 150
     seed: int = 0
-    half_axes: tuple[float, float] = (0.75, 0.75)
+    half_axes: tuple[float, float] = (0.6, 0.75)
     layers: tuple[str, ...] = ("up_blocks",)
 
     def __post_init__(self) -> None:

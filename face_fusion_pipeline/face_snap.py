@@ -173,12 +173,20 @@ def mixer_left_out(unet: Any) -> Iterator[None]:
 # --- The ControlNet ----------------------------------------------------------------------------------------------
 
 
-def new_network(unet: Any, vae_scale_factor: int = 8) -> ControlNetModel:
+def new_network(unet: Any, vae_scale_factor: int = 8, start: str | None = None) -> ControlNetModel:
     """An untrained ControlNet for `unet`: a copy of its encoder, whose output is zero.
 
     Args:
         vae_scale_factor: how many pixels of a control picture are a cell of the latents, a power of two.
+        start: folder or Hub id of another ControlNet for this model, to begin with in its place.
+
+    Raises:
+        AdapterMismatchError: another one that cannot be loaded, or is of another model.
     """
+    if start is not None:
+        other = load_network(start)
+        check_network(other, unet)
+        return other
     stages = int(math.log2(vae_scale_factor)) + 1
     channels = HINT_CHANNELS[:stages] if stages <= len(HINT_CHANNELS) else (*HINT_CHANNELS, HINT_CHANNELS[-1])
     network: ControlNetModel = ControlNetModel.from_unet(whole(unet), conditioning_embedding_out_channels=channels)

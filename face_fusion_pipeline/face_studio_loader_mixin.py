@@ -80,9 +80,14 @@ def parts_of(weights: str, metadata: Any, given: Mapping[str, Any]) -> dict[str,
 
 
 def beside(weights: str, part: str, name: str) -> str:
-    """Where a part is: beside the weights, if there is such a folder or file, else where the metadata name it."""
+    """Where a part is: beside the weights, if there is such a folder or file, else where the metadata name it.
+
+    In the folder of a model several weights share what lies beside FaceStudio's.
+    """
     folder = os.path.dirname(weights)
     if part == "prior":  # a folder of one holds prior/, see `face_prior`
         return folder if os.path.isdir(os.path.join(folder, part)) else name
-    file = os.path.join(folder, f"{part}.safetensors")
-    return file if os.path.isfile(file) else name
+    for place in (folder, os.path.join(os.path.dirname(folder), STUDIO)):
+        if os.path.isfile(file := os.path.join(place, f"{part}.safetensors")):
+            return file
+    return name

@@ -31,6 +31,11 @@ def add_snap_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the UNet itself sees of the tokens: none, or they are appended to its text",
     )
     snap.add_argument(
+        "--init-controlnet",
+        metavar="DIR_OR_HUB_ID",
+        help="ControlNet of this model to begin with, such as one of depth or of poses; default: the UNet's encoder",
+    )
+    snap.add_argument(
         "--snap-oval", type=real(0, 2), default=0.9, help="how much of a reference is seen, over its crop; 0: all"
     )
     snap.add_argument("--points-dropout", type=FRACTION, default=0.05, help="share of examples without their points")
@@ -74,7 +79,7 @@ def create_snap_task(
         context=args.snap_context,
         oval=args.snap_oval,
     )
-    network = new_network(base.unet, base.pipeline.vae_scale_factor)
+    network = new_network(base.unet, base.pipeline.vae_scale_factor, args.init_controlnet)
     embedder = load_face_embedder(args.identity_embedder) if args.identity_embedder else None
     options = SnapOptions(
         **loss,

@@ -17,6 +17,7 @@ from .avatar_model import embedded_model
 
 ADAPTER_FILE = "face_fusion_adapter.safetensors"
 STUDIO_FOLDER, STUDIO_FILE = "face_studio", "face_studio.safetensors"  # of FaceStudio, in a model's folder
+SNAP_FOLDER, SNAP_FILE = "face_snap", "face_snap.safetensors"  # of FaceSnap
 
 
 def adapter_beside(model: str | None) -> str | None:
@@ -81,6 +82,15 @@ def studio_beside(model: str | None) -> str | None:
     """
     path = Path(model or embedded_model()) / STUDIO_FOLDER
     return str(path) if (path / STUDIO_FILE).is_file() else None
+
+
+def snap_beside(model: str | None) -> str | None:
+    """The folder of FaceSnap's weights in the folder of `model` (None: the embedded avatar model), or None.
+
+    Raises [`ModelNotFoundError`] for an embedded model that was left out.
+    """
+    path = Path(model or embedded_model()) / SNAP_FOLDER
+    return str(path) if (path / SNAP_FILE).is_file() else None
 
 
 @contextmanager
