@@ -98,7 +98,7 @@ def test_maps_are_sums_of_the_weights_that_the_layers_use(pipe, mode, monkeypatc
         side = math.isqrt(query.shape[1])
         torch.testing.assert_close(maps.mass, weights.sum(-1).reshape(1, side, side))
         (everywhere,), (corner,) = maps.reference["all"], maps.reference["corner"]
-        cells = torch.ones(side, side, dtype=torch.bool) if name.endswith("attn2") else ellipse(side, (0.75, 0.75))
+        cells = torch.ones(side, side, dtype=torch.bool) if name.endswith("attn2") else ellipse(side, (0.6, 0.75))
         assert face_key.shape[1] == 2 * cells.sum()
         for seen_from, expected in ((everywhere, weights.mean(0)), (corner, weights[:2].mean(0))):
             if seen_from is everywhere or side == 8:  # two pixels a query: one row, two columns
