@@ -13,6 +13,7 @@ from face_fusion_pipeline.avatars.evaluation import snap_table
 from face_fusion_pipeline.avatars.evaluation.detector import AvatarDetector
 from face_fusion_pipeline.avatars.evaluation.trials import FIRST_TEST_IDENTITY, plan_trials
 from face_fusion_pipeline.avatars.face_model import SHAPE, WEIGHTS_NAME, AvatarFaceModel, FaceEstimator, save_estimator
+from face_fusion_pipeline.avatars.world import sheet
 from face_fusion_pipeline.avatars.world.caption import caption, without_expression
 from face_fusion_pipeline.cli import main
 from face_fusion_pipeline.evaluation.image_files import to_pil
@@ -36,6 +37,50 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     save_estimator(FaceEstimator(), folder / WEIGHTS_NAME, {"world": 1})
     return folder
+
+
+@pytest.mark.parametrize("mode", ["both", "face-snap"])
+def test_generate_shows_faces_snaps_controlnet_the_photo_and_the_points(weights, tmp_path, monkeypatch, mode):
+    seen = []
+    call = StableDiffusionFaceFusionPipeline.__call__
+
+    def noted(self, prompt, **arguments):
+        seen.append(arguments)
+        return call(self, prompt, **arguments)
+
+    monkeypatch.setattr(StableDiffusionFaceFusionPipeline, "__call__", noted)
+    sheet.portrait(FIRST_TEST_IDENTITY + 4).save(tmp_path / "ada.png")
+    words = ["generate", "--face", str(tmp_path / "ada.png"), "--prompt", "a person", "--out", str(tmp_path / "out")]
+    words += ["--yaw", "20", "--expression", "smiling", "--mode", mode, "--control-scale", "0.8", "--mirror"]
+    words += ["--face-snap", str(weights), "--face-model", str(weights / WEIGHTS_NAME), "--steps", "1"]
+    assert main([*words, "--num-images", "1"]) == 0
+    fused, plain = seen
+    assert fused["driver_image"].shape == (1, 72, 2) and fused["controlnet_conditioning_scale"] == 0.8
+    assert np.array_equal(plain["driver_image"], fused["driver_image"]) and "face_image" not in plain
+    if mode == "face-snap":
+        assert fused["face_image"].mode == "face-snap" and fused["face_image"].n_refs == 2
+    else:  # an identity of Face Fusion would show FaceSnap's ControlNet nobody
+        ((photo, mirrored),) = fused["face_image"]
+        assert np.array_equal(np.asarray(mirrored), np.asarray(photo)[:, ::-1])
+        assert (fused["face_mode"], fused["face_mirrored"]) == ("both", False)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--mode", "face-snap"], "--mode face-snap needs a --driver or a pose"),
+        (["--face-snap", "weights"], "--face-snap goes with --driver or a pose"),
+        (["--yaw", "2", "--controlnet", "net", "--face-snap", "weights"], "takes the place of FaceSnap's"),
+        (["--yaw", "2", "--mode", "face-snap", "--refine-faces"], "leave one out"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(tmp_path, capsys, more, message):
+    sheet.portrait(FIRST_TEST_IDENTITY + 4).save(tmp_path / "ada.png")
+    words = ["generate", "--face", str(tmp_path / "ada.png"), "--prompt", "a person", "--out", str(tmp_path / "out")]
+    assert main([*words, *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_the_command_draws_every_method_once_and_says_how_far_the_driver_is_followed(weights, tmp_path, capsys):
