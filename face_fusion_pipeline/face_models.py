@@ -218,6 +218,35 @@ class LinearFaceModel:
         self._check(fit, seen, weights)
         return fit
 
+    def calibrated(self, faces: Sequence[Any]) -> "LinearFaceModel":
+        """The same model with its neutral points where a landmarker finds them on average.
+
+        A landmarker's points are not quite the model's. Of every face the errors of its fit are turned to the front,
+        and the points of the neutral face are moved by their mean; how deep they lie stays.
+
+        Args:
+            faces: detected points (72, 2), of many people; those that cannot be fitted are left out.
+
+        Raises:
+            LandmarksError: no face can be fitted.
+        """
+        errors = []
+        for seen in faces:
+            try:
+                fit = self.fit_points(seen)
+            except LandmarksError:
+                continue
+            found = self.points(fit.shape, fit.expression, fit.pose)[:, :2]
+            across = (check_points(seen)[0][:, :2] - found) / fit.pose.scale * [1, -1]
+            errors.append(across @ rotation(fit.pose.yaw, fit.pose.pitch, fit.pose.roll)[:2])
+        if not errors:
+            raise LandmarksError(
+                f"none of {len(faces)} faces can be fitted: take photos of single faces from the front"
+            )
+        moved = np.mean(errors, 0) * [1, 1, 0]
+        split = self._modes[: self._shapes], self._modes[self._shapes :]
+        return LinearFaceModel(self.neutral + moved, *split, self.expressions, self._landmarker, self._detector)
+
     def _closest_form(self, seen: np.ndarray, weights: np.ndarray, pose: Pose, form: np.ndarray) -> np.ndarray:
         """Coefficients of the least squared error and their own prior, by coordinates: shapes free, expressions in
         [0, 1]."""

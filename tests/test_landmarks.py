@@ -5,6 +5,7 @@ import json
 import os
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,6 +312,65 @@ def test_what_no_face_has_is_refused(linear):
     profile = linear.points(np.zeros(2), np.zeros(2), Pose(yaw=85, x=100, y=100, scale=10))
     with pytest.raises(LandmarksError, match="turned by 8"):
         linear.fit_points(profile)
+
+
+def test_a_model_learns_where_a_landmarker_sees_its_points(linear):
+    """Of faces in many poses, whose points a landmarker sees beside the model's."""
+    rng = np.random.default_rng(2)
+    beside = np.zeros((POINTS, 3))
+    beside[PARTS["nose"][0], 1], beside[PARTS["mouth"][0], 0] = 0.4, -0.3
+    other = LinearFaceModel(linear.neutral + beside, linear._modes[:2], linear._modes[2:], ["up", "brows"])
+    seen = []
+    for _ in range(24):
+        pose = Pose(*rng.uniform(-12, 12, 3), 100, 100, 10)
+        shape, expression = rng.normal(size=2), np.array([rng.uniform(0, 1), 0])
+        seen.append(other.points(shape, expression, pose)[:, :2])
+    learned = linear.calibrated([*seen, np.random.default_rng(1).random((72, 2)) * 100])  # the last is no face
+
+    def error(model):
+        fits = [model.fit_points(points) for points in seen]
+        found = [model.points(fit.shape, fit.expression, fit.pose)[:, :2] for fit in fits]
+        return np.mean([np.linalg.norm(a - b, axis=1).mean() for a, b in zip(found, seen, strict=True)])
+
+    assert error(learned) < 0.5 * error(linear)
+    assert learned.neutral[:, 2] == pytest.approx(linear.neutral[:, 2] - (linear.neutral - learned.neutral)[0, 2])
+    assert np.array_equal(learned._modes, linear._modes) and learned.expressions == linear.expressions
+    with pytest.raises(LandmarksError, match="none of 1 faces can be fitted"):
+        linear.calibrated([rng.random((72, 2)) * 100])
+
+
+@pytest.mark.parametrize("found", [19, 20])
+def test_the_command_learns_from_photos_of_enough_people(linear, tmp_path, monkeypatch, capsys, found):
+    class Finder:
+        name = "toy"
+
+        def find(self, image, box):
+            return linear.points(np.zeros(2), np.zeros(2), Pose(x=64, y=64, scale=10))[:, :2]
+
+    monkeypatch.setattr(face_landmarkers, "load_landmarker", lambda name: Finder())
+    located = iter(range(99))
+    photo = SimpleNamespace(image=Image.new("RGB", (9, 9)), face=SimpleNamespace(box=(0, 0, 9, 9)))
+
+    def locate(path, detector):
+        if next(located) >= found:
+            raise NoFaceError("no face")
+        return photo
+
+    monkeypatch.setattr("face_fusion_pipeline.generation.photos.locate_face", locate)
+    (tmp_path / "photos").mkdir()
+    for number in range(21):
+        Image.new("RGB", (9, 9)).save(tmp_path / "photos" / f"{number}.png")
+    linear.save(tmp_path / "model.safetensors")
+    words = ["face-model", str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "out.safetensors")]
+    words += ["--photos", str(tmp_path / "photos"), "--detector", "haar"]
+    assert main(words) == (2 if found < 20 else 0)
+    said = capsys.readouterr()
+    if found < 20:
+        assert "19 photos show one face, 20 or more are needed" in said.err
+    else:
+        assert "20 photos" in said.out
+        np.testing.assert_allclose(load_face_model(tmp_path / "out.safetensors").neutral, linear.neutral, atol=0.05)
+    assert main([*words[:4], "--landmarker", "x"]) == 2 and main([*words[:4], "--photos", "nowhere"]) == 2
 
 
 @pytest.mark.parametrize(

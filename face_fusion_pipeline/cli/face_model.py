@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..face_errors import FaceFusionError, LandmarksError, ModelNotFoundError
 from ..files.atomic import check_writable
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..face_models import LinearFaceModel
 
 HELP = "make a linear face model, for poses of photos, of a clone of ICT-FaceKit"
+FEWEST = 20  # people whose mean is that of a population rather than theirs
 MESHES, NEUTRAL, IDENTITY = "FaceXModel", "generic_neutral_mesh", "identity"
 # Vertices of its meshes at the 72 points of `face_landmarks`.
 VERTICES = (
@@ -34,18 +35,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Read the meshes of ICT Face Model Light (MIT), a clone of https://github.com/ICT-VGL/ICT-FaceKit, and write "
         "what they do to 72 facial points."
     )
-    parser.add_argument("clone", type=Path, metavar="CLONE", help="folder of the clone, or its FaceXModel")
+    parser.add_argument(
+        "clone", type=Path, metavar="CLONE", help="folder of the clone, its FaceXModel, or a face model made of it"
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
+    parser.add_argument(
+        "--photos",
+        type=Path,
+        metavar="DIR",
+        help=f"photos of {FEWEST} or more people, from whom the model learns where the landmarker sees its points",
+    )
+    parser.add_argument("--landmarker", metavar="FILE_OR_NAME", help="for --photos, see docs/facesnap.md")
+    parser.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
 
 
 def run(args: argparse.Namespace) -> int:
     if not args.out.endswith(".safetensors"):
         raise FaceFusionError(f"--out takes a .safetensors file, got {args.out}")
     check_writable(Path(args.out).parent)
-    model = read_ict(args.clone)
+    if args.landmarker and not args.photos:
+        raise FaceFusionError("--landmarker is for --photos: name a folder of them, or leave it out")
+    model = read_model(args.clone)
+    if args.photos:
+        seen = points_of_photos(args.photos, args.landmarker, args.detector)
+        model = model.calibrated(seen)
+        print(f"its points are where {len(seen)} photos have them on average")
     model.save(args.out)
     print(f"a face model of {len(model.expressions)} expressions, written to {args.out}")
     return 0
+
+
+def read_model(place: Path) -> LinearFaceModel:
+    """The model of a clone, or one that was made before; see [`read_ict`] and `face_models.read_face_model`."""
+    from ..face_models import LinearFaceModel, read_face_model
+
+    if not place.is_file():
+        return read_ict(place)
+    arrays, names = read_face_model(place)
+    return LinearFaceModel(arrays["neutral"], arrays["identity"], arrays["expression"], names)
+
+
+def points_of_photos(folder: Path, landmarker: str | None, detector: Any) -> list[np.ndarray]:
+    """The points (72, 2) of the faces of a folder's photos; photos without one face are passed over and named.
+
+    Raises:
+        FaceFusionError: no folder, or fewer than `FEWEST` faces.
+    """
+    from tqdm.auto import tqdm
+
+    from ..face_detectors import load_detector
+    from ..face_landmarkers import load_landmarker
+    from ..generation.photos import locate_face
+    from .generate import pictures_in
+
+    if not folder.is_dir():
+        raise FaceFusionError(f"--photos {folder}: there is no such folder")
+    finder, faces, found = load_landmarker(landmarker), load_detector(detector), []
+    for path in tqdm(pictures_in(folder), desc="photos", unit="photo"):
+        try:
+            photo = locate_face(path, faces)
+            assert photo.face is not None
+            found.append(finder.find(photo.image, photo.face.box))
+        except FaceFusionError as error:
+            tqdm.write(f"{path}: {error}")
+    if len(found) < FEWEST:
+        raise FaceFusionError(f"--photos {folder}: {len(found)} photos show one face, {FEWEST} or more are needed")
+    return found
 
 
 def read_ict(clone: Path) -> LinearFaceModel:
