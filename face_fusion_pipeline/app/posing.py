@@ -139,7 +139,7 @@ class PosingEngine(PeopleEngine):
         depth = {} if form.control is None else {"control_image": form.control}
         if posed is None:
             return depth
-        strength: Any = form.pose.strength
+        strength: Any = float(form.pose.strength)  # a slider may say 1, which diffusers refuses
         if depth:  # one for each network, FaceSnap's last
             strength = [1.0] * len(self._other_networks()) + [strength]
         return {**depth, "driver_image": posed.points, "controlnet_conditioning_scale": strength}

@@ -111,6 +111,14 @@ def connect(handlers: Handlers, examples: list[Example]) -> None:
     w.cancel.click(handlers.cancel, outputs=shown, cancels=runs, queue=False, **HIDDEN)
 
     w.dice.click(None, outputs=w.seed, js="() => Math.floor(Math.random() * 2 ** 31)")
+    _connect_pictures(handlers, style, driver)
+    for number in range(1, len(w.people) + 1):
+        _connect_person(PersonHandlers(handlers, number))
+
+
+def _connect_pictures(handlers: Handlers, style: list[Any], driver: list[Any]) -> None:
+    """The pictures that new ones follow; `style` and `driver` are what is shown of one."""
+    w = handlers.widgets
     places = [w.canvas, w.messages["places"], w.remove_layout, w.places_section]
     w.layout.upload(handlers.show_layout, w.layout, places, api_visibility="private", show_progress_on=w.canvas)
     w.remove_layout.click(handlers.remove_layout, outputs=[*places, w.follow_depth], **HIDDEN)
@@ -119,8 +127,6 @@ def connect(handlers: Handlers, examples: list[Example]) -> None:
     w.driver.upload(handlers.show_driver, w.driver, [*driver, w.pose_section], **HIDDEN)
     w.remove_driver.click(handlers.remove_driver, outputs=driver, **HIDDEN)
     w.by_numbers.change(handlers.show_turns, w.by_numbers, w.turns_shown, queue=False, **HIDDEN)
-    for number in range(1, len(w.people) + 1):
-        _connect_person(PersonHandlers(handlers, number))
 
 
 def _connect_person(handlers: PersonHandlers) -> None:
