@@ -22,7 +22,7 @@ from .form import FieldError, Form, in_field
 from .people import PeopleEngine
 
 
-DOT = 0.02  # radius of a point on the page, in heights of the face
+DOT = 0.012  # radius of a point on the page, in heights of the face
 
 
 @dataclass(frozen=True, repr=False)

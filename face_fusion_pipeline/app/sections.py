@@ -62,18 +62,15 @@ def pose_section(widgets: dict[str, Any], messages: dict[str, gr.HTML], expressi
     section = gr.Accordion("Pose", open=False, visible=expressions is not None, elem_id="pose")
     with section as widgets["pose_section"]:
         gr.HTML(
-            "<p>For one person: the pose and expression of another photo, in the shape of the person's own face.</p>",
+            "<p>For one person: a photo whose pose and expression the new pictures take. The person keeps the shape of "
+            "their own face.</p>",
             apply_default_css=False,
         )
         with gr.Row():
             widgets["driver"] = gr.UploadButton(
-                "Photo whose pose and expression are taken",
-                file_types=IMAGES,
-                size="sm",
-                min_width=120,
-                elem_id="driver",
+                "Pose photo", file_types=IMAGES, size="sm", min_width=120, elem_id="driver"
             )
-            widgets["remove_driver"] = gr.Button("Remove photo", size="sm", min_width=120, visible=False)
+            widgets["remove_driver"] = gr.Button("Remove pose photo", size="sm", min_width=120, visible=False)
         messages["driver"] = message_beside("driver")
         widgets["driver_shown"] = gr.HTML(
             visible=False, elem_id="driver_shown", elem_classes="crops", apply_default_css=False
@@ -81,11 +78,11 @@ def pose_section(widgets: dict[str, Any], messages: dict[str, gr.HTML], expressi
         widgets["by_numbers"] = gr.Checkbox(
             False,
             label="Turn the head by numbers",
-            info="in place of the pose in that photo, or without one in the person's own",
+            info="in place of the pose in that photo, or in the person's own where there is none",
             elem_id="by_numbers",
         )
         with gr.Column(visible=False) as widgets["turns_shown"]:
-            directions = ("degrees; above 0 to the right of the picture", "above 0 up", "above 0 clockwise")
+            directions = ("degrees; above 0 is to the right of the picture", "above 0 is up", "above 0 is clockwise")
             widgets["turns"] = [
                 gr.Slider(-MOST_TURNED, MOST_TURNED, 0, step=1, label=label, info=info, elem_id=name)
                 for label, info, name in zip(TURNS, directions, ANGLES, strict=True)
@@ -95,14 +92,14 @@ def pose_section(widgets: dict[str, Any], messages: dict[str, gr.HTML], expressi
                 [AS_IN_PHOTO, *(expressions or ())],
                 value=AS_IN_PHOTO,
                 label="Expression",
-                info="of that photo, or of another",
+                info="that of the photo, or another",
                 min_width=160,
                 elem_id="expression",
             )
             widgets["pose_strength"] = gr.Slider(
                 *(0, MOST_POSED, 1),
                 step=0.05,
-                label="Strength of the pose",
+                label="Strength",
                 info="0 off",
                 min_width=160,
                 elem_id="pose_strength",
