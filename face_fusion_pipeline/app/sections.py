@@ -62,8 +62,8 @@ def pose_section(widgets: dict[str, Any], messages: dict[str, gr.HTML], expressi
     section = gr.Accordion("Pose", open=False, visible=expressions is not None, elem_id="pose")
     with section as widgets["pose_section"]:
         gr.HTML(
-            "<p>For one person: a photo whose pose and expression the new pictures take. The person keeps the shape of "
-            "their own face.</p>",
+            "<p>For one person: a photo whose pose and expression the new pictures take. The person keeps the shape "
+            "of their own face.</p>",
             apply_default_css=False,
         )
         with gr.Row():
