@@ -26,6 +26,7 @@ MORE_STYLES = ("photo", "oil painting", "comic book", "clay figure")  # for chec
 MOST_TURNED, MOST_POSED = 45, 1.5  # degrees of a head that is turned by numbers; strength of a pose
 TURNS = ("Turn left or right", "Up or down", "Tilt")  # what yaw, pitch and roll are called on the page
 AS_IN_PHOTO = "as in the photo"  # of an expression
+WITHOUT_POSE = "remove the pose photo, the numbers and the expression"
 
 RECOMMENDED = "as the model recommends"
 MODES = (RECOMMENDED, *FACE_MODES)  # how faces join a picture
@@ -121,11 +122,11 @@ class PoseForm:
         if not self.is_given:
             return
         if len(people) > 1:
-            way_out = "take the others away, or remove the photo and the numbers of the pose"
-            raise FieldError("driver", f"a pose is for one person, and {len(people)} are given: {way_out}")
+            words = f"a pose is for one person, and {len(people)} are given"
+            raise FieldError("driver", f"{words}: take the others away, or {WITHOUT_POSE}")
         if any(person.identity is not None for person in people):
             words = "a saved identity holds no photo, which the shape of the face is read from"
-            raise FieldError("driver", f"{words}: add a photo of the person, or go without a pose")
+            raise FieldError("driver", f"{words}: add a photo of the person, or {WITHOUT_POSE}")
         for name, value in zip(TURNS, self.turned or (), strict=False):
             if not isinstance(value, Real) or not abs(float(value)) <= MOST_TURNED:
                 raise FieldError("driver", f"“{name}” must be from {-MOST_TURNED} to {MOST_TURNED}, got {value}")
