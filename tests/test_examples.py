@@ -7,14 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from tiny_models import tiny_pipeline
 
-from face_fusion_pipeline import embedded_model
 from face_fusion_pipeline.avatars import render, sample_scene
-from face_fusion_pipeline.avatars.face_model import FaceEstimator, save_estimator
-from face_fusion_pipeline.avatars.training.controlnet import create_controlnet
 from face_fusion_pipeline.avatars.world import sheet
 from face_fusion_pipeline.control_pictures import depth_image
 from face_fusion_pipeline.evaluation.image_files import to_pil
@@ -34,7 +30,7 @@ EXAMPLES = {
     "small_faces": (["ada.png", "bob.png", TWO, "a person in a suit", "a person in a crown"], "small_faces.png", None),
     "finished_picture": (["layout.png", "ada.png", "a photo of a person"], "finished_picture.png", None),
     "identity_file": (["ada.png", ONE], "identity_file.png", (128, 128)),
-    "pose_of_another": (["bob.png", "ada.png", ONE, "net.tiny", "landmarks.tiny"], "pose_of_another.png", None),
+    "pose_of_another": (["bob.png", "ada.png", ONE], "pose_of_another.png", None),
     "stable_diffusion_xl": (["ada.png", ONE, "xl.tiny"], "stable_diffusion_xl.png", (16, 16)),
     "custom_pipeline": (["ada.png", ONE, str(ROOT / "face_fusion_pipeline")], "custom_pipeline.png", (128, 128)),
 }
@@ -54,9 +50,6 @@ def photos(tmp_path_factory):
     rendered = render([pair], 256)
     to_pil(rendered.images[0]).save(folder / "layout.png")
     depth_image(rendered.depth[0]).save(folder / "depth.png")
-    unet = UNet2DConditionModel.from_pretrained(embedded_model() / "unet")
-    create_controlnet(unet, reads_text=False).save_pretrained(folder / "net.tiny")  # untrained, as is the face model
-    save_estimator(FaceEstimator(), folder / "landmarks.tiny", {"world": 1})
     return folder
 
 

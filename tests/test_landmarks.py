@@ -470,7 +470,7 @@ def portraits(tmp_path_factory):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--yaw", "20"], "has no controlnet_landmarks"),
+        (["--yaw", "20"], "has no weights that see a pose"),
         (["--control-scale", "1"], "--control-scale goes with --driver or a pose"),
         (["--driver", "nobody.png"], "there is no driver nobody.png"),
         (["--yaw", "200"], "--yaw must be"),

@@ -89,6 +89,7 @@ def test_notebooks_are_those_that_are_tested() -> None:
     assert {path.stem for path in NOTEBOOKS} == {
         "first_steps",
         "several_people",
+        "poses",
         "train_on_your_photos",
         "look_inside",
     }
@@ -180,6 +181,13 @@ def test_several_people(tmp_path: Path) -> None:
     assert printed(notebook).count("No depth ControlNet") == 1
     width, height = size_of_picture(without)
     assert width < 2.5 * height  # layout and depth
+
+
+def test_poses(tmp_path: Path) -> None:
+    notebook = run("poses", tmp_path, STEPS="1", YAWS="(-20, 20)", EXPRESSIONS='("smiling",)')
+    assert pictures(notebook) == 3
+    yaw, pitch = numbers(r"yaw (-?\d+), pitch (-?\d+)", printed(notebook))
+    assert abs(yaw) < 15 and abs(pitch) < 15  # what the portrait shows
 
 
 def test_train_on_your_photos(tmp_path: Path) -> None:

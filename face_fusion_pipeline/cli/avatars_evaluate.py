@@ -80,6 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     studio.add_argument("--identities", type=COUNT, default=24, help="test people (default: 24)")
     studio.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
 
+    snap = actions.add_parser("snap", help="FaceSnap: the driver's pose and expression, in the person's own shape")
+    _add_generation(snap)
+    _add_adapter(snap)
+    snap.add_argument("--identities", type=COUNT, default=25, help="number of people (default: 25)")
+    snap.add_argument("--prompts", type=COUNT, default=2, help="prompts for each person (default: 2)")
+    snap.add_argument("--snap", help="FaceSnap weights, file or folder (default: face_snap of the model)")
+    snap.add_argument("--face-model", help="face model of avatars, file or folder (default: the one in the package)")
+
     savings = actions.add_parser("savings", help="smaller references, fewer steps or layers: the likeness lost")
     _add_generation(savings)
     _add_adapter(savings)
@@ -156,7 +164,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of both trainings; auto: bf16 where the processor computes in it",
     )
 
-    judged = (table, model, people, depth, morph, studio, savings, reference, recognition, eyes, generated)
+    judged = (table, model, people, depth, morph, studio, snap, savings, reference, recognition, eyes, generated)
     for action in (*judged, train, choose):
         action.add_argument("--threads", type=THREADS, help="CPU threads of torch (default: torch decides)")
         action.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -176,6 +184,7 @@ def run(args: argparse.Namespace) -> int:
         "depth": _depth,
         "morph": _morph,
         "studio": _studio,
+        "snap": _snap,
         "savings": _savings,
         "reference": _reference,
         "recognition": _recognition,
@@ -412,6 +421,25 @@ def _studio(args: argparse.Namespace) -> tuple[dict, str]:
     panel = _panel(args)
     panel.measures = load_measures(panel.evaluators)
     result = compare_studio(pipe, trials, panel, settings, args.out)
+    return result, as_markdown(result, panel.names)
+
+
+def _snap(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..avatars.evaluation.snap_table import DETECTOR, as_markdown, compare_snap
+    from ..avatars.evaluation.trials import plan_trials
+    from ..avatars.face_model import SHIPPED, load_avatar_face_model
+    from ..avatars.measures.panel import load_measures
+    from ..evaluation.generation import pipeline_of
+
+    settings = _settings(args, adapter=_adapter(args), face_scale=args.scale)
+    pipe = pipeline_of(settings, args.device)
+    pipe.load_face_snap(args.snap or str(Path(_model_folder(args)) / "face_snap"))
+    exclude = _training_captions(args.training_data)
+    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
+    panel = _panel(args)
+    panel.measures = load_measures(panel.evaluators)
+    model = load_avatar_face_model(args.face_model or SHIPPED, DETECTOR)
+    result = compare_snap(pipe, trials, panel, settings, model, args.out)
     return result, as_markdown(result, panel.names)
 
 

@@ -27,7 +27,16 @@ from ..generation.provenance import describe
 from ..generation.references import reference_crops
 from ..training.photos import begins_as_picture
 from ._arguments import GUIDANCE, GUIDED, STEPS, STRENGTH, whole
-from ._driver_options import add_driver_arguments, check_driver, driven, driver_picture, driver_settings, posed
+from ._driver_options import (
+    BY_SNAP,
+    add_driver_arguments,
+    check_driver,
+    driven,
+    driver_points,
+    driver_settings,
+    load_snap,
+    posed,
+)
 from ._generate_studio import (
     add_studio_arguments,
     check_studio,
@@ -96,9 +105,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mode",
-        choices=(*FACE_MODES, "face-studio"),
+        choices=(*FACE_MODES, "face-studio", BY_SNAP),
         help="where the face joins: trained weights at the cross-attention (the paper), the model's own at the "
-        "self-attention, or both; face-studio: identity by FaceStudio; "
+        "self-attention, or both; face-studio, face-snap: identity by that system; "
         "default: as the model recommends (the avatars: both), else the adapter, if any",
     )
     parser.add_argument("--scale", type=STRENGTH, default=1.0, help="strength of the face: 0 off, 1 as in the paper")
@@ -178,29 +187,31 @@ def run(args: argparse.Namespace) -> int:
     faces = read_faces(args)
     pipe = load_model(args)
     load_studio(pipe, args)
+    load_snap(pipe, args)
     warn(pipe, args)
     if args.watermark:
         from ..generation.watermark import add_watermark, check_size
 
         check_size(args.width or pipe._default_resolution(), args.height or pipe._default_resolution())
     references, identity = encode(pipe, faces, args.mirror, args.mode) if faces else ([], None)
+    people = people_of(args, references, identity)
     settings = settings_of(args, pipe, identity)
     if posed(args):
-        args.dots = driver_picture(pipe, args, faces)
+        args.points = driver_points(pipe, args, faces)
 
     from ..generation.contact_sheet import contact_sheet, save_new_png, save_png
 
     written: list[Path] = []
     fused: list[Image.Image] = []
     numbers = free_numbers(args.out)
-    for prompt, seed, picture in generate(pipe, args, identity):  # each is saved at once: a stop keeps what there is
+    for prompt, seed, picture in generate(pipe, args, people):  # each is saved at once: a stop keeps what there is
         text = {**settings, "prompt": prompt, "seed": seed}
         marked = add_watermark(picture) if args.watermark else picture
         names = (f"image_{number:03d}.png" for number in numbers)
         written.append(save_new_png(marked, args.out, names, text))
         fused.append(picture)
     if not args.no_sheet and identity is not None:
-        plain = [picture for *_, picture in generate(pipe, args, None)]
+        plain = [picture for *_, picture in generate(pipe, args, {})]
         columns = {"reference": references, "without Face Fusion": plain, "with Face Fusion": fused}
         rows = [prompt[:60] for prompt in args.prompt for _ in range(args.num_images)] if len(args.prompt) > 1 else []
         sheet = contact_sheet({label: pictures for label, pictures in columns.items() if pictures}, rows)
@@ -364,6 +375,16 @@ def encode(
     return crops, pipe.encode_face(with_mirrored(crops) if mirror else crops, face_mode=mode, mirrored=False)
 
 
+def people_of(args: argparse.Namespace, references: "list[Image.Image]", identity: Any) -> dict[str, Any]:
+    """Arguments of a pipeline's call: who is shown. FaceSnap's ControlNet sees photos, and no identity of others."""
+    if identity is None or not posed(args) or args.face_snap is None or args.mode == BY_SNAP:
+        return {"face_image": identity}
+    from ..generation.photos import with_mirrored
+
+    shown = with_mirrored(references) if args.mirror else references
+    return {"face_image": [shown], "face_mode": args.mode, "face_mirrored": False}
+
+
 def number_of(path: Path) -> int | None:
     """The number of a picture or contact sheet; None for another file."""
     found = re.fullmatch(r"(?:image|contact_sheet)_([0-9]{1,18})\.png", path.name)
@@ -376,13 +397,14 @@ def free_numbers(folder: Path) -> Iterator[int]:
     return itertools.count(max(taken, default=-1) + 1)
 
 
-def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[tuple[str, int, Image.Image]]":
-    """All pictures with their prompts and seeds, with a face or (None) without.
+def generate(pipe: Any, args: argparse.Namespace, people: dict[str, Any]) -> "Iterator[tuple[str, int, Image.Image]]":
+    """All pictures with their prompts and seeds, with the faces of these arguments of a call or (none) without.
 
     Picture i of each prompt depends on seed + i only, not on the batch.
     """
     import torch
 
+    faced = people.get("face_image") is not None
     batches = itertools.product(args.prompt, range(0, args.num_images, args.batch_size))
     for prompt, first in batches:
         count = min(args.batch_size, args.num_images - first)
@@ -390,10 +412,10 @@ def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[tu
         output = pipe(
             prompt,
             negative_prompt=args.negative_prompt,
-            face_image=identity,
+            **people,
             face_scale=args.scale,
             face_self_scale=args.self_scale,
-            **(style_of(args) if identity is not None or not args.face else {}),
+            **(style_of(args) if faced or not args.face else {}),
             **driven(args),
             **denoising(args),
             num_images_per_prompt=count,
@@ -404,13 +426,13 @@ def generate(pipe: Any, args: argparse.Namespace, identity: Any) -> "Iterator[tu
         if any(getattr(output, "nsfw_content_detected", None) or []):  # XL has no safety checker
             print("face-fusion: the safety checker blacked out a picture: try another prompt or seed", file=sys.stderr)
         for seed, picture in zip(seeds, output.images, strict=True):
-            if identity and args.refine_faces:
-                picture = refined(pipe, args, identity, prompt, picture, seed)
+            if faced and args.refine_faces:
+                picture = refined(pipe, args, people, prompt, picture, seed)
             yield prompt, seed, picture
 
 
 def refined(
-    pipe: Any, args: argparse.Namespace, identity: Any, prompt: str, picture: "Image.Image", seed: int
+    pipe: Any, args: argparse.Namespace, people: dict[str, Any], prompt: str, picture: "Image.Image", seed: int
 ) -> "Image.Image":
     """The picture after a second pass over its largest face; as it is, if no face is found in it."""
     import torch
@@ -422,7 +444,7 @@ def refined(
         (again,) = pipe.refine_faces(
             picture,
             prompt,
-            face_image=identity,
+            **people,
             face_detector=load_detector(args.detector, args.detector_model),
             face_scale=args.scale,
             face_self_scale=args.self_scale,

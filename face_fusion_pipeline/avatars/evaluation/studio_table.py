@@ -30,8 +30,8 @@ from ..measures.figures import distances, row_of
 from ..measures.looks import Look
 from .avatar_table import CEILING, FLOOR, summarise
 from .avatar_table import as_markdown as main_table
+from .detector import AvatarDetector
 from .evaluators import IMAGE_SIZE
-from .renders import at_size
 from .scoring import Panel
 from .trial_pictures import image_path, trial_image
 from .trials import Trial, portraits, true_renders
@@ -84,23 +84,14 @@ class Studio:
         return read_image(path, IMAGE_SIZE)
 
 
-class Covered:
-    """Finds the face of an avatar in a render, by the evaluators' landmarks: avatars need no other detector."""
+class Covered(AvatarDetector):
+    """Boxes that hide who somebody is: of the whole face, and a little more."""
 
-    name, sizes = "avatars", (IMAGE_SIZE,)
-
-    def detect(self, image: Image.Image) -> list[Any]:
-        from ...face_detectors import Face
-        from .evaluators import load_evaluators
-
-        if not hasattr(self, "evaluators"):
-            self.evaluators = load_evaluators()
-        pixels = at_size(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255, IMAGE_SIZE)
-        points = self.evaluators.locate(pixels)[0] * (image.width / IMAGE_SIZE)
+    def box(self, points: torch.Tensor, side: float) -> tuple[float, float, float, float]:
         middle, eyes = points.mean(0), (points[0] - points[1]).norm()
         half = 1.35 * max(float(eyes), float((points[:2].mean(0) - points[3:].mean(0)).norm()))
         x, y = middle.tolist()
-        return [Face((x - half, y - half, x + half, y + half), 1.0, points.numpy())]
+        return x - half, y - half, x + half, y + half
 
 
 COVERED = Covered()
