@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from face_fusion_pipeline.avatars import render, sample_scene
-from face_fusion_pipeline.avatars.face_model import EstimatedAvatarFaceModel, FaceEstimator
+from face_fusion_pipeline.avatars.face_model import load_avatar_face_model
 from face_fusion_pipeline.avatars.world.sheet import portrait, to_pil
 from face_fusion_pipeline.cli import app as app_command
 from face_fusion_pipeline.face_attached import detach_module, save_attached
@@ -81,7 +81,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def load_random_snap(pipe: Any, folder: Path) -> None:
-    """FaceSnap and a face model of avatars, none of which has learned anything."""
+    """FaceSnap that has learned nothing, with the face model of avatars."""
     torch.manual_seed(0)
     embedder = load_face_embedder(Path(embedded_model()) / STUDIO_FOLDER / "face_embedder.safetensors")
     sizes = {"image_width": pipe.image_encoder.config.hidden_size, "face_width": embedder.width}
@@ -91,7 +91,7 @@ def load_random_snap(pipe: Any, folder: Path) -> None:
     with studio_left_out(pipe.unet):
         save_network(new_network(pipe.unet, pipe.vae_scale_factor), folder)
     pipe.load_face_snap(folder, face_embedder=embedder)
-    pipe.face_model = EstimatedAvatarFaceModel(FaceEstimator())
+    pipe.face_model = load_avatar_face_model()
 
 
 @pytest.fixture
