@@ -16,11 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from face_fusion_pipeline.avatars import render, sample_scene
+from face_fusion_pipeline.avatars.face_model import load_avatar_face_model
 from face_fusion_pipeline.avatars.world.sheet import portrait, to_pil
 from face_fusion_pipeline.cli import app as app_command
+from face_fusion_pipeline.face_attached import detach_module, save_attached
+from face_fusion_pipeline.face_embedders import load_face_embedder
+from face_fusion_pipeline.face_snap import FaceMixer, new_mixer, new_network, save_network
+from face_fusion_pipeline.face_studio import studio_left_out
+from face_fusion_pipeline.generation.avatar_model import embedded_model
+from face_fusion_pipeline.generation.loading import SNAP_FILE, STUDIO_FOLDER
 
 
 pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
@@ -62,11 +70,28 @@ class SpiedPipeline:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Any:
-    """As `face-fusion app` makes it without options."""
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """As `face-fusion app` makes it without options; with random weights of FaceSnap where the package has none."""
     parser = argparse.ArgumentParser()
     app_command.add_arguments(parser)
-    return app_command.load_engine(parser.parse_args(["--device", "cpu"]))
+    engine = app_command.load_engine(parser.parse_args(["--device", "cpu"]))
+    if engine.expressions is None:
+        load_random_snap(engine.pipe, tmp_path_factory.mktemp("snap"))
+    return engine
+
+
+def load_random_snap(pipe: Any, folder: Path) -> None:
+    """FaceSnap that has learned nothing, with the face model of avatars."""
+    torch.manual_seed(0)
+    embedder = load_face_embedder(Path(embedded_model()) / STUDIO_FOLDER / "face_embedder.safetensors")
+    sizes = {"image_width": pipe.image_encoder.config.hidden_size, "face_width": embedder.width}
+    new_mixer(pipe.unet, **sizes, tokens=2, depth=1, face_embedder=embedder.name)
+    save_attached(pipe.unet, FaceMixer, folder / SNAP_FILE)
+    detach_module(pipe.unet, FaceMixer.NAME)
+    with studio_left_out(pipe.unet):
+        save_network(new_network(pipe.unet, pipe.vae_scale_factor), folder)
+    pipe.load_face_snap(folder, face_embedder=embedder)
+    pipe.face_model = load_avatar_face_model()
 
 
 @pytest.fixture
@@ -405,6 +430,45 @@ def test_the_style_of_a_picture_is_taken(open_page: Any, pipe: SpiedPipeline, si
     assert text["style_image"] and text["style_scale"] == 0.75 and "bob" not in json.dumps(text)
     assert [call["style_scale"] for call in pipe.calls] == [0.75] * 2  # without the face, too
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # nothing sticks out
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+def test_the_pose_of_another_photo_is_taken(open_page: Any, pipe: SpiedPipeline, size: dict[str, int]) -> None:
+    page = open_page(size)
+    upload(page, png(portrait(ADA)))
+    expect(beside(page, "person_1")).to_contain_text("with a face")
+    page.locator("#prompt textarea").fill("a person in a suit on a beach")
+    set_pictures(page, 1)
+    page.get_by_role("button", name=re.compile("^Pose")).click()
+    wall = png(Image.new("RGB", (64, 64), "white"), "wall.png")
+    for file, wrong in ((wall, "wall.png: no face found"), (png(portrait(BOB, 304), "bob.png"), None)):
+        with page.expect_file_chooser() as chooser:
+            page.locator("#driver").click()
+        chooser.value.set_files(file)
+        if wrong:
+            expect(beside(page, "driver")).to_contain_text(wrong)
+    expect(page.locator("#driver_shown img")).to_have_count(1)
+    expect(beside(page, "driver")).to_have_count(0)
+    expect(page.locator("#yaw")).to_have_count(0)
+    page.get_by_label("Turn the head by numbers").check()
+    for name, value in (("yaw", "30"), ("pose_strength", "0.75")):
+        field = page.locator(f"#{name} input[type=number]")
+        field.fill(value)
+        field.press("Tab")
+    page.get_by_label("Expression", exact=True).click()
+    page.get_by_role("option", name="smiling").click()
+    page.locator("#generate").click()
+    (text,) = finished(page, 1)
+    wanted = {"posed": True, "yaw": 30, "pitch": 0, "roll": 0, "expression": "smiling", "control_scale": 0.75}
+    assert {name: text[name] for name in wanted} == wanted and "bob" not in json.dumps(text)
+    assert [call["driver_image"].shape for call in pipe.calls] == [(72, 2)] * 2  # without the face, too
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # nothing sticks out
+    upload(page, png(portrait(BOB)), person=2)
+    expect(beside(page, "person_2")).to_contain_text("with a face")
+    page.locator("#generate").click()
+    expect(beside(page, "driver")).to_contain_text("a pose is for one person, and 2 are given")
+    page.get_by_role("button", name="Remove pose photo").click()
+    expect(page.locator("#driver_shown img")).to_have_count(0)
 
 
 def test_the_strength_of_each_person_reaches_the_pipeline(open_page: Any, pipe: SpiedPipeline) -> None:

@@ -15,7 +15,7 @@ from ..face_layout import Box, assign_boxes, even_boxes, scale_boxes
 from ..generation.provenance import describe, public_name
 from ..generation.watermark import check_size
 from .form import FieldError, Form, in_field
-from .people import PeopleEngine
+from .posing import PosingEngine
 
 
 OnStep = Callable[[float, str], None]  # part of the work that is done in [0, 1], and what is being done
@@ -43,7 +43,7 @@ class Picture:
     text: dict[str, object]
 
 
-class Engine(PeopleEngine):
+class Engine(PosingEngine):
     """A Face Fusion pipeline and a face detector that any number of threads may ask.
 
     Args:
@@ -97,11 +97,6 @@ class Engine(PeopleEngine):
         return f"Draws with {name}, {width} × {height} pixels, {weights}."
 
     @property
-    def has_control(self) -> bool:
-        """Whether the model can follow the depth of a picture."""
-        return self.pipe.controlnet is not None
-
-    @property
     def has_style(self) -> bool:
         """Whether FaceStudio's weights are loaded, and so a picture can bring the style."""
         return self.pipe.face_studio is not None
@@ -130,6 +125,8 @@ class Engine(PeopleEngine):
                 words = f"an identity of {identity.mode} mode does not go with one of {identities[0].mode} mode"
                 raise FieldError(person.field, f"{words}: make this one again")
         boxes = form.face_boxes and scale_boxes(form.face_boxes, (1, 1), self.size(form.shape))
+        posed = self.posed(form, self.size(form.shape), boxes)
+        control = self.control_of(form, posed)
         draft = len(identities) > 1 and boxes is None
         passes = 2 if form.compare or draft else 1
         for index in range(form.count):
@@ -144,13 +141,14 @@ class Engine(PeopleEngine):
             one = replace(form, seed=form.seed + index)
             plain = None
             if passes == 2:
-                plain = self._denoise(one, {}, lambda part: report(part, 0)).images[0]
+                plain = self._denoise(one, control, lambda part: report(part, 0)).images[0]
             places, source = (boxes, "drawn") if boxes else (None, None)
             if draft:
                 places, source = self._boxes_in_draft(plain, len(identities))
             faces = {"face_image": identities, "face_scale": [person.strength for person in form.people]}
             faces |= {"face_boxes": places} if places else {}
-            output = self._denoise(one, faces, lambda part: report(part, passes - 1))
+            seen = {**control, **faces, **(posed.faces if posed else {})}
+            output = self._denoise(one, seen, lambda part: report(part, passes - 1))
             hidden = any(getattr(output, "nsfw_content_detected", None) or [])
             image = output.images[0]
             if form.refine and not hidden:
@@ -158,7 +156,8 @@ class Engine(PeopleEngine):
             text = self._text(one, identities, places, source)
             yield Picture(image, plain, places, hidden, text)
 
-    def _denoise(self, form: Form, faces: dict[str, Any], on_step: Callable[[float], None]) -> Any:
+    def _denoise(self, form: Form, seen: dict[str, Any], on_step: Callable[[float], None]) -> Any:
+        """A call of the pipeline with the arguments `seen`: faces, and what else is followed."""
         import torch
 
         from ..guidance_interval import GuidanceInterval
@@ -170,7 +169,6 @@ class Engine(PeopleEngine):
             return interval(pipe, step, timestep, tensors) if interval else tensors
 
         width, height = self.size(form.shape)
-        control = {} if form.control is None else {"control_image": form.control}
         style = {**form.style_of_picture, "face_detector": self.detector} if form.style_of_picture else {}
         try:
             with self._unet_lock:
@@ -184,8 +182,7 @@ class Engine(PeopleEngine):
                     height=height,
                     generator=torch.Generator("cpu").manual_seed(form.seed),
                     callback_on_step_end=after_step,
-                    **faces,
-                    **control,
+                    **seen,
                     **style,
                 )
         except InvalidLayoutError as error:  # boxes
@@ -246,5 +243,6 @@ class Engine(PeopleEngine):
             "control": None if form.control is None else "depth of the layout picture",
             "style_image": form.style_picture is not None or None,  # whatever it is called is nobody's business
             "style_scale": form.style_of_picture.get("style_scale"),
+            **form.pose.text,
         }
         return describe(self.pipe, self.model, self.adapter, settings)

@@ -9,6 +9,7 @@ from typing import Any
 from ..conditioner_face_studio import STYLE_SCALE, Style
 from ..face_defaults import FACE_MODES
 from ..face_errors import FaceFusionError
+from ..face_landmarks import ANGLES
 from ..face_layout import Box
 from ..face_loader_mixin import check_scale
 from ..generation.arguments import MAX_SEED, check_prompt
@@ -21,6 +22,11 @@ MAX_RATIO = 4  # of the sides of a picture whose shape is followed: beyond, the 
 AS_WRITTEN = "as written"
 STYLES = (AS_WRITTEN, "pencil sketch", "watercolor", "faded film", "line art")  # what the embedded model knows
 MORE_STYLES = ("photo", "oil painting", "comic book", "clay figure")  # for checkpoints that know more
+
+MOST_TURNED, MOST_POSED = 45, 1.5  # degrees of a head that is turned by numbers; strength of a pose
+TURNS = ("Turn left or right", "Up or down", "Tilt")  # what yaw, pitch and roll are called on the page
+AS_IN_PHOTO = "as in the photo"  # of an expression
+WITHOUT_POSE = "remove the pose photo, the numbers and the expression"
 
 RECOMMENDED = "as the model recommends"
 MODES = (RECOMMENDED, *FACE_MODES)  # how faces join a picture
@@ -84,6 +90,51 @@ class PersonForm:
 
 
 @dataclass(frozen=True)
+class PoseForm:
+    """Pose and expression of the person, in place of those that the prompt would bring.
+
+    Attributes:
+        driver: the `FaceFit` of a face in another photo, whose pose and expression are taken; None: the person's own.
+        turned: yaw, pitch and roll in degrees that take the place of the photo's, see `face_landmarks.Pose`, or None.
+        expression: a name of the face model that takes the place of the photo's, or None.
+        strength: of FaceSnap's ControlNet, see `controlnet_conditioning_scale` of diffusers.
+    """
+
+    driver: Any = None
+    turned: tuple[float, float, float] | None = None
+    expression: str | None = None
+    strength: float = 1.0
+
+    @property
+    def is_given(self) -> bool:
+        return any(given is not None for given in (self.driver, self.turned, self.expression))
+
+    @property
+    def text(self) -> dict[str, object]:
+        """What the pictures say of it: nothing of the other photo but that there was one; nothing without a pose."""
+        if not self.is_given:
+            return {}
+        angles = dict(zip(ANGLES, self.turned or (), strict=False))
+        return {"posed": True, **angles, "expression": self.expression, "control_scale": self.strength}
+
+    def check(self, people: Sequence[PersonForm]) -> None:
+        """Raise [`FieldError`] for a pose that cannot be given to these people, or a number out of range."""
+        if not self.is_given:
+            return
+        if len(people) > 1:
+            words = f"a pose is for one person, and {len(people)} are given"
+            raise FieldError("driver", f"{words}: take the others away, or {WITHOUT_POSE}")
+        if any(person.identity is not None for person in people):
+            words = "a saved identity holds no photo, which the shape of the face is read from"
+            raise FieldError("driver", f"{words}: add a photo of the person, or {WITHOUT_POSE}")
+        for name, value in zip(TURNS, self.turned or (), strict=False):
+            if not isinstance(value, Real) or not abs(float(value)) <= MOST_TURNED:
+                raise FieldError("driver", f"“{name}” must be from {-MOST_TURNED} to {MOST_TURNED}, got {value}")
+        if not isinstance(self.strength, Real) or not 0 <= float(self.strength) <= MOST_POSED:
+            raise FieldError("driver", f"the strength must be from 0 to {MOST_POSED}, got {self.strength}")
+
+
+@dataclass(frozen=True)
 class Form:
     """All that one press of “Generate” asks for.
 
@@ -93,6 +144,7 @@ class Form:
         control: picture whose depth is to be followed, an RGB image, or None.
         style_picture: picture whose style is taken by FaceStudio, an RGB image, or None.
         style_scale: how much of it, from 0 to 1.
+        pose: pose and expression of the only person, if any are asked for.
         layout_size: (width, height) of the picture that the boxes were drawn on, or None.
         low_noise_guidance: whether guidance is halved in the low-noise half of the timesteps.
         compare: whether each picture is made without faces, too.
@@ -115,6 +167,7 @@ class Form:
     control: Any = None
     style_picture: Any = None
     style_scale: float = STYLE_SCALE
+    pose: PoseForm = PoseForm()
     layout_size: tuple[int, int] | None = None
     mode: str = RECOMMENDED
 
@@ -182,6 +235,7 @@ class Form:
             raise FieldError("guidance", f"this must be from 0 to 100, got {self.guidance}")
         if self.style_picture is not None:
             in_field("style_picture", Style(self.style_picture, self.style_scale).check)
+        self.pose.check(self.people)
         if self.boxes:
             self._check_boxes(self.boxes)
         if self.shape is not None and max(self.shape) > MAX_RATIO * min(self.shape):

@@ -1,6 +1,5 @@
 """What the widgets do. Every handler gets the session of its own page and nobody else's."""
 
-import html
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,41 +13,27 @@ import gradio as gr
 from ..face_errors import FaceFusionError
 from ..face_familiarity import UNFAMILIAR, is_unfamiliar
 from ..generation.prompt_words import unknown_words_line
-from .engine import CancelledError, Engine
-from .form import ONLY_FACE, FieldError, Form, PersonForm, whole_number
-from .page import Widgets
-from .places import boxes_of_people, canvas_value, data_url, drawn_boxes, read_picture
+from .engine import CancelledError
+from .form import AS_IN_PHOTO, ONLY_FACE, FieldError, Form, PersonForm, PoseForm, whole_number
+from .picture_handlers import PictureHandlers, Updates, message
+from .places import drawn_boxes
 from .results import save_archive, save_picture, save_sheet
-from .session import Run, Session, Sessions
+from .session import Run, Session
 
 
 logger = logging.getLogger(__name__)
 
-Updates = dict[Any, Any]
-
 UNEXPECTED = "an unexpected error, which this machine has logged: try again, or reload the page"
 UNFAMILIAR_HERE = f"{UNFAMILIAR[0].upper()}{UNFAMILIAR[1:]}; “How faces join”, under “More”, decides otherwise."
-THUMBNAIL = 160  # pixels of a style picture on the page
 REFUSED = "a value was refused: choose it again, or reload the page"
 
 
-def message(text: str, kind: str = "error") -> Any:
-    """The update of a message beside a field; an empty text hides it. Whatever a user wrote stays text."""
-    role = "alert" if kind == "error" else "status"
-    lines = "<br>".join(html.escape(line) for line in text.split("\n"))
-    return gr.HTML(f'<p class="{kind}" role="{role}">{lines}</p>' if text else "", visible=bool(text))
-
-
 @dataclass(frozen=True, repr=False)
-class Handlers:
+class Handlers(PictureHandlers):
     """The event handlers of one page of widgets.
 
     Gradio calls the generating ones one after another for all users: the pipeline serves one call at a time.
     """
-
-    engine: Engine
-    sessions: Sessions
-    widgets: Widgets
 
     # --- The form --------------------------------------------------------------------------------------------------
 
@@ -65,6 +50,10 @@ class Handlers:
             w.compare,
             w.refine,
             w.mode,
+            w.by_numbers,
+            *w.turns,
+            w.expression,
+            w.pose_strength,
         }
         return fields.union(*({p.photos, p.strength, p.which} for p in w.people))
 
@@ -75,6 +64,17 @@ class Handlers:
         identity = None if photos or session is None else session.identities.get(number)
         return PersonForm(
             number, photos, identity, values.get(person.which, ONLY_FACE), values.get(person.strength, 1.0)
+        )
+
+    def read_pose(self, values: Updates, session: Session) -> PoseForm:
+        """The pose as the widgets say."""
+        w, expression = self.widgets, values[self.widgets.expression]
+        yaw, pitch, roll = (values[turn] for turn in w.turns)
+        return PoseForm(
+            session.driver,
+            (yaw, pitch, roll) if values[w.by_numbers] else None,
+            None if expression == AS_IN_PHOTO else expression,
+            values[w.pose_strength],
         )
 
     def read_form(self, values: Updates, session: Session) -> Form:
@@ -100,24 +100,12 @@ class Handlers:
             boxes=boxes,
             style_picture=session.style,
             style_scale=values[w.style_scale],
+            pose=self.read_pose(values, session),
             control=session.layout if values[w.follow_depth] else None,
             layout_size=session.layout.size if session.layout is not None and boxes else None,
         )
         form.check()
         return form
-
-    def show_error(self, error: FaceFusionError) -> Updates:
-        """The message beside each field that the error is about, with the first of them in sight."""
-        updates: Updates = {}
-        for other in reversed(error.also if isinstance(error, FieldError) else ()):
-            updates |= self.show_error(other)
-        w, name = self.widgets, error.field if isinstance(error, FieldError) else "result"
-        updates[w.messages.get(name, w.messages["result"])] = message(str(error))
-        if name.startswith("person_"):
-            updates[w.tabs] = gr.Tabs(selected=int(name.removeprefix("person_")))
-        elif (section := w.section_of(name)) is not None:
-            updates[section] = gr.Accordion(open=True)
-        return updates
 
     # --- Generating ------------------------------------------------------------------------------------------------
 
@@ -253,48 +241,3 @@ class Handlers:
     def _buttons(self, running: bool) -> Updates:
         w = self.widgets
         return {w.generate: gr.Button(interactive=not running), w.cancel: gr.Button(visible=running)}
-
-    # --- Pictures to follow ------------------------------------------------------------------------------------------
-
-    def show_style(self, file: str, request: gr.Request) -> Updates:
-        """A style picture, small, beside its button; one that was there before is not what was asked for now."""
-        w, updates = self.widgets, self.remove_style(request)
-        try:
-            picture = read_picture(file, "style_picture")
-            self.sessions.of(request.session_hash).style = picture
-        except FieldError as error:
-            return {**updates, **self.show_error(error)}
-        shown = gr.HTML(f'<img src="{data_url(picture, THUMBNAIL)}" alt="style picture">', visible=True)
-        return {**updates, w.style_shown: shown, w.remove_style: gr.Button(visible=True)}
-
-    def remove_style(self, request: gr.Request) -> Updates:
-        """The style of the prompt alone again."""
-        w = self.widgets
-        if session := self.sessions.get(request.session_hash):
-            session.style = None
-        hidden = {w.style_shown: gr.HTML("", visible=False), w.remove_style: gr.Button(visible=False)}
-        return {**hidden, w.messages["style_picture"]: message("")}
-
-    def show_layout(self, file: str, request: gr.Request) -> Updates:
-        """A layout picture behind the boxes, with the faces found in it as boxes."""
-        w = self.widgets
-        try:
-            picture = read_picture(file)
-            self.sessions.of(request.session_hash).layout = picture
-        except FieldError as error:
-            return self.show_error(error)
-        boxes = boxes_of_people(self.engine.find_boxes(picture), picture.size)
-        words = f"{len(boxes)} face{'s' * (len(boxes) != 1)} found; draw over them to change a place."
-        return {
-            w.canvas: canvas_value(picture, boxes),
-            w.messages["places"]: message(words, "note"),
-            w.remove_layout: gr.Button(visible=True),
-        }
-
-    def remove_layout(self, request: gr.Request) -> Updates:
-        """An empty area again."""
-        w, (width, height) = self.widgets, self.engine.size()
-        if session := self.sessions.get(request.session_hash):
-            session.layout = None
-        empty = {w.canvas: canvas_value(ratio=width / height), w.messages["places"]: message("")}
-        return {**empty, w.remove_layout: gr.Button(visible=False), w.follow_depth: False}

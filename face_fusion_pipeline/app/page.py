@@ -1,6 +1,7 @@
 """The page: all widgets and where they are, without what they do."""
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from .form import (
     STYLES,
     WHICH_FACE,
 )
-from .sections import IMAGES, message_beside, more_section, places_section, style_section
+from .sections import IMAGES, message_beside, more_section, places_section, pose_section, style_section
 
 
 INTRO = """<h1>Face Fusion</h1>
@@ -56,6 +57,7 @@ class Widgets:
     """All widgets that events read or change.
 
     `messages` are by the names of fields, see `form.FieldError`. `run_id` is hidden: the run that the page last began.
+    `turns` are yaw, pitch and roll.
     """
 
     tabs: gr.Tabs
@@ -69,6 +71,14 @@ class Widgets:
     remove_style: gr.Button
     style_shown: gr.HTML
     style_scale: gr.Slider
+    driver: gr.UploadButton
+    remove_driver: gr.Button
+    driver_shown: gr.HTML
+    by_numbers: gr.Checkbox
+    turns_shown: gr.Column
+    turns: list[gr.Slider]
+    expression: gr.Dropdown
+    pose_strength: gr.Slider
     layout: gr.UploadButton
     remove_layout: gr.Button
     follow_depth: gr.Checkbox
@@ -81,6 +91,7 @@ class Widgets:
     compare: gr.Checkbox
     refine: gr.Checkbox
     style_section: gr.Accordion
+    pose_section: gr.Accordion
     places_section: gr.Accordion
     more_section: gr.Accordion
     generate: gr.Button
@@ -98,8 +109,9 @@ class Widgets:
 
     def section_of(self, field: str) -> gr.Accordion | None:
         """The folded section that a field of a message lies in, or None."""
-        in_more = dict.fromkeys(("negative_prompt", "steps", "guidance", "mode"), self.more_section)
-        return {"places": self.places_section, "style_picture": self.style_section, **in_more}.get(field)
+        sections = dict.fromkeys(("negative_prompt", "steps", "guidance", "mode"), self.more_section)
+        sections |= {"style_picture": self.style_section, "driver": self.pose_section, "places": self.places_section}
+        return sections.get(field)
 
 
 def build_page(
@@ -109,6 +121,7 @@ def build_page(
     defaults: FaceDefaults,
     has_control: bool,
     has_style: bool,
+    expressions: Sequence[str] | None = None,
     described: str = "",
 ) -> Widgets:
     """Lay out all widgets; call it inside `gr.Blocks()`.
@@ -119,6 +132,7 @@ def build_page(
         defaults: what the model recommends, and the words that it knows, if they are few.
         has_control: whether the model can follow the depth of a picture.
         has_style: whether the model can take the style of a picture.
+        expressions: that a person can be given with a pose; None: the model cannot follow one.
         described: what draws the pictures.
     """
     widgets: dict[str, Any] = {}
@@ -134,6 +148,7 @@ def build_page(
                 widgets["people"] = [_person(number, messages) for number in range(1, MAX_PEOPLE + 1)]
             _prompt(widgets, messages, defaults.vocabulary)
             style_section(widgets, messages, has_style)
+            pose_section(widgets, messages, expressions)
             places_section(widgets, messages, ratio, has_control)
             more_section(widgets, messages, steps, defaults)
         with gr.Column(min_width=320, elem_id="outcome"):

@@ -11,8 +11,9 @@ from ..face_errors import FaceFusionError
 from .avatar_examples import Example
 from .engine import CancelledError
 from .form import ONLY_FACE, FieldError
-from .handlers import Handlers, Updates, message
+from .handlers import Handlers
 from .page import PersonWidgets
+from .picture_handlers import Updates, message
 from .places import data_url
 
 
@@ -112,12 +113,12 @@ class ExampleHandler:
     example: Example
 
     def fill(self, request: gr.Request) -> Updates:
-        """Photos, prompt and style of the example; other people, boxes, identities and a style picture go."""
+        """Photos, prompt and style of the example; other people, boxes, identities, style picture and pose go."""
         w, example = self.page.widgets, self.example
         if session := self.page.sessions.get(request.session_hash):
             session.identities.clear()
         updates: Updates = {w.prompt: example.prompt, w.style: example.style, w.tabs: gr.Tabs(selected=1)}
-        updates |= {**self.page.remove_layout(request), **self.page.remove_style(request)}
+        updates |= self.page.remove_layout(request) | self.page.remove_style(request) | self.page.remove_pose(request)
         for number, person in enumerate(w.people):
             photos = example.people[number] if number < len(example.people) else ()
             updates |= {person.photos: [str(photo) for photo in photos] or None, person.which: ONLY_FACE}

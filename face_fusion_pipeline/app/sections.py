@@ -1,5 +1,6 @@
-"""The folded sections of the form: a style picture, where people go, and what is seldom changed."""
+"""The folded sections of the form: a style picture, a pose, where people go, and what is seldom changed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ import gradio as gr
 
 from ..conditioner_face_studio import STYLE_SCALE
 from ..face_defaults import FaceDefaults
+from ..face_landmarks import ANGLES
 from ..generation.arguments import MAX_PROMPT, guidance_scales
-from .form import MAX_PEOPLE, MAX_STEPS, MODES, RECOMMENDED
+from .form import AS_IN_PHOTO, MAX_PEOPLE, MAX_STEPS, MODES, MOST_POSED, MOST_TURNED, RECOMMENDED, TURNS
 from .places import canvas_value
 
 
@@ -53,6 +55,55 @@ def style_section(widgets: dict[str, Any], messages: dict[str, gr.HTML], has_sty
             info="0 the prompt alone, 1 the picture alone",
             elem_id="style_scale",
         )
+
+
+def pose_section(widgets: dict[str, Any], messages: dict[str, gr.HTML], expressions: Sequence[str] | None) -> None:
+    """Another photo, or numbers, whose pose and expression are taken; hidden where no weights can do that."""
+    section = gr.Accordion("Pose", open=False, visible=expressions is not None, elem_id="pose")
+    with section as widgets["pose_section"]:
+        gr.HTML(
+            "<p>For one person: a photo whose pose and expression the new pictures take. The person keeps the shape "
+            "of their own face.</p>",
+            apply_default_css=False,
+        )
+        with gr.Row():
+            widgets["driver"] = gr.UploadButton(
+                "Pose photo", file_types=IMAGES, size="sm", min_width=120, elem_id="driver"
+            )
+            widgets["remove_driver"] = gr.Button("Remove pose photo", size="sm", min_width=120, visible=False)
+        messages["driver"] = message_beside("driver")
+        widgets["driver_shown"] = gr.HTML(
+            visible=False, elem_id="driver_shown", elem_classes="crops", apply_default_css=False
+        )
+        widgets["by_numbers"] = gr.Checkbox(
+            False,
+            label="Turn the head by numbers",
+            info="in place of the pose in that photo, or in the person's own where there is none",
+            elem_id="by_numbers",
+        )
+        with gr.Column(visible=False) as widgets["turns_shown"]:
+            directions = ("degrees; above 0 is to the right of the picture", "above 0 is up", "above 0 is clockwise")
+            widgets["turns"] = [
+                gr.Slider(-MOST_TURNED, MOST_TURNED, 0, step=1, label=label, info=info, elem_id=name)
+                for label, info, name in zip(TURNS, directions, ANGLES, strict=True)
+            ]
+        with gr.Row():
+            widgets["expression"] = gr.Dropdown(
+                [AS_IN_PHOTO, *(expressions or ())],
+                value=AS_IN_PHOTO,
+                label="Expression",
+                info="that of the photo, or another",
+                min_width=160,
+                elem_id="expression",
+            )
+            widgets["pose_strength"] = gr.Slider(
+                *(0, MOST_POSED, 1),
+                step=0.05,
+                label="Strength",
+                info="0 off",
+                min_width=160,
+                elem_id="pose_strength",
+            )
 
 
 def places_section(widgets: dict[str, Any], messages: dict[str, gr.HTML], ratio: float, has_control: bool) -> None:

@@ -44,7 +44,7 @@ def build_app(engine: Engine, sessions: Sessions, steps: int = 25) -> gr.Blocks:
     width, height = engine.size()
     blocks = gr.Blocks(title="Face Fusion", analytics_enabled=False, delete_cache=(HOUR, HOUR))
     with blocks:
-        can = (engine.has_control, engine.has_style)
+        can = (engine.has_control, engine.has_style, engine.expressions)
         widgets = build_page(examples, width / height, steps, engine.defaults, *can, engine.described)
         connect(Handlers(engine, sessions, widgets), examples)
 
@@ -74,7 +74,7 @@ def connect(handlers: Handlers, examples: list[Example]) -> None:
         w.cancel,
         *messages,
     ]
-    sections = [w.tabs, w.style_section, w.places_section, w.more_section]
+    sections = [w.tabs, w.style_section, w.pose_section, w.places_section, w.more_section]
 
     def generate_after(listener: Callable[..., Any]) -> Any:
         """`start` at once and `run` in the queue; returns the latter, for the Cancel button."""
@@ -102,20 +102,31 @@ def connect(handlers: Handlers, examples: list[Example]) -> None:
     runs = [generate_after(w.generate.click)]
     filled = [w.prompt, w.style, w.tabs, w.canvas, w.remove_layout, w.follow_depth, w.messages["places"]]
     style = [w.style_shown, w.messages["style_picture"], w.remove_style]
-    filled += [*style, *(widget for p in w.people for widget in (p.photos, p.which, p.strength, p.forget, p.crops))]
+    driver = [w.driver_shown, w.messages["driver"], w.remove_driver]
+    filled += [*style, *driver, w.by_numbers, w.expression]
+    filled += [widget for p in w.people for widget in (p.photos, p.which, p.strength, p.forget, p.crops)]
     for example, button in zip(examples, w.examples, strict=True):
         fill = button.click(ExampleHandler(handlers, example).fill, outputs=filled, queue=False, **HIDDEN)
         runs.append(generate_after(fill.then))
     w.cancel.click(handlers.cancel, outputs=shown, cancels=runs, queue=False, **HIDDEN)
 
     w.dice.click(None, outputs=w.seed, js="() => Math.floor(Math.random() * 2 ** 31)")
+    _connect_pictures(handlers, style, driver)
+    for number in range(1, len(w.people) + 1):
+        _connect_person(PersonHandlers(handlers, number))
+
+
+def _connect_pictures(handlers: Handlers, style: list[Any], driver: list[Any]) -> None:
+    """The pictures that new ones follow; `style` and `driver` are what is shown of one."""
+    w = handlers.widgets
     places = [w.canvas, w.messages["places"], w.remove_layout, w.places_section]
     w.layout.upload(handlers.show_layout, w.layout, places, api_visibility="private", show_progress_on=w.canvas)
     w.remove_layout.click(handlers.remove_layout, outputs=[*places, w.follow_depth], **HIDDEN)
     w.style_picture.upload(handlers.show_style, w.style_picture, [*style, w.style_section], **HIDDEN)
     w.remove_style.click(handlers.remove_style, outputs=style, **HIDDEN)
-    for number in range(1, len(w.people) + 1):
-        _connect_person(PersonHandlers(handlers, number))
+    w.driver.upload(handlers.show_driver, w.driver, [*driver, w.pose_section], **HIDDEN)
+    w.remove_driver.click(handlers.remove_driver, outputs=driver, **HIDDEN)
+    w.by_numbers.change(handlers.show_turns, w.by_numbers, w.turns_shown, queue=False, **HIDDEN)
 
 
 def _connect_person(handlers: PersonHandlers) -> None:

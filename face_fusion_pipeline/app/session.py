@@ -98,6 +98,7 @@ class Session:
         identities: person's number -> identity loaded from a file.
         layout: picture behind the boxes, RGB, or None.
         style: picture whose style is taken, RGB, or None.
+        driver: `FaceFit` of the face whose pose is taken, or None.
         run: the last one, or None.
         failure_due: Gradio is still to say that a run failed which was cancelled.
         seen: when it was last asked for, in seconds of `time.monotonic`.
@@ -107,6 +108,7 @@ class Session:
     identities: dict[int, Any] = field(default_factory=dict)
     layout: Any = None
     style: Any = None
+    driver: Any = None
     run: Run | None = None
     failure_due: bool = False
     seen: float = field(default_factory=time.monotonic)

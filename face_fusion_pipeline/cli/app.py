@@ -3,14 +3,24 @@
 import argparse
 import logging
 import signal
+import sys
 import threading
 from typing import Any
 
-from ..face_errors import FaceFusionError
+from ..face_errors import FaceFusionError, ModelNotFoundError
 from ..generation.arguments import add_version_arguments, check_model, check_version
-from ..generation.loading import STUDIO_FOLDER, adapter_beside, controlnet_beside, load_pipeline, studio_beside
+from ..generation.loading import (
+    SNAP_FOLDER,
+    STUDIO_FOLDER,
+    adapter_beside,
+    controlnet_beside,
+    load_pipeline,
+    snap_beside,
+    studio_beside,
+)
 from ..generation.watermark import blind_watermark
 from ._arguments import real, whole
+from ._driver_options import face_model
 
 
 HELP = "a web page on this machine: photos and a prompt in, pictures out"
@@ -35,6 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--face-studio",
         metavar="DIR_OR_FILE_OR_HUB_ID",
         help=f"FaceStudio weights, to take the style of a picture; default: {STUDIO_FOLDER} in the model's folder",
+    )
+    parser.add_argument(
+        "--face-snap",
+        metavar="DIR_OR_FILE_OR_HUB_ID",
+        help="FaceSnap weights, to take pose and expression of another photo; "
+        f"default: {SNAP_FOLDER} in the model's folder",
+    )
+    parser.add_argument(
+        "--face-model",
+        metavar="FILE",
+        help="goes with FaceSnap: of photos, see `face-fusion face-model`; the avatars have their own",
+    )
+    parser.add_argument(
+        "--landmarker", metavar="FILE", help="goes with FaceSnap: MediaPipe's model of facial points, for photos"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=whole(0, 65535), default=7860, help="port to listen on; 0 takes a free one")
@@ -85,7 +109,40 @@ def load_engine(args: argparse.Namespace) -> Any:
     if studio := args.face_studio or studio_beside(args.model):
         pipe.load_face_studio(studio)
         image_encoder_of(pipe, FaceStudio)  # one that is missing is said now, not at the first picture
+    load_snap(pipe, args)
     return Engine(pipe, args.model, adapter, detector, args.watermark)
+
+
+def load_snap(pipe: Any, args: argparse.Namespace) -> None:
+    """Load FaceSnap's weights, if there are any, and the face model that they take poses by.
+
+    Without a face model, which only some users have, the app goes without poses and a line says so.
+
+    Raises:
+        FaceFusionError: weights or a face model that were named and cannot be used, or would do nothing.
+    """
+    from ..conditioner_tokens import face_embedder_of, image_encoder_of
+    from ..face_snap import FaceMixer
+
+    named = [option for option in ("face_model", "landmarker") if getattr(args, option) is not None]
+    weights = args.face_snap or snap_beside(args.model)
+    if weights is None:
+        if named:
+            option = named[0].replace("_", "-")
+            raise FaceFusionError(f"--{option} goes with FaceSnap weights: name them with --face-snap")
+        return
+    pipe.load_face_snap(weights)
+    image_encoder_of(pipe, FaceMixer)  # as above: what is missing is said now
+    face_embedder_of(pipe, FaceMixer)
+    try:
+        model = face_model(args)
+        getattr(model, "landmarker", None)  # is loaded when it is first asked for
+    except ModelNotFoundError as error:
+        if named:
+            raise
+        print(f"face-fusion: the page is without poses, see --face-model: {error}", file=sys.stderr)
+        return
+    pipe.face_model = model
 
 
 def check_arguments(args: argparse.Namespace) -> None:
