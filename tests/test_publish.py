@@ -1,18 +1,15 @@
 """Publishing a trained model: the parts without logs, a card with the records, and nothing half done."""
 
 import json
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from face_fusion_pipeline.avatars.training import publish
-from face_fusion_pipeline.avatars.world.caption import vocabulary
 from face_fusion_pipeline.cli import main
-from face_fusion_pipeline.face_defaults import DEFAULTS_NAME, FaceDefaults, read_defaults
 from face_fusion_pipeline.face_errors import FaceFusionError, ModelNotFoundError
-from face_fusion_pipeline.generation.avatar_model import AVATAR_DEFAULTS
 
 
 RECORD = {
@@ -135,40 +132,28 @@ def test_the_card_counts_every_run_and_orders_the_parts():
     assert parts == ["autoencoder", "CLIP (text alone)", "UNet", "UNet", "UNet", "Face Fusion adapter"]
 
 
-def test_the_card_names_the_controlnet_where_there_is_one():
-    records = {"unet": RECORD, "controlnet": RECORD}
-    assert "depth ControlNet for it" in publish.card(records, [], 1, "")
+def test_the_card_names_what_lies_beside_the_model():
+    text = publish.card({"unet": RECORD}, [], 1, "", ["controlnet", "face_snap"])
+    assert "`controlnet/` holds a depth ControlNet for it" in text and "`face_snap/` holds those of FaceSnap" in text
+    assert "FaceStudio" not in text
     assert "ControlNet" not in publish.card({"unet": RECORD}, [], 1, "")
 
 
-def test_a_controlnet_goes_along_within_a_limit_of_its_own(trained, tmp_path, monkeypatch):
-    (trained / "controlnet").mkdir()
-    (trained / "controlnet" / "config.json").write_text("{}")
-    save_file({"w": torch.zeros(1000)}, trained / "controlnet" / "diffusion_pytorch_model.safetensors")
-    monkeypatch.setattr(publish, "CONTROLNET_LIMIT", 3000)
-    with pytest.raises(FaceFusionError, match="controlnet are 0.0 MB, more than"):
+@pytest.mark.parametrize("name", publish.BESIDE)
+def test_what_lies_beside_the_model_goes_along_within_a_limit_of_its_own(trained, tmp_path, monkeypatch, name):
+    file = Path(name, "below", "weights.safetensors")
+    (trained / file).parent.mkdir(parents=True)
+    (trained / name / "config.json").write_text("{}")
+    save_file({"w": torch.zeros(1000)}, trained / file)
+    monkeypatch.setitem(publish.BESIDE, name, (3000, "something"))
+    with pytest.raises(FaceFusionError, match=f"{name} are 0.0 MB, more than"):
         publish.publish(trained, tmp_path / "out", [])
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(publish, "CONTROLNET_LIMIT", 10_000)
+    monkeypatch.setitem(publish.BESIDE, name, (10_000, "something"))
     size = publish.publish(trained, tmp_path / "out", [])
-    assert (tmp_path / "out" / "controlnet" / "diffusion_pytorch_model.safetensors").is_file()
-    assert size < 4000, "the ControlNet is not counted with the model"
-    (trained / "controlnet").rename(tmp_path / "elsewhere")
+    assert (tmp_path / "out" / file).is_file()
+    assert size < 4000, "it is not counted with the model"
+    assert f"`{name}/` holds something." in (tmp_path / "out" / "README.md").read_text()
+    (trained / name).rename(tmp_path / "elsewhere")
     publish.publish(trained, tmp_path / "out", [])
-    assert not (tmp_path / "out" / "controlnet").exists()
-
-
-def test_what_the_model_recommends_goes_along(trained, tmp_path):
-    """A model that says nothing gets what suits models of avatars; wrong settings change nothing."""
-    out = tmp_path / "out"
-    publish.publish(trained, out, [])
-    assert read_defaults(out) == replace(AVATAR_DEFAULTS, vocabulary=vocabulary())
-    own = FaceDefaults(guidance_scale=3.0)
-    own.save(trained)
-    publish.publish(trained, out, [])
-    own = replace(own, vocabulary=vocabulary())
-    assert read_defaults(out) == own
-    (trained / DEFAULTS_NAME).write_text('{"guidance_scale": "much"}')
-    with pytest.raises(FaceFusionError, match="guidance_scale must be a number"):
-        publish.publish(trained, tmp_path / "other", [])
-    assert read_defaults(out) == own and not (tmp_path / "other").exists()
+    assert not (tmp_path / "out" / name).exists()

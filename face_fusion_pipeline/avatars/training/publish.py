@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ from ..world.caption import vocabulary
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_encoder", "clip_score")
 SIZE_LIMIT = 60_000_000  # bytes of weights
-CONTROLNET_LIMIT = 15_000_000  # of those of the ControlNet, which may lie beside the model
+# What may lie beside the model, with the most bytes of its weights and what the card says of it.
+BESIDE = {
+    "controlnet": (15_000_000, "a depth ControlNet for it, an ordinary diffusers `ControlNetModel`"),
+    "face_studio": (7_000_000, "the weights of FaceStudio, which takes the style of another picture"),
+    "face_snap": (17_000_000, "those of FaceSnap, which takes the pose and expression of another face"),
+}
 _STAGES = {
     "vae": "autoencoder",
     "clip": "CLIP",
@@ -36,8 +42,6 @@ New pictures of the person in one picture, as a prompt describes them: {megabyte
 `UNet2DConditionModel`, `DDIMScheduler` with v-prediction) and the two matrices for each cross-attention layer that
 Face Fusion adds. It was trained from nothing and is its own base; `image_encoder/` and `clip_score/` are the two
 towers of its CLIP, for scores."""
-_CONTROLNET = """ `controlnet/` holds a
-depth ControlNet for it, an ordinary diffusers `ControlNetModel`."""
 _LIMITS = """\
 It has seen rendered avatars only: a photo goes through the same path, but what comes out is an avatar. It knows the
 words of its own captions (a few expressions, clothes, places and styles) and no others. How its people look was drawn
@@ -48,24 +52,26 @@ def publish(model: Path, out: Path, tables: list[Path], note: str = "", adapter:
     """Copy the parts of `model` to `out`, write `out/README.md` with the `tables`; returns the bytes of weights.
 
     `adapter` is the folder that `face-fusion train` wrote; without it the adapter and its record are in `model`.
-    A ControlNet in `model` goes along, and so do the settings that it recommends, else those of `AVATAR_DEFAULTS`,
-    with the words of its captions.
+    What of `BESIDE` is in `model` goes along, and so do the settings that it recommends, else those of
+    `AVATAR_DEFAULTS`, with the words of its captions.
     Nothing of `out` changes unless everything is there. Raises ModelNotFoundError for a missing part or table,
-    FaceFusionError for weights above SIZE_LIMIT or CONTROLNET_LIMIT, wrong settings, or where `out` is one of the
-    folders that are copied from.
+    FaceFusionError for weights above SIZE_LIMIT or the limits of `BESIDE`, wrong settings, or where `out` is one of
+    the folders that are copied from.
     """
     if out.resolve() in [folder.resolve() for folder in (model, adapter) if folder]:
         raise FaceFusionError(f"{out} is what is published: take another folder for the result")
-    controlnet = [model / "controlnet"] if (model / "controlnet").is_dir() else []
-    copied = [model / name for name in (*PARTS, "model_index.json")] + controlnet
+    beside = [model / name for name in BESIDE if (model / name).is_dir()]
+    copied = [model / name for name in (*PARTS, "model_index.json")] + beside
     copied.append((adapter or model) / ADAPTER_WEIGHTS_NAME)
     recorded = [folder / "training.json" for folder in (model, adapter) if folder]
     if missing := [str(path) for path in (*copied, *recorded, *tables) if not path.exists()]:
         raise ModelNotFoundError(f"cannot publish {model}: {', '.join(missing)} missing; train that stage first")
     weights = [copied[-1], *(file for part in PARTS for file in (model / part).glob("*.safetensors"))]
     size = sum(path.stat().st_size for path in weights)
-    beside = sum(path.stat().st_size for folder in controlnet for path in folder.glob("*.safetensors"))
-    for what, found, limit in ((model, size, SIZE_LIMIT), (model / "controlnet", beside, CONTROLNET_LIMIT)):
+    limits = {model: (size, SIZE_LIMIT)}
+    for folder in beside:
+        limits[folder] = sum(path.stat().st_size for path in folder.rglob("*.safetensors")), BESIDE[folder.name][0]
+    for what, (found, limit) in limits.items():
         if found > limit:
             raise FaceFusionError(f"the weights of {what} are {found / 1e6:.1f} MB, more than {limit / 1e6:.0f} MB")
     defaults = replace(read_defaults(model) or AVATAR_DEFAULTS, vocabulary=vocabulary())
@@ -74,7 +80,8 @@ def publish(model: Path, out: Path, tables: list[Path], note: str = "", adapter:
         records["adapter"] = read_records(recorded[1])["face-fusion"]
     texts = [read_text(path, "--table") for path in tables]
     out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out / "controlnet", ignore_errors=True)  # one of an earlier model would not fit this one
+    for name in BESIDE:  # those of an earlier model would not fit this one
+        shutil.rmtree(out / name, ignore_errors=True)
     for path in copied:
         if path.is_dir():
             shutil.rmtree(out / path.name, ignore_errors=True)
@@ -85,7 +92,7 @@ def publish(model: Path, out: Path, tables: list[Path], note: str = "", adapter:
         forget_origin(config)
     defaults.save(out)
     write_text(out / "training.json", json.dumps(records, indent=2) + "\n")
-    write_text(out / "README.md", card(records, texts, size, note))
+    write_text(out / "README.md", card(records, texts, size, note, [folder.name for folder in beside]))
     return size
 
 
@@ -100,8 +107,14 @@ def forget_origin(config: Path) -> None:
         write_text(config, json.dumps(content, indent=2) + "\n")
 
 
-def card(records: dict[str, dict[str, Any]], tables: list[str], size: int, note: str) -> str:
-    """The model card: what it is, what training took (from the records of the runs), what was measured."""
+def card(
+    records: dict[str, dict[str, Any]], tables: list[str], size: int, note: str, beside: Sequence[str] = ()
+) -> str:
+    """The model card: what it is, what training took (from the records of the runs), what was measured.
+
+    Args:
+        beside: names of `BESIDE` that go along.
+    """
     rows, seconds = [], 0.0
     for stage, title in _STAGES.items():
         for name, record in records.items():
@@ -127,9 +140,10 @@ def card(records: dict[str, dict[str, Any]], tables: list[str], size: int, note:
         "",
         f"Last runs with {'; or '.join(used)}. {note}".rstrip(),
     ]
+    holdings = [f"`{name}/` holds {BESIDE[name][1]}." for name in beside]
     return render_card(
         title="Avatars: a small Stable Diffusion of a rendered world, with Face Fusion weights",
-        summary=_SUMMARY.format(megabytes=size / 1e6) + (_CONTROLNET if "controlnet" in records else ""),
+        summary=" ".join([_SUMMARY.format(megabytes=size / 1e6), *holdings]),
         base="",
         training="\n".join(training),
         limits=_LIMITS,
