@@ -15,10 +15,10 @@ from face_fusion_pipeline import (
     contact_sheet,
     embedded_model,
     landmark_control,
+    load_avatar_face_model,
     load_image,
     prepare_face,
 )
-from face_fusion_pipeline.avatars.face_model import load_avatar_face_model
 
 
 def main(person: str, driver: str, prompt: str, steps: int = 25) -> None:

@@ -9,6 +9,9 @@ __version__ = "0.1.0"
 # Imported when first asked for: `import face_fusion_pipeline` stays instant for the command line.
 _EXPORTS = {
     "embedded_model": "generation.avatar_model",
+    "load_avatar_face_model": "avatars.face_model",
+    "SnapIdentity": "conditioner_face_snap",
+    "StudioIdentity": "conditioner_face_studio",
     "Conditioner": "conditioner",
     "register_conditioner": "conditioner",
     "landmark_control": "control_landmarks",

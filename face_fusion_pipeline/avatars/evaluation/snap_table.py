@@ -42,7 +42,8 @@ from .trials import Trial, portraits, true_renders
 STRANGER = 500  # how far away in the order of people the driver is
 MOST_TURNED = 25.0  # degrees to either side, of drivers
 ANGLES = ("yaw", "pitch", "roll")
-FIGURES = (*ANGLES, "expression", "landmarks", "own_shape", "driver_shape")
+MEDIANS = (*ANGLES, "reference_yaw")
+FIGURES = (*MEDIANS, "expression", "landmarks", "own_shape", "driver_shape")
 SHEET_ROWS = 6
 DETECTOR = AvatarDetector()
 
@@ -212,6 +213,7 @@ def followed(
         (face,) = DETECTOR.detect(picture)
         fit = model.fit(picture, face.box)
         row = {angle: abs(getattr(fit.pose, angle) - getattr(wanted, angle)) for angle in ANGLES}
+        row |= {"reference_yaw": abs(fit.pose.yaw - driven.fit.pose.yaw)}
         row |= {"expression": float(words == wanted.expression), "landmarks": near}
         shape = of_average_size(fit.shape)
         row |= {"own_shape": apart(model, shape, own), "driver_shape": apart(model, shape, other)}
@@ -238,9 +240,9 @@ def obeyed(rows: list[dict], seed: int) -> dict[str, Any]:
     """Of rows of one method: medians of angles, and means with intervals over people."""
     people = np.array([row["person"] for row in rows])
     values = {name: np.array([row[name] for row in rows]) for name in FIGURES}
-    medians = {name: {"median": float(np.median(values[name]))} for name in ANGLES}
+    medians = {name: {"median": float(np.median(values[name]))} for name in MEDIANS}
     return medians | {
-        name: asdict(bootstrap_mean(values[name], people, seed=seed)) for name in FIGURES if name not in ANGLES
+        name: asdict(bootstrap_mean(values[name], people, seed=seed)) for name in FIGURES if name not in MEDIANS
     }
 
 
@@ -251,15 +253,17 @@ def as_markdown(result: dict[str, Any], recognisers: list[str]) -> str:
     """Two tables with their legend: the driver, and the main table."""
     rows = []
     for name, found in result["driver"].items():
-        row = [name, *(f"{found[angle]['median']:.1f}°" for angle in ANGLES)]
+        row = [name, *(f"{found[angle]['median']:.1f}°" for angle in MEDIANS)]
         row.append(f"{100 * found['expression']['mean']:.0f} %")
-        rows.append([*row, *(f"{100 * found[key]['mean']:.1f} %" for key in FIGURES[len(ANGLES) + 1 :])])
-    header = ["method", *(f"{angle} ↓" for angle in ANGLES), "expression ↑", "landmarks ↓"]
+        rows.append([*row, *(f"{100 * found[key]['mean']:.1f} %" for key in FIGURES[len(MEDIANS) + 1 :])])
+    header = ["method", *(f"{angle} ↓" for angle in ANGLES), "yaw, from the reference's"]
+    header += ["expression ↑", "landmarks ↓"]
     legend = (
         f"\n{result['images_per_method']} pictures a method, {result['identities']} people that no training saw, each "
         f"with a driver of their own, turned by up to {MOST_TURNED:.0f}°, {denoising(result['settings'])}, seed "
         f"{result['settings']['seed']}; {result['machine']}, {result['date']}.\nYaw, pitch, roll: median error, by "
-        "the face model of avatars, whose own error the true render shows. Expression: that of the driver, of which "
+        "the face model of avatars, whose own error the true render shows; beside it how far the head is turned from "
+        "where the reference's is. Expression: that of the driver, of which "
         "the prompt says nothing, by an evaluator. Landmarks: five, by an evaluator, from where they are in a true "
         "render of what is asked for. Shapes: points of the face from the front, from the person's own and from the "
         "driver's. Both over the distance of the eyes.\n"
