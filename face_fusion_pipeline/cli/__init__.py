@@ -31,7 +31,7 @@ EPILOG = "face-fusion COMMAND --help explains a command. FACE_FUSION_DEBUG=1 sho
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows the range of a number, and a default where there is one and the help text does not name it already."""
+    """Shows the range of a number, and a default unless it is empty or the help text already names it."""
 
     def __init__(self, prog: str, width: int | None = None) -> None:
         super().__init__(prog, max_help_position=30, width=width)
@@ -39,9 +39,12 @@ class HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
         notes = [action.type.range] if isinstance(action.type, Number) else []
-        known = action.default in (None, argparse.SUPPRESS) or action.default is False or "default" in text
+        default = action.default
+        known = default in (None, argparse.SUPPRESS, "", []) or default is False or "default" in text
         if not known and action.option_strings:
-            notes.append("default: %(default)s")
+            notes.append(
+                f"default: {' '.join(map(str, default))}" if isinstance(default, list) else "default: %(default)s"
+            )
         if not notes:
             return text
         return f"{text[:-1]}, {', '.join(notes)})" if text.endswith(")") else f"{text} ({', '.join(notes)})"

@@ -37,10 +37,13 @@ def add_driver_arguments(parser: argparse.ArgumentParser) -> None:
     driver.add_argument(
         "--controlnet",
         metavar="DIR_OR_HUB_ID",
-        help=f"a ControlNet of facial points instead; without FaceSnap {LANDMARK_FOLDER} in the model's folder",
+        help="a ControlNet of facial points instead; default, without FaceSnap: "
+        f"{LANDMARK_FOLDER} in the model's folder",
     )
     driver.add_argument(
-        "--face-model", metavar="FILE", help="of photos, see `face-fusion face-model`; the avatars have their own"
+        "--face-model",
+        metavar="FILE",
+        help="a face model of photos (see `face-fusion face-model`); the avatars have their own",
     )
     driver.add_argument("--landmarker", metavar="FILE", help="MediaPipe's model of facial points, for photos")
     driver.add_argument("--control-scale", type=STRENGTH, help="strength of the pose; default: 1")

@@ -38,7 +38,7 @@ def add_studio_arguments(parser: argparse.ArgumentParser) -> None:
     studio.add_argument("--teacher", type=Path, metavar="PATH", help="Face Fusion weights to learn from")
     studio.add_argument("--teacher-weight", type=FRACTION, default=0.7, help="share of them in what is learned")
     studio.add_argument(
-        "--fit-captions", action="store_true", help="begin with tokens that say what the captions say: a short way"
+        "--fit-captions", action="store_true", help="begin with tokens that say what the captions say: a shortcut"
     )
 
 

@@ -11,7 +11,7 @@ from ..generation.arguments import check_model
 from ._arguments import COUNT, GUIDED, RATE, SEED, STEPS, THREADS, Gather, real, whole
 
 
-HELP = "answer a reviewers' question: train variants of the method alike and compare them on avatars"
+HELP = "answer a reviewer's question: train variants of the method alike and compare them on avatars"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,7 @@ HELP = "a web page on this machine: photos and a prompt in, pictures out"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="DIR_OR_FILE_OR_HUB_ID", help="Stable Diffusion 1.x model; default: the avatars"
+        "--model", metavar="DIR_OR_FILE_OR_HUB_ID", help="Stable Diffusion 1.x, 2.x or XL model; default: the avatars"
     )
     add_version_arguments(parser)
     parser.add_argument(
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--face-model",
         metavar="FILE",
-        help="goes with FaceSnap: of photos, see `face-fusion face-model`; the avatars have their own",
+        help="goes with FaceSnap: a face model of photos (see `face-fusion face-model`); the avatars have their own",
     )
     parser.add_argument(
         "--landmarker", metavar="FILE", help="goes with FaceSnap: MediaPipe's model of facial points, for photos"
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--detector", choices=("auto", "yunet", "haar", "insightface"), default="auto")
     parser.add_argument("--detector-model", metavar="FILE", help="the detector's own model file")
-    parser.add_argument("--watermark", action="store_true", help="hide in the pixels, too, that they are generated")
+    parser.add_argument("--watermark", action="store_true", help="mark the pixels, too, invisibly, as generated")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
 

@@ -15,7 +15,7 @@ HELP = "train base, Face Fusion and depth ControlNet of the avatars in minutes o
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Draw scenes on the device, keep them there, and train base, Face Fusion and depth ControlNet on them, each "
-        "for its time. What --model already holds is gone on from; it needs a VAE and a tokenizer at least "
+        "for its time. Training starts from what --model already holds; it needs a VAE and a tokenizer at least "
         "(`face-fusion avatars-train vae` and `clip`). A run that was killed goes on from its last checkpoint when "
         "the same command is given again."
     )

@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_generation(group: Any) -> None:
-    group.add_argument("--model", metavar="DIR_OR_HUB_ID", help="Stable Diffusion 1.x model; default: the avatars")
+    group.add_argument(
+        "--model", metavar="DIR_OR_HUB_ID", help="Stable Diffusion 1.x, 2.x or XL model; default: the avatars"
+    )
     group.add_argument(
         "--adapter",
         metavar="DIR_OR_FILE_OR_HUB_ID",

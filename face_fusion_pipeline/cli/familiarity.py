@@ -23,7 +23,7 @@ PREFIX = "avatars:"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Weights that were trained with one kind of pictures alone draw monsters of others. This fits a judge to both "
+        "Weights that were trained with one kind of picture alone badly distort others. This fits a judge to both "
         f"kinds and writes {FILE_NAME} into the model's folder, whose face_fusion_defaults.json then names it: where "
         "no mode is asked for, faces unlike the model's take the training-free mode."
     )

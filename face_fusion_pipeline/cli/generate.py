@@ -114,7 +114,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--self-scale",
         type=STRENGTH,
-        help="strength at the self-attention, times --scale; default: of the identity (4)",
+        help="strength at the self-attention, times --scale; default: that of the identity (4)",
     )
     parser.add_argument(
         "--steps", type=STEPS, help="denoising steps; default: as the model recommends, else 25 (the avatars: 25)"
@@ -162,7 +162,7 @@ def add_photo_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """The watermark, where it is computed, and what is printed; also of `refine`."""
-    parser.add_argument("--watermark", action="store_true", help="hide in the pixels, too, that they are generated")
+    parser.add_argument("--watermark", action="store_true", help="mark the pixels, too, invisibly, as generated")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
     parser.add_argument("--json", action="store_true", help="print what was written, and how, as JSON")

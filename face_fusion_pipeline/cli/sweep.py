@@ -51,13 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action=Gather,
         default=[0, 150, 300],
-        help="noise levels (0 150 300)",
+        help="noise levels",
     )
+    parser.add_argument("--scales", type=STRENGTH, nargs="+", action=Gather, default=[2.0, 4.0, 8.0], help="strengths")
     parser.add_argument(
-        "--scales", type=STRENGTH, nargs="+", action=Gather, default=[2.0, 4.0, 8.0], help="strengths (2 4 8)"
-    )
-    parser.add_argument(
-        "--layers", choices=LAYERS, nargs="+", action=Gather, default=["up", "all"], help="sets of layers (up all)"
+        "--layers", choices=LAYERS, nargs="+", action=Gather, default=["up", "all"], help="sets of layers"
     )
     parser.set_defaults(num_images=1)
 

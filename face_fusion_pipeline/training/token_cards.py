@@ -109,7 +109,7 @@ tags:
 
 ## Limits
 
-Likeness is no identification: nothing here can prove who somebody is. **Not for** pictures of people who did not
+Likeness is not identification: nothing here can prove who somebody is. **Not for** pictures of people who did not
 agree, deceiving, harassing, sexual or degrading pictures. The licences of the base and of all networks named above
 apply, and the rights in the training photos.
 
