@@ -112,6 +112,8 @@ def test_what_is_asked_is_the_person_in_the_drivers_pose_and_the_prompt_names_no
             *(driver.yaw, driver.pitch, driver.roll),
             driver.expression,
         )
+        assert driven.named.scene == driven.trial.scene and own.clothing in driven.named.text
+        assert without_expression(driven.named.text, driver.expression) == driven.trial.text
         assert own.clothing in driven.trial.text and len(driven.trial.text) < len(caption(trial.scene, plain=True))
 
 

@@ -1,7 +1,7 @@
 """FaceSnap on avatars: are pose and expression the driver's, the shape of the face the person's own, and is it them?
 
-A driver is a true render of somebody else, in a scene of their own. Prompts say nothing of expressions, so that who
-shows the driver's has it from the driver.
+A driver is a true render of somebody else, in a scene of their own. But in one row prompts say nothing of expressions,
+so that who shows the driver's has it from the driver.
 """
 
 from __future__ import annotations
@@ -55,16 +55,19 @@ class Method:
     Args:
         driver: `"recombined"` (the person's shape), `"own"` (the driver's shape), or None.
         read: whether the ControlNet reads who the person is.
+        named: whether the prompt names the driver's expression.
     """
 
     face: str | None
     driver: str | None = "recombined"
     read: bool = True
+    named: bool = False
 
 
 METHODS = {
     "Face Fusion": Method("both", None),
     "Face Fusion, driver": Method("both"),
+    "Face Fusion, driver, named": Method("both", named=True),
     "Face Fusion, driver, nobody read": Method("both", read=False),
     "Face Fusion, the driver's own points": Method("both", "own"),
     "FaceSnap alone": Method("face-snap"),
@@ -77,11 +80,13 @@ class Driven:
     """A trial whose scene is the person in the driver's pose and with the driver's expression.
 
     Attributes:
+        named: the same with a prompt that names the driver's expression.
         driver: the scene of somebody else that the pose is of, and its picture.
         fit: what the face model sees of the person's reference.
     """
 
     trial: Trial
+    named: Trial
     driver: Scene
     picture: Image.Image
     fit: FaceFit
@@ -105,7 +110,10 @@ def driven_trial(trial: Trial, model: EstimatedAvatarFaceModel, seed: int) -> Dr
     reference = to_pil(portraits(trial.person, seed=seed).reference)
     (face,) = DETECTOR.detect(reference)
     picture = to_pil(render([scene]).images[0].cpu())
-    return Driven(replace(trial, scene=wanted, text=text), scene, picture, model.fit(reference, face.box))
+    asked = replace(trial, scene=wanted, text=text)
+    return Driven(
+        asked, replace(asked, text=caption(wanted, plain=True)), scene, picture, model.fit(reference, face.box)
+    )
 
 
 class Snap:
@@ -117,10 +125,11 @@ class Snap:
     def picture(self, driven: Driven, name: str) -> torch.Tensor:
         """(3, S, S) of a trial by a method."""
         words = "".join(letter if letter.isalnum() else " " for letter in name)
-        path = image_path(self.out, driven.trial, "-".join(words.split()))
+        trial = driven.named if METHODS[name].named else driven.trial
+        path = image_path(self.out, trial, "-".join(words.split()))
         if not path.is_file():
             arguments = self.arguments(driven, METHODS[name])
-            write_image(path, trial_image(self.pipe, driven.trial, self.settings, **arguments))
+            write_image(path, trial_image(self.pipe, trial, self.settings, **arguments))
         return read_image(path, IMAGE_SIZE)
 
     def arguments(self, driven: Driven, method: Method) -> dict[str, Any]:
@@ -263,10 +272,10 @@ def as_markdown(result: dict[str, Any], recognisers: list[str]) -> str:
         f"with a driver of their own, turned by up to {MOST_TURNED:.0f}°, {denoising(result['settings'])}, seed "
         f"{result['settings']['seed']}; {result['machine']}, {result['date']}.\nYaw, pitch, roll: median error, by "
         "the face model of avatars, whose own error the true render shows; beside it how far the head is turned from "
-        "where the reference's is. Expression: that of the driver, of which "
-        "the prompt says nothing, by an evaluator. Landmarks: five, by an evaluator, from where they are in a true "
-        "render of what is asked for. Shapes: points of the face from the front, from the person's own and from the "
-        "driver's. Both over the distance of the eyes.\n"
+        "where the reference's is. Expression: that of the driver, by an evaluator; the prompt says nothing of it, "
+        "but for the row “named”. Landmarks: five, by an evaluator, from where they are in a true render of what is "
+        "asked for. Shapes: points of the face from the front, from the person's own and from the driver's. Both over "
+        "the distance of the eyes.\n"
     )
     table = markdown_table([*header, "from the own shape ↓", "from the driver's shape"], rows)
     return table + legend + "\n" + main_table(result, recognisers)
