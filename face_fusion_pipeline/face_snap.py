@@ -186,7 +186,10 @@ def new_network(unet: Any, vae_scale_factor: int = 8, start: str | None = None) 
     if start is not None:
         other = load_network(start)
         check_network(other, unet)
-        return other
+        config = {name: value for name, value in other.config.items() if name != "_name_or_path"}  # whose it was
+        begun: ControlNetModel = ControlNetModel.from_config(config)
+        begun.load_state_dict(other.state_dict())
+        return begun
     stages = int(math.log2(vae_scale_factor)) + 1
     channels = HINT_CHANNELS[:stages] if stages <= len(HINT_CHANNELS) else (*HINT_CHANNELS, HINT_CHANNELS[-1])
     network: ControlNetModel = ControlNetModel.from_unet(whole(unet), conditioning_embedding_out_channels=channels)

@@ -425,6 +425,22 @@ def test_half_precision(pipe):
     assert generate(pipe, face_image=A, driver_image=DOTS).isfinite().all()
 
 
+def test_a_network_may_begin_with_another_one_and_does_not_say_where_that_lay(sd, tmp_path):
+    other = new_network(sd.unet, sd.vae_scale_factor)
+    for weight in other.parameters():
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
+    other.save_pretrained(tmp_path / "other")
+    begun = new_network(sd.unet, sd.vae_scale_factor, str(tmp_path / "other"))
+    assert all(torch.equal(a, b) for a, b in zip(begun.parameters(), other.parameters(), strict=True))
+    assert all(weight.requires_grad for weight in begun.parameters())
+    begun.save_pretrained(tmp_path / "begun")
+    assert str(tmp_path) not in (tmp_path / "begun" / "config.json").read_text()
+    with pytest.raises(AdapterMismatchError, match="cannot load the ControlNet"):
+        new_network(sd.unet, sd.vae_scale_factor, str(tmp_path / "nothing"))
+    with pytest.raises(AdapterMismatchError, match="take one that was trained for this model"):
+        new_network(tiny_pipeline(family="xl").unet, 8, str(tmp_path / "other"))
+
+
 def test_a_new_network_changes_nothing_yet(sd):
     network = new_network(sd.unet, sd.vae_scale_factor)
     check_network(network, sd.unet)
