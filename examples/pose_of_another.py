@@ -28,6 +28,7 @@ def main(person: str, driver: str, prompt: str, steps: int = 25) -> None:
     pipe.face_model = load_avatar_face_model()
 
     face, drivers = prepare_face(person), {"picture": load_image(driver)}
+    identity = pipe.encode_face(face)  # once, for both pictures
     shape = pipe.face_model.fit(load_image(person))  # of the face, whatever its pose
     turned = pipe.face_model.fit(load_image(driver)).turned(yaw=20)
     drivers["turned by 20 degrees"] = turned
@@ -40,7 +41,7 @@ def main(person: str, driver: str, prompt: str, steps: int = 25) -> None:
         generator = torch.Generator().manual_seed(0)
         result = pipe(
             prompt,
-            face_image=face,
+            face_image=identity,
             driver_image=pose,
             control_source=shape,
             num_inference_steps=steps,

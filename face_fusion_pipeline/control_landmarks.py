@@ -95,12 +95,14 @@ def driven_faces(
         detect: the boxes of all faces of a photo.
         turned, expression: what replaces the drivers' yaw, pitch and roll, and their expressions.
         assign: which faces of a driving photo are taken, see `face_layout.assign_boxes`.
-        default_size: of the result where neither `size` nor a photo says it.
+        default_size: what the result's size stays within where `size` does not say it; of the photo's shape, if there
+            is one.
     """
     people = len(sources) or (None if boxes is None else len(boxes))
     drivers, drawn_in = driving_fits(model, driver, sources, people, detect, assign, boxes is not None)
     sources = sources or drivers
-    size = size or drawn_in or default_size
+    if size is None:
+        size = drawn_in if default_size is None else within(drawn_in or default_size, default_size)
     if size is None:
         raise LandmarksError("a pose alone does not say how large the picture is: give size=(width, height)")
     if boxes is not None and len(boxes) != len(sources):
@@ -167,6 +169,13 @@ def face_box(model: FaceModel, fit: FaceFit) -> Box:
         return fit.box
     x0, y0, x1, y1 = points_box(model.points(fit.shape, fit.expression, fit.pose))
     return x0, y0 - FOREHEAD * (y1 - y0), x1, y1
+
+
+def within(shape: tuple[int, int], most: tuple[int, int]) -> tuple[int, int]:
+    """The largest size (width, height) of this shape, in steps of 8 pixels, whose longer side is that of `most`."""
+    scale = max(most) / max(shape)
+    width, height = (max(8, round(side * scale / 8) * 8) for side in shape)
+    return width, height
 
 
 def in_picture(box: Box, drawn_in: tuple[int, int] | None, size: tuple[int, int]) -> Box:

@@ -1,5 +1,6 @@
 """72 facial points: where they are on avatars, what a pose makes of them, dots, face models of photos and avatars."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -20,7 +21,7 @@ from face_fusion_pipeline.avatars.world import sheet
 from face_fusion_pipeline.avatars.world.render import rotations
 from face_fusion_pipeline.cli import face_model as command
 from face_fusion_pipeline.cli import main
-from face_fusion_pipeline.control_landmarks import landmark_control
+from face_fusion_pipeline.control_landmarks import driven_faces, landmark_control, within
 from face_fusion_pipeline.face_errors import (
     FaceFusionError,
     InvalidLayoutError,
@@ -273,6 +274,21 @@ def test_faces_go_into_their_boxes(exact):
         landmark_control([source, source], [driver] * 3, face_model=exact)
     with pytest.raises(InvalidLayoutError, match="lies outside"):
         landmark_control(source, driver, face_model=exact, face_boxes=[(300, 0, 400, 90)])
+
+
+@pytest.mark.parametrize(
+    ("shape", "most", "expected"),
+    [((3000, 2000), (512, 512), (512, 344)), ((64, 64), (128, 128), (128, 128)), ((9, 900), (512, 512), (8, 512))],
+)
+def test_a_picture_is_as_large_as_its_model_draws_and_not_as_its_driver_is(exact, shape, most, expected):
+    assert within(shape, most) == expected
+    (source,) = fits(exact, TEST)
+    large = dataclasses.replace(source, pose=source.pose.moved(4, 0, 0), size=(512, 512))
+    large = dataclasses.replace(large, box=tuple(4 * side for side in source.box))
+    driven = driven_faces(exact, [source], large, lambda photo: [], default_size=(128, 128))
+    assert driven.size == (128, 128)
+    np.testing.assert_allclose(driven.points[0], exact.points(source.shape, source.expression, source.pose), atol=1e-6)
+    assert driven_faces(exact, [source], large, lambda photo: []).size == (512, 512)  # the dots alone
 
 
 def test_a_driver_without_a_face_is_refused(exact):
@@ -530,7 +546,7 @@ def portraits(tmp_path_factory):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--yaw", "20"], "has no weights that see a pose"),
+        (["--yaw", "20", "--model", "MODEL"], "has no weights that see a pose"),
         (["--control-scale", "1"], "--control-scale goes with --driver or a pose"),
         (["--driver", "nobody.png"], "there is no driver nobody.png"),
         (["--yaw", "200"], "--yaw must be"),
@@ -538,7 +554,10 @@ def portraits(tmp_path_factory):
     ],
 )
 def test_a_pose_that_cannot_be_taken_is_refused_in_one_line(portraits, more, message, capsys):
-    assert main(words_of(portraits, *more)) == 2
+    model = portraits / "model"  # a folder that holds none
+    model.mkdir(exist_ok=True)
+    (model / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    assert main(words_of(portraits, *(str(model) if word == "MODEL" else word for word in more))) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and message in said[0]
 

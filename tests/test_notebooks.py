@@ -184,7 +184,7 @@ def test_several_people(tmp_path: Path) -> None:
 
 
 def test_poses(tmp_path: Path) -> None:
-    notebook = run("poses", tmp_path, STEPS="1", YAWS="(-20, 20)", EXPRESSIONS='("smiling",)')
+    notebook = run("poses", tmp_path, STEPS="1", YAWS="(-20, 20)", EXPRESSIONS='{"smiling": "smiling"}')
     assert pictures(notebook) == 3
     yaw, pitch = numbers(r"yaw (-?\d+), pitch (-?\d+)", printed(notebook))
     assert abs(yaw) < 15 and abs(pitch) < 15  # what the portrait shows

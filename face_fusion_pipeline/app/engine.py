@@ -147,7 +147,7 @@ class Engine(PosingEngine):
                 places, source = self._boxes_in_draft(plain, len(identities))
             faces = {"face_image": identities, "face_scale": [person.strength for person in form.people]}
             faces |= {"face_boxes": places} if places else {}
-            seen = {**control, **faces, **(posed.faces if posed else {})}
+            seen = {**control, **faces, **(posed.faces(identities[0].mode) if posed else {})}
             output = self._denoise(one, seen, lambda part: report(part, passes - 1))
             hidden = any(getattr(output, "nsfw_content_detected", None) or [])
             image = output.images[0]

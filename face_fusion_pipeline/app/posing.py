@@ -32,17 +32,18 @@ class Posed:
     Attributes:
         points: (72, 2) in pixels of the pictures, see `face_landmarks`.
         crops: of the person's photos.
-        mode: how they are encoded, see `FaceFusionMixin.encode_face`.
     """
 
     points: np.ndarray
     crops: list[Image.Image]
-    mode: str | None
 
-    @property
-    def faces(self) -> dict[str, Any]:
-        """Arguments of a pipeline's call: photos, where an identity would not tell FaceSnap's network who it is."""
-        return {"face_image": [self.crops], "face_mode": self.mode, "identity_by": "face-fusion"}
+    def faces(self, mode: str) -> dict[str, Any]:
+        """Arguments of a pipeline's call: photos, where an identity would not tell FaceSnap's network who it is.
+
+        Args:
+            mode: of that identity, so that photos join the picture in the same way.
+        """
+        return {"face_image": [self.crops], "face_mode": mode, "identity_by": "face-fusion"}
 
 
 class PosingEngine(PeopleEngine):
@@ -132,7 +133,7 @@ class PosingEngine(PeopleEngine):
         turned = pose.turned or (None, None, None)
         place = partial(driven_faces, boxes=boxes, size=size, turned=turned, expression=pose.expression)
         driven = in_field("driver", place, model, [shape_of(model, fits)], pose.driver, self.find_boxes)
-        return Posed(driven.points[0, :, :2], crops, form.face_mode)
+        return Posed(driven.points[0, :, :2], crops)
 
     def control_of(self, form: Form, posed: Posed | None) -> dict[str, Any]:
         """Arguments of a pipeline's call: the depth and the pose that are followed."""

@@ -382,7 +382,7 @@ def people_of(args: argparse.Namespace, references: "list[Image.Image]", identit
     from ..generation.photos import with_mirrored
 
     shown = with_mirrored(references) if args.mirror else references
-    return {"face_image": [shown], "face_mode": args.mode, "face_mirrored": False}
+    return {"face_image": [shown], "face_mode": identity.mode, "face_mirrored": False}
 
 
 def number_of(path: Path) -> int | None:
