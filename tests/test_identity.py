@@ -61,7 +61,7 @@ def test_a_file_holds_keys_and_values_and_no_picture(pipe, tmp_path, mode):
         expected |= {f"{name}.key": (2, tokens, width), f"{name}.value": (2, tokens, width)}
     for name in attention_layers(pipe.unet, "attn1") if mode != "adapter" else ():
         if name.startswith("up_blocks"):
-            expected |= {f"{name}.{part}": (2, 112, 16) for part in ("key", "value")}  # in the ellipse
+            expected |= {f"{name}.{part}": (2, 92, 16) for part in ("key", "value")}  # in the ellipse
             expected |= {f"{name}.cells": (16, 16)}
     tensors = load_file(tmp_path / "someone.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
@@ -100,7 +100,7 @@ def test_shapes_follow_the_layers(pipe):
     assert {tuple(key.shape) for key in identity.keys.values()} == {(3, 64, 16), (3, 16, 32)}
     assert all(name.endswith("attn2") for name in identity.keys)
     free = pipe.encode_face(face(), face_mode="training-free", face_resolution=32)
-    assert {tuple(key.shape) for key in free.keys.values()} == {(1, 112, 16)}
+    assert {tuple(key.shape) for key in free.keys.values()} == {(1, 92, 16)}
     assert all(name.endswith("attn1") for name in free.keys)
 
 
