@@ -113,6 +113,7 @@ def test_the_app_says_when_there_can_be_no_watermark(
     pytest.importorskip("gradio", minversion="6.0", reason="the app needs Gradio: pip install -e '.[app]'")
     monkeypatch.setattr(app, "load_pipeline", lambda *_: tiny_pipeline())
     monkeypatch.setattr(app, "studio_beside", lambda *_: None)
+    monkeypatch.setattr(app, "snap_beside", lambda *_: None)
     assert main(["app", "--watermark"]) == 2
     assert "16 × 16" in capsys.readouterr().err
     monkeypatch.setattr(watermark, "MIN_SIDE", 16)
