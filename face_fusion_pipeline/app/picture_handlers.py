@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from ..face_errors import FaceFusionError
 from .engine import Engine
@@ -25,6 +26,17 @@ def message(text: str, kind: str = "error") -> Any:
     role = "alert" if kind == "error" else "status"
     lines = "<br>".join(html.escape(line) for line in text.split("\n"))
     return gr.HTML(f'<p class="{kind}" role="{role}">{lines}</p>' if text else "", visible=bool(text))
+
+
+def shown_picture(place: Any, remove: Any, picture: Image.Image, words: str) -> Updates:
+    """A picture, small, described by `words`, in its place beside the button that takes it away."""
+    image = f'<img src="{data_url(picture, THUMBNAIL)}" alt="{words}">'
+    return {place: gr.HTML(image, visible=True), remove: gr.Button(visible=True)}
+
+
+def no_picture(place: Any, remove: Any) -> Updates:
+    """The opposite of [`shown_picture`]."""
+    return {place: gr.HTML("", visible=False), remove: gr.Button(visible=False)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,16 +68,14 @@ class PictureHandlers:
             self.sessions.of(request.session_hash).style = picture
         except FieldError as error:
             return {**updates, **self.show_error(error)}
-        shown = gr.HTML(f'<img src="{data_url(picture, THUMBNAIL)}" alt="style picture">', visible=True)
-        return {**updates, w.style_shown: shown, w.remove_style: gr.Button(visible=True)}
+        return {**updates, **shown_picture(w.style_shown, w.remove_style, picture, "style picture")}
 
     def remove_style(self, request: gr.Request) -> Updates:
         """The style of the prompt alone again."""
         w = self.widgets
         if session := self.sessions.get(request.session_hash):
             session.style = None
-        hidden = {w.style_shown: gr.HTML("", visible=False), w.remove_style: gr.Button(visible=False)}
-        return {**hidden, w.messages["style_picture"]: message("")}
+        return {**no_picture(w.style_shown, w.remove_style), w.messages["style_picture"]: message("")}
 
     def show_driver(self, file: str, request: gr.Request) -> Updates:
         """The face whose pose is taken, with its points; one that was there before is not what was asked for now."""
@@ -76,17 +86,15 @@ class PictureHandlers:
             self.sessions.of(request.session_hash).driver = fit
         except FieldError as error:
             return {**updates, **self.show_error(error)}
-        face = data_url(self.engine.with_points(picture, fit), THUMBNAIL)
-        shown = gr.HTML(f'<img src="{face}" alt="face whose pose is taken, with its points">', visible=True)
-        return {**updates, w.driver_shown: shown, w.remove_driver: gr.Button(visible=True)}
+        face, words = self.engine.with_points(picture, fit), "face whose pose is taken, with its points"
+        return {**updates, **shown_picture(w.driver_shown, w.remove_driver, face, words)}
 
     def remove_driver(self, request: gr.Request) -> Updates:
         """No pose of another photo."""
         w = self.widgets
         if session := self.sessions.get(request.session_hash):
             session.driver = None
-        hidden = {w.driver_shown: gr.HTML("", visible=False), w.remove_driver: gr.Button(visible=False)}
-        return {**hidden, w.messages["driver"]: message("")}
+        return {**no_picture(w.driver_shown, w.remove_driver), w.messages["driver"]: message("")}
 
     def remove_pose(self, request: gr.Request) -> Updates:
         """No pose at all."""

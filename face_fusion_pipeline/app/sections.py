@@ -30,6 +30,17 @@ def message_beside(field: str) -> gr.HTML:
     return gr.HTML(visible=False, elem_id=f"message_{field}", elem_classes="message", apply_default_css=False)
 
 
+def one_picture(widgets: dict[str, Any], messages: dict[str, gr.HTML], field: str, name: str, label: str) -> None:
+    """A button that takes one picture, one that takes it away, and where it is shown; the last two hidden."""
+    with gr.Row():
+        widgets[field] = gr.UploadButton(label, file_types=IMAGES, size="sm", min_width=120, elem_id=field)
+        widgets[f"remove_{name}"] = gr.Button(f"Remove {label.lower()}", size="sm", min_width=120, visible=False)
+    messages[field] = message_beside(field)
+    widgets[f"{name}_shown"] = gr.HTML(
+        visible=False, elem_id=f"{name}_shown", elem_classes="crops", apply_default_css=False
+    )
+
+
 def style_section(widgets: dict[str, Any], messages: dict[str, gr.HTML], has_style: bool) -> None:
     """A picture whose style is taken; hidden where no weights can do that."""
     section = gr.Accordion("Style from a picture", open=False, visible=has_style, elem_id="style_picture_section")
@@ -39,15 +50,7 @@ def style_section(widgets: dict[str, Any], messages: dict[str, gr.HTML], has_sty
             "photos.</p>",
             apply_default_css=False,
         )
-        with gr.Row():
-            widgets["style_picture"] = gr.UploadButton(
-                "Style picture", file_types=IMAGES, size="sm", min_width=120, elem_id="style_picture"
-            )
-            widgets["remove_style"] = gr.Button("Remove style picture", size="sm", min_width=120, visible=False)
-        messages["style_picture"] = message_beside("style_picture")
-        widgets["style_shown"] = gr.HTML(
-            visible=False, elem_id="style_shown", elem_classes="crops", apply_default_css=False
-        )
+        one_picture(widgets, messages, "style_picture", "style", "Style picture")
         widgets["style_scale"] = gr.Slider(
             *(0, 1, STYLE_SCALE),
             step=0.05,
@@ -66,15 +69,7 @@ def pose_section(widgets: dict[str, Any], messages: dict[str, gr.HTML], expressi
             "of their own face.</p>",
             apply_default_css=False,
         )
-        with gr.Row():
-            widgets["driver"] = gr.UploadButton(
-                "Pose photo", file_types=IMAGES, size="sm", min_width=120, elem_id="driver"
-            )
-            widgets["remove_driver"] = gr.Button("Remove pose photo", size="sm", min_width=120, visible=False)
-        messages["driver"] = message_beside("driver")
-        widgets["driver_shown"] = gr.HTML(
-            visible=False, elem_id="driver_shown", elem_classes="crops", apply_default_css=False
-        )
+        one_picture(widgets, messages, "driver", "driver", "Pose photo")
         widgets["by_numbers"] = gr.Checkbox(
             False,
             label="Turn the head by numbers",
