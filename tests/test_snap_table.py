@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,6 +65,22 @@ def test_generate_shows_faces_snaps_controlnet_the_photo_and_the_points(weights,
         assert np.array_equal(np.asarray(mirrored), np.asarray(photo)[:, ::-1])
         assert (fused["face_mode"], fused["face_mirrored"]) == ("both", False)
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [([], ("OWNER/NAME", "face_snap")), (["--face-snap", "OTHER/SNAP"], ("OTHER/SNAP", None))],
+)
+def test_a_model_on_the_hub_may_hold_weights_that_see_a_pose(tmp_path, named, expected):
+    from face_fusion_pipeline.cli import _driver_options, build_parser
+
+    words = ["generate", "--face", "ada.png", "--prompt", "a person", "--out", str(tmp_path), "--yaw", "20"]
+    args = build_parser().parse_args([*words, "--model", "OWNER/NAME", *named])
+    _driver_options.check_driver(args)
+    loaded = []
+    pipe = SimpleNamespace(load_face_snap=lambda weights, subfolder: loaded.append((weights, subfolder)))
+    _driver_options.load_snap(pipe, args)
+    assert loaded == [expected] and args.controlnet is None
 
 
 @pytest.mark.parametrize(

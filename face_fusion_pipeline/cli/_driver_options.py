@@ -72,14 +72,15 @@ def check_driver(args: argparse.Namespace) -> None:
     if args.driver is not None and not Path(args.driver).is_file():
         raise ModelNotFoundError(f"there is no driver {args.driver}")
     if args.controlnet is None:
-        args.face_snap = args.face_snap or snap_beside(args.model)
+        on_hub = args.model is not None and not Path(args.model).exists()
+        args.face_snap = args.face_snap or (args.model if on_hub else snap_beside(args.model))
         args.controlnet = None if args.face_snap else landmark_net_beside(args.model)
 
 
 def load_snap(pipe: Any, args: argparse.Namespace) -> None:
     """Load FaceSnap's weights if they are to see the pose. Raises [`FaceFusionError`] where they do not fit."""
     if args.face_snap is not None:
-        pipe.load_face_snap(args.face_snap)
+        pipe.load_face_snap(args.face_snap, subfolder=SNAP_FOLDER if args.face_snap == args.model else None)
 
 
 def landmark_net_beside(model: str | None) -> str:
