@@ -16,6 +16,8 @@ from test_finetuning import SELECTION, write_photos
 from test_train_studio import prepared_place
 from tiny_models import face, tiny_pipeline
 
+from face_fusion_pipeline.avatars import sample_identity, sample_scene
+from face_fusion_pipeline.avatars.world.caption import caption, without_expression
 from face_fusion_pipeline.cli import _train_snap, main
 from face_fusion_pipeline.conditioner_face_snap import mixed_tokens
 from face_fusion_pipeline.face_attached import detach_module
@@ -29,6 +31,7 @@ from face_fusion_pipeline.publishing import repository
 from face_fusion_pipeline.training import snap_cache
 from face_fusion_pipeline.training.base_model import load_base
 from face_fusion_pipeline.training.example_pictures import decoded
+from face_fusion_pipeline.training.hidden_phrases import encode_without, without_phrases
 from face_fusion_pipeline.training.latent_cache import cache_folders
 from face_fusion_pipeline.training.loop import Part
 from face_fusion_pipeline.training.pairs import Pairs, split_people
@@ -294,6 +297,101 @@ def test_a_face_that_cannot_be_fitted_has_no_points(place):
     made = encode_snap_features(*looks, AvatarEmbedder().eval(), Blind(), model_name="blind", oval=0.0, progress=False)
     with pytest.raises(DataError, match="could fit no face"):
         SnapFeatures(made, len(read_rows(place / "data")))
+
+
+# --- Hidden phrases ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("a person in a suit, smiling, at the beach", "a person in a suit, at the beach"),
+        ("a person in a suit, in a garden, with a smile", "a person in a suit, in a garden"),
+        ("Smiling, a person in a suit", "a person in a suit"),
+        ("a smiling person", "a person"),
+        ("a person laughing out loud, watercolor", "a person, watercolor"),
+        ("a smilingly kept secret", "a smilingly kept secret"),
+    ],
+)
+def test_phrases_are_taken_out_of_captions(text, left):
+    assert without_phrases(text, ["laughing", "laughing out loud", "smiling", "with a smile"]) == left
+
+
+def hidden_of(place: Path, task: SnapTask) -> Any:
+    phrases = ["a", "photo", "picture"]  # a tiny tokenizer reads the first words alone
+    return encode_without(place / "data", task.base, cache_folders(place / "data", task.base), phrases, False)
+
+
+def test_what_is_hidden_is_learned_from_the_unet_that_reads_it(place):
+    """Of the examples without the phrases, and of no others; the loss of those is 0 where the rest is the same."""
+    task = task_of(place, face_dropout=0.0, text_dropout=0.0, both_dropout=0.0, hidden_fraction=0.5)
+    before = batch_of(task)
+    task.hidden = hidden_of(place, task)
+    batch = batch_of(task)
+    unread = batch["unread"].tolist()
+    assert len(unread) == 2
+    left = task.hidden.take([task.pairs.targets[row] for row in range(4)])["text"].float()
+    for row in range(4):
+        assert torch.equal(batch["text"][row], (left if row in unread else before["text"])[row])
+    assert not torch.equal(batch["text"], before["text"])
+    noisy = task.base.schedule.noised(batch["latents"], batch["noise"], batch["timesteps"])
+    task.train()
+    tokens = task.identity_tokens(batch)
+
+    def target_and_prediction(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        with task.fused(batch, tokens):
+            predicted = task.predicted(batch, noisy)
+        return task.target(batch, noisy, tokens), predicted
+
+    target, _ = target_and_prediction(batch)
+    assert not target.requires_grad
+    plain = task.base.schedule.target(batch["latents"], batch["noise"], batch["timesteps"])
+    for row in range(4):
+        assert torch.equal(target[row], plain[row]) is (row not in unread)
+    _, whole = target_and_prediction(before)
+    assert torch.allclose(target[unread], whole[unread], atol=1e-5)
+    task.eval()
+    assert torch.equal(target_and_prediction(batch)[0], plain)
+
+
+def test_the_phrases_of_avatars():
+    phrases = _train_snap.hidden_phrases("avatars")
+    assert {"smiling", "with a smile", "in tears, crying"} <= set(phrases)
+    scene = sample_scene(3, [sample_identity(1)])
+    shown = scene.people[0].expression
+    assert without_phrases(caption(scene, plain=True), phrases) == without_expression(
+        caption(scene, plain=True), shown
+    )
+
+
+def test_training_with_hidden_phrases(train, place, tmp_path, capsys):
+    phrases = tmp_path / "phrases.txt"
+    phrases.write_text("smiling\nlaughing\nin\n\n")
+    assert train(tmp_path / "out", "--max-train-steps", "2", "--hidden-phrases", str(phrases)) == 0
+    record = json.loads((tmp_path / "out" / "training.json").read_text())["face-snap"]
+    assert record["learned"]["hidden_fraction"] == 0.5
+    phrases.write_text("a unicorn\n")
+    assert train(tmp_path / "other", "--max-train-steps", "1", "--hidden-phrases", str(phrases)) == 2
+    assert "no caption" in capsys.readouterr().err
+    phrases.write_text("\n")
+    assert train(tmp_path / "other", "--max-train-steps", "1", "--hidden-phrases", str(phrases)) == 2
+    assert "has no phrases" in capsys.readouterr().err
+    assert train(tmp_path / "other", "--max-train-steps", "1", "--hidden-phrases", str(tmp_path / "none")) == 2
+    assert "cannot read the phrases" in capsys.readouterr().err
+
+
+def test_it_goes_on_from_other_weights(train, place, tmp_path, capsys):
+    options = ("--max-train-steps", "1", "--learning-rate", "1e-12", "--adam-weight-decay", "0")
+    assert train(tmp_path / "first", "--max-train-steps", "2", "--snap-depth", "1", "--snap-tokens", "3") == 0
+    assert train(tmp_path / "second", *options, "--init-adapter", str(tmp_path / "first")) == 0
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[name], tensor, atol=1e-6) for name, tensor in second.items())
+    file = str(tmp_path / "first" / SNAP_WEIGHTS_NAME)
+    assert train(tmp_path / "third", *options, "--init-adapter", file, "--snap-oval", "0.5") == 2
+    assert "has oval 0.9, not 0.5" in capsys.readouterr().err
+    assert train(tmp_path / "third", *options, "--init-adapter", str(place / "base")) == 2
+    assert SNAP_WEIGHTS_NAME in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     what = parser.add_argument_group("what is learned")
     what.add_argument("--init", choices=("attn1", "zero_v", "xavier"), default="attn1", help="initial weights")
-    what.add_argument("--init-adapter", type=Path, metavar="PATH", help="start from this file or folder")
+    what.add_argument("--init-adapter", type=Path, metavar="PATH", help="start from these weights, a file or folder")
     what.add_argument("--reference-timestep", type=whole(0, 999), default=0, help="noise level of the reference pass")
     what.add_argument(
         "--face-mode",

@@ -38,6 +38,12 @@ def add_snap_arguments(parser: argparse.ArgumentParser) -> None:
     snap.add_argument(
         "--snap-oval", type=real(0, 2), default=0.9, help="how much of a reference is seen, over its crop; 0: all"
     )
+    snap.add_argument(
+        "--hidden-phrases",
+        metavar="FILE",
+        help="what captions say that points show as well, such as expressions, one phrase a line, or 'avatars': not "
+        "read in half of the examples, so that it is learned from the points",
+    )
     snap.add_argument("--points-dropout", type=FRACTION, default=0.05, help="share of examples without their points")
 
 
@@ -50,9 +56,11 @@ def create_snap_task(
         loss: the options that the training of every conditioner has.
     """
     from ..face_recognisers import name_with_digest
-    from ..face_snap import FaceMixer, new_mixer, new_network
+    from ..face_snap import NETWORK, FaceMixer, new_mixer, new_network
+    from ..training.hidden_phrases import encode_without
+    from ..training.initial_weights import continued_tokens
     from ..training.objective import load_face_embedder
-    from ..training.snap import IDENTITY_LOSS_WEIGHT, SnapOptions, SnapTask
+    from ..training.snap import HIDDEN_FRACTION, IDENTITY_LOSS_WEIGHT, SnapOptions, SnapTask
     from ..training.snap_cache import SnapFeatures, encode_snap_features
 
     looks, model = Looks.of(args, base, folder, FaceMixer), face_model(args)
@@ -67,24 +75,37 @@ def create_snap_task(
     features = SnapFeatures(made, len(looks.rows))
     print(f"facial points of {features.fitted} of {features.count} pictures are known")
     pairs, held_out = looks.pairs(args, folder)
+    phrases = hidden_phrases(args.hidden_phrases)
+    hidden = encode_without(folder, base, looks.cache, phrases) if phrases else None
     base.cast(precision)
-    mixer = new_mixer(
-        base.unet,
-        image_width=looks.encoder.config.hidden_size,
-        face_width=looks.embedder.width,
-        face_embedder=looks.embedder.name,
-        image_encoder=args.image_encoder,
-        tokens=args.snap_tokens,
-        depth=args.snap_depth,
-        context=args.snap_context,
-        oval=args.snap_oval,
-    )
-    network = new_network(base.unet, base.pipeline.vae_scale_factor, args.init_controlnet)
+    seen_by = {**looks.metadata, "image_width": looks.encoder.config.hidden_size, "oval": args.snap_oval}
+    start = args.init_controlnet
+    if args.init_adapter is None:
+        sizes = {"tokens": args.snap_tokens, "depth": args.snap_depth, "context": args.snap_context}
+        mixer = new_mixer(base.unet, **seen_by, **sizes, image_encoder=args.image_encoder)
+    else:
+        mixer = continued_tokens(base.unet, FaceMixer, args.init_adapter, **seen_by)
+        folder_of = args.init_adapter if args.init_adapter.is_dir() else args.init_adapter.parent
+        start = start or str(folder_of / NETWORK)
+    network = new_network(base.unet, base.pipeline.vae_scale_factor, start)
     embedder = load_face_embedder(args.identity_embedder) if args.identity_embedder else None
     options = SnapOptions(
         **loss,
         points_dropout=args.points_dropout,
+        hidden_fraction=HIDDEN_FRACTION if hidden else 0.0,
         identity_loss_weight=(args.identity_loss_weight or IDENTITY_LOSS_WEIGHT) if embedder else 0.0,
         identity_loss_jitter=args.identity_loss_jitter,
     )
-    return SnapTask(base, mixer, network, pairs, features, held_out, options, embedder)
+    return SnapTask(base, mixer, network, pairs, features, held_out, options, embedder, hidden)
+
+
+def hidden_phrases(given: str | None) -> tuple[str, ...]:
+    """Those of a file; 'avatars' are the words of expressions in the captions of avatars."""
+    from ..avatars.world.caption import EXPRESSION_WORDS
+    from ..training.hidden_phrases import read_phrases
+
+    if given is None:
+        return ()
+    if given == "avatars":
+        return tuple(phrase for phrases in EXPRESSION_WORDS.values() for phrase in phrases)
+    return read_phrases(Path(given))

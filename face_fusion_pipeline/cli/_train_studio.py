@@ -51,7 +51,7 @@ def create_studio_task(
         loss: the options that the training of every conditioner has.
     """
     from ..face_studio import FaceStudio, new_studio
-    from ..training.initial_weights import continued_adapter
+    from ..training.initial_weights import continued_adapter, continued_tokens
     from ..training.studio import StudioOptions, StudioTask, fit_to_captions
     from ..training.studio_cache import Embeddings, encode_embeddings
 
@@ -63,18 +63,12 @@ def create_studio_task(
     embeddings = Embeddings(made, len(looks.rows))
     pairs, held_out = looks.pairs(args, folder)
     base.cast(precision)
-    studio = new_studio(
-        base.unet,
-        image_width=encoder.config.projection_dim,
-        face_width=embedder.width,
-        face_embedder=embedder.name,
-        image_encoder=args.image_encoder,
-        prior=args.prior,
-        tokens=args.studio_tokens,
-        context=args.studio_context,
-        rank=args.studio_rank,
-        picture_mask=args.picture_mask,
-    )
+    seen_by = {**looks.metadata, "image_width": encoder.config.projection_dim, "picture_mask": args.picture_mask}
+    if args.init_adapter is None:
+        sizes = {"tokens": args.studio_tokens, "context": args.studio_context, "rank": args.studio_rank}
+        studio = new_studio(base.unet, **seen_by, **sizes, image_encoder=args.image_encoder, prior=args.prior)
+    else:
+        studio = continued_tokens(base.unet, FaceStudio, args.init_adapter, **seen_by)
     studio.float()
     if args.fit_captions:
         explained = fit_to_captions(studio, pairs, embeddings)

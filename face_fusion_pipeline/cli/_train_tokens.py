@@ -42,7 +42,7 @@ def check_token_arguments(args: argparse.Namespace) -> None:
         raise FaceFusionError(
             f"--conditioner {args.conditioner} needs a --face-embedder: a file, 'insightface', or 'avatars'"
         )
-    not_of = ["init_adapter", "keep_references", "validation_prompt", "face_mode"]
+    not_of = ["keep_references", "validation_prompt", "face_mode"]
     not_of += ["identity_embedder"] if args.conditioner == "face-studio" else []
     for option in not_of:
         value = getattr(args, option, None)
@@ -72,6 +72,11 @@ class Looks:
         encoder, processor = image_encoder_of(base.pipeline, kind)
         cache = cache_folders(folder, base, args.augmentations)
         return cls(read_rows(folder), cache, encoder, processor, face_embedder(args.face_embedder))
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What weights have to agree with."""
+        return {"face_width": self.embedder.width, "face_embedder": self.embedder.name}
 
     def pairs(self, args: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
         """Examples of training, and of people set aside, or None."""

@@ -221,6 +221,22 @@ class Column:
         )
 
 
+class Captions:
+    """Random access to the shards `files` of captions."""
+
+    def __init__(self, files: list[Any], in_memory: bool) -> None:
+        keys = [key for key in files[0].keys() if key.startswith(CONDITION)]  # noqa: SIM118, no dict
+        self._columns = {key.removeprefix(CONDITION): Column(files, key, in_memory) for key in keys}
+        starts = next(iter(self._columns.values())).starts
+        numbers = [file.get_tensor("caption") + start for file, start in zip(files, starts, strict=False)]
+        self._numbers: list[int] = torch.cat(numbers).tolist()
+
+    def take(self, examples: Sequence[int]) -> dict[str, Tensor]:
+        """The conditions (B, ...) of the captions of these examples, see `BaseModel.conditions`."""
+        rows = [self._numbers[example] for example in examples]
+        return {key: column.take(rows) for key, column in self._columns.items()}
+
+
 class Shards:
     """Random access to the shards of pictures and captions; together up to `in_memory` bytes are read at once."""
 
@@ -231,13 +247,9 @@ class Shards:
         ]
         small = sum(path.stat().st_size for path in paths) <= in_memory
         self._latents, self._references = (Column(pictures, name, small) for name in ("latents", "references"))
-        keys = [key for key in texts[0].keys() if key.startswith(CONDITION)]  # noqa: SIM118, no dict
-        self._conditions = {key.removeprefix(CONDITION): Column(texts, key, small) for key in keys}
+        self._captions = Captions(texts, small)
         counts = [count for file in pictures for count in file.get_tensor("reference_start").diff().tolist()]
         self.reference_starts = [0, *accumulate(counts)]
-        starts = next(iter(self._conditions.values())).starts
-        captions = [file.get_tensor("caption") + start for file, start in zip(texts, starts, strict=False)]
-        self.captions: list[int] = torch.cat(captions).tolist()
 
     def latents(self, examples: Sequence[int]) -> Tensor:
         """(B, c, h, w)."""
@@ -252,8 +264,7 @@ class Shards:
 
     def conditions(self, examples: Sequence[int]) -> dict[str, Tensor]:
         """The conditions (B, ...) of the captions of these examples, see `BaseModel.conditions`."""
-        rows = [self.captions[example] for example in examples]
-        return {key: column.take(rows) for key, column in self._conditions.items()}
+        return self._captions.take(examples)
 
 
 def open_shards(folder: Path, count: int) -> list[Any]:

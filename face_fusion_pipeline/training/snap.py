@@ -2,11 +2,16 @@
 
 The target is a photo, its own facial points the control picture, and who it is comes from another photo of the person:
 L = L_diffusion + λ √ᾱ L_id. The UNet is frozen and reads the caption, the ControlNet reads the mixer's tokens.
+
+What a caption says the points need not. In a share of the examples its words of expressions are hidden: what is to be
+predicted is then what the same UNet with the same ControlNet predicts where it reads the whole caption, so that all
+that is to be learned is what the hidden words say.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +26,7 @@ from ..face_snap import SNAP_WEIGHTS_NAME, FaceMixer, save_network
 from ..unet_family import TEXT
 from .base_model import BaseModel
 from .kernels import plain_attention_on_cpu
+from .latent_cache import Captions
 from .loop import Batch, Part, seeded
 from .objective import FaceEmbedder
 from .pairs import Pairs, Reference
@@ -30,6 +36,8 @@ from .task import FaceFusionOptions, FaceFusionTask
 
 
 IDENTITY_LOSS_WEIGHT = 0.1  # λ, where there is something to take the loss by
+HIDDEN_FRACTION = 0.5  # of examples whose caption lacks the hidden phrases, where there are such
+WHOLE, HIDDEN = "whole ", "hidden "  # prefixes of conditions in a batch: of the caption, and of what is left of it
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class SnapOptions(FaceFusionOptions):
 
     Attributes:
         points_dropout: share of examples whose control picture is black.
+        hidden_fraction: share of examples whose caption is read without the hidden phrases.
         identity_loss_weight: λ; the loss is also weighed by √ᾱ, the share of the picture in what the UNet sees.
     """
 
@@ -45,6 +54,7 @@ class SnapOptions(FaceFusionOptions):
     both_dropout: float = 0.0
     identity_loss_until: float = 1.0
     points_dropout: float = 0.05
+    hidden_fraction: float = 0.0
 
 
 class SnapTask(FaceFusionTask):
@@ -53,6 +63,7 @@ class SnapTask(FaceFusionTask):
     Args:
         features: of the folder that `train` and `validation` are from.
         embedder: for the identity loss.
+        hidden: the captions without what the points say, see `hidden_phrases`.
     """
 
     name = "face-snap"
@@ -68,10 +79,11 @@ class SnapTask(FaceFusionTask):
         validation: Pairs | None = None,
         options: SnapOptions | None = None,
         embedder: FaceEmbedder | None = None,
+        hidden: Captions | None = None,
     ) -> None:
         super().__init__(base, mixer, train, validation, options or SnapOptions(), embedder)  # type: ignore[arg-type]
         del self.settings["face_mode"]  # a face is seen as tokens
-        self.network, self.features = network, features
+        self.network, self.features, self.hidden = network, features, hidden
         for part in (self.adapter, self.network):
             part.requires_grad_(True)
             torch.nn.Module.float(part)  # the small weights learn in full precision
@@ -87,11 +99,16 @@ class SnapTask(FaceFusionTask):
     def examples(self, pairs: Pairs, rows: Tensor, references: list[Reference]) -> Batch:
         starts = pairs.shards.reference_starts
         chosen = [starts[example] + number for example, number in references]
-        return pairs.batch(rows) | {
-            "points": self.features.points([pairs.targets[row] for row in rows.tolist()]),
+        indices = [pairs.targets[row] for row in rows.tolist()]
+        batch = pairs.batch(rows) | {
+            "points": self.features.points(indices),
             "face": self.features.faces(chosen),
             "patches": self.features.patches(chosen),
         }
+        if self.hidden is not None and pairs is self.pairs:
+            batch |= {WHOLE + key: batch[key] for key in self.empty}
+            batch |= {HIDDEN + key: state.float() for key, state in self.hidden.take(indices).items()}
+        return batch
 
     def part(self, part: Part, generator: torch.Generator, progress: float) -> Batch:
         batch = super().part(part, generator, progress)
@@ -99,6 +116,11 @@ class SnapTask(FaceFusionTask):
         draws = torch.rand(part.batch_size, generator=seeded(part.seed, part.step, "points"))[part.rows]
         dropped = self.on_device(draws < options.points_dropout)
         batch["points"] = batch["points"].masked_fill(dropped[:, None, None], torch.nan)  # what is none is not drawn
+        if self.hidden is not None:  # always as many, of those with points before all others
+            count = math.ceil(len(draws) * options.hidden_fraction)
+            batch["unread"] = rows = self.on_device((draws + (draws < options.points_dropout)).argsort()[:count])
+            for key in self.empty:
+                batch[key] = batch[key].index_copy(0, rows, batch.pop(HIDDEN + key)[rows])
         return batch
 
     # --- Loss ----------------------------------------------------------------------------------------------------
@@ -114,28 +136,57 @@ class SnapTask(FaceFusionTask):
 
     def predicted(self, batch: Batch, noisy: Tensor) -> Tensor:
         conditions, side = {key: batch[key] for key in self.empty}, self.side(noisy)
+        noisy = noisy.to(self.base.dtype)
+        self._residuals = self.residuals(batch, noisy, conditions, side)
+        reads = self.unet_reads(conditions, self._tokens, batch["has_face"], side)
+        return self.controlled(noisy, batch["timesteps"], self._residuals, reads)
+
+    def residuals(
+        self, batch: Batch, noisy: Tensor, conditions: dict[str, Tensor], side: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """What the ControlNet adds to the UNet's encoder and middle."""
         dots = landmark_maps(batch["points"][:, None], (side, side)).to(self.base.dtype) / 255
         reads = self.base.unet_arguments({**conditions, TEXT: self._tokens}, side)
-        noisy, timesteps = noisy.to(self.base.dtype), batch["timesteps"]
         with plain_attention_on_cpu(noisy):
-            down, middle = self.network(noisy, timesteps, controlnet_cond=dots, return_dict=False, **reads)
-            return self.unet(
-                noisy,
-                timesteps,
-                down_block_additional_residuals=down,
-                mid_block_additional_residual=middle,
-                **self.unet_reads(batch, conditions, side),
-            ).sample.float()
+            down, middle = self.network(noisy, batch["timesteps"], controlnet_cond=dots, return_dict=False, **reads)
+        return down, middle
 
-    def unet_reads(self, batch: Batch, conditions: dict[str, Tensor], side: int) -> dict[str, Any]:
+    def controlled(
+        self, noisy: Tensor, timesteps: Tensor, residuals: tuple[list[Tensor], Tensor], reads: dict[str, Any]
+    ) -> Tensor:
+        """What the UNet predicts with the ControlNet's `residuals`."""
+        down, middle = residuals
+        given = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        with plain_attention_on_cpu(noisy):
+            found: Tensor = self.unet(noisy, timesteps, **given, **reads).sample.float()
+        return found
+
+    def target(self, batch: Batch, noisy: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        """The noise; of examples with hidden phrases, what the UNet predicts with these residuals and the caption."""
+        target = super().target(batch, noisy, tokens)
+        if "unread" in batch and self.training:
+            target = target.index_copy(0, batch["unread"], self.read_whole(batch, noisy))
+        return target
+
+    @torch.no_grad()
+    def read_whole(self, batch: Batch, noisy: Tensor) -> Tensor:
+        """What the UNet predicts of the examples whose caption it did not read whole, if it does."""
+        rows = batch["unread"]
+        down, middle = self._residuals
+        conditions = {key: batch[WHOLE + key][rows] for key in self.empty}
+        reads = self.unet_reads(conditions, self._tokens[rows], batch["has_face"][rows], self.side(noisy))
+        noisy, timesteps = noisy[rows].to(self.base.dtype), batch["timesteps"][rows]
+        return self.controlled(noisy, timesteps, ([part[rows] for part in down], middle[rows]), reads)
+
+    def unet_reads(self, conditions: dict[str, Tensor], tokens: Tensor, has_face: Tensor, side: int) -> dict[str, Any]:
         """What the UNet is told: the caption, and where the weights say so the tokens of those who are there."""
         metadata: Any = self.adapter.metadata
         if metadata.context == "none":
             return self.base.unet_arguments(conditions, side)
         text = conditions[TEXT]
         seen = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        seen = torch.cat([seen, batch["has_face"][:, None].expand(-1, self._tokens.shape[1])], 1)
-        text = torch.cat([text.to(self._tokens.dtype), self._tokens], 1)
+        seen = torch.cat([seen, has_face[:, None].expand(-1, tokens.shape[1])], 1)
+        text = torch.cat([text.to(tokens.dtype), tokens], 1)
         return self.base.unet_arguments({**conditions, TEXT: text}, side) | {"encoder_attention_mask": seen}
 
     def identity_weights(self, timesteps: Tensor, has_face: Tensor) -> Tensor:

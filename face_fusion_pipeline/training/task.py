@@ -268,12 +268,9 @@ class FaceFusionTask(Task):
         schedule, timesteps, latents = self.base.schedule, batch["timesteps"], batch["latents"]
         noisy = schedule.noised(latents, batch["noise"], timesteps)
         tokens = self.identity_tokens(batch)
-        if self.teacher is None or not self.training:
-            target = schedule.target(latents, batch["noise"], timesteps)
-        else:
-            target = self.taught(batch, noisy, tokens)
         with self.fused(batch, tokens):
             predicted = self.predicted(batch, noisy)
+        target = self.target(batch, noisy, tokens)
         faces = face_mask(batch["boxes"], self.side(latents), latents.shape[-1])
         error = weighted_error(predicted, target, faces, self.options.face_loss_weight)
         loss = (schedule.weight(timesteps, self.options.snr_gamma, self.options.keep_noisy) * error).mean()
@@ -281,6 +278,12 @@ class FaceFusionTask(Task):
             return loss, {}
         likeness = self.identity_loss(batch, noisy, predicted)
         return loss + self.options.identity_loss_weight * likeness, {"identity_loss": likeness}
+
+    def target(self, batch: Batch, noisy: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        """What is to be predicted; a teacher teaches in training alone."""
+        if self.teacher is not None and self.training:
+            return self.taught(batch, noisy, tokens)
+        return self.base.schedule.target(batch["latents"], batch["noise"], batch["timesteps"])
 
     def predicted(self, batch: Batch, noisy: Tensor) -> Tensor:
         """What the UNet, as it is now, predicts."""

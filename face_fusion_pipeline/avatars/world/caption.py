@@ -33,7 +33,7 @@ _PLACE_WORDS = {
     "space": ("in space", "in outer space"),
     "library": ("in a library", "in the library"),
 }
-_EXPRESSION_WORDS = {
+EXPRESSION_WORDS = {
     "neutral": ("with a neutral expression", "with a neutral face"),
     "smiling": ("smiling", "with a smile"),
     "laughing": ("laughing", "laughing out loud"),
@@ -76,7 +76,7 @@ def caption(scene: Scene, plain: bool = False) -> str:
     """
     rng = random.Random(f"caption {scene.seed}")
     place = _place(rng, scene.background)
-    parts = [rng.choice(_EXPRESSION_WORDS[scene.people[0].expression]), place]
+    parts = [rng.choice(EXPRESSION_WORDS[scene.people[0].expression]), place]
     if rng.random() < 0.3:
         parts.reverse()
     text = _people(rng, scene, plain) + ", " + ", ".join(parts)
@@ -85,7 +85,7 @@ def caption(scene: Scene, plain: bool = False) -> str:
 
 def without_expression(text: str, expression: str) -> str:
     """A plain caption of one person without the words of their expression, so that a picture decides it."""
-    for words in sorted(_EXPRESSION_WORDS[expression], key=len, reverse=True):
+    for words in sorted(EXPRESSION_WORDS[expression], key=len, reverse=True):
         text = text.replace(f", {words}", "")
     return text
 
@@ -99,7 +99,7 @@ def vocabulary() -> dict[str, tuple[str, ...]]:
         "plain backgrounds": tuple(f"plain {colour}" for colour in PLAIN_COLOURS),
         "styles": STYLES,
     }
-    templates = [*_STYLE_WORDS.values(), *_PLACE_WORDS.values(), *_EXPRESSION_WORDS.values(), _WEARING, _BEFORE_PLAIN]
+    templates = [*_STYLE_WORDS.values(), *_PLACE_WORDS.values(), *EXPRESSION_WORDS.values(), _WEARING, _BEFORE_PLAIN]
     texts = [text.replace("{}", "") for template in templates for text in template]
     texts += [*_NUMBERS.values(), *_PLURALS, *_PLURALS.values(), "a an person people background and"]
     shown = words_of(" ".join(phrase for phrases in groups.values() for phrase in phrases))
@@ -329,7 +329,7 @@ def full_caption(scene: Scene) -> str:
     rng = random.Random(f"full caption {scene.seed}")
     colours, count = scene.style not in _NO_COLOURS, len(scene.people)
     place = _place(rng, scene.background)
-    parts = [rng.choice(_EXPRESSION_WORDS[scene.people[0].expression]), place]
+    parts = [rng.choice(EXPRESSION_WORDS[scene.people[0].expression]), place]
     light = _light_words(rng, scene.light, colours) if count < 3 and rng.random() < 0.7 else ""
     pose = _pose_words(rng, scene.people[0].yaw) if count == 1 and rng.random() < 0.8 else ""
     rng.shuffle(parts)
