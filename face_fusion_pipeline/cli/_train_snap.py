@@ -14,6 +14,7 @@ from ._train_tokens import Looks
 if TYPE_CHECKING:
     from ..training.base_model import BaseModel
     from ..training.snap import SnapTask
+    from ..training.snap_cache import SnapFeatures
 
 
 def add_snap_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,25 +56,13 @@ def create_snap_task(
     Args:
         loss: the options that the training of every conditioner has.
     """
-    from ..face_recognisers import name_with_digest
     from ..face_snap import NETWORK, FaceMixer, new_mixer, new_network
     from ..training.hidden_phrases import encode_without
     from ..training.initial_weights import continued_tokens
     from ..training.objective import load_face_embedder
     from ..training.snap import HIDDEN_FRACTION, IDENTITY_LOSS_WEIGHT, SnapOptions, SnapTask
-    from ..training.snap_cache import SnapFeatures, encode_snap_features
 
-    looks, model = Looks.of(args, base, folder, FaceMixer), face_model(args)
-    files = [str(path) for path in (args.face_model, args.landmarker) if path]
-    names = [name_with_digest(Path(name)) if Path(name).is_file() else name for name in files]
-    made = encode_snap_features(
-        *(folder, base, looks.cache, looks.encoder, looks.embedder, model),
-        model_name=" ".join([model.name, *names]),
-        oval=args.snap_oval,
-        processor=looks.processor,
-    )
-    features = SnapFeatures(made, len(looks.rows))
-    print(f"facial points of {features.fitted} of {features.count} pictures are known")
+    looks, features = snap_data(args, base, folder)
     pairs, held_out = looks.pairs(args, folder)
     phrases = hidden_phrases(args.hidden_phrases)
     hidden = encode_without(folder, base, looks.cache, phrases) if phrases else None
@@ -97,6 +86,26 @@ def create_snap_task(
         identity_loss_jitter=args.identity_loss_jitter,
     )
     return SnapTask(base, mixer, network, pairs, features, held_out, options, embedder, hidden)
+
+
+def snap_data(args: argparse.Namespace, base: BaseModel, folder: Path) -> tuple[Looks, SnapFeatures]:
+    """What looks at a prepared folder, and its features, which are computed where they are missing."""
+    from ..face_recognisers import name_with_digest
+    from ..face_snap import FaceMixer
+    from ..training.snap_cache import SnapFeatures, encode_snap_features
+
+    looks, model = Looks.of(args, base, folder, FaceMixer), face_model(args)
+    files = [str(path) for path in (args.face_model, args.landmarker) if path]
+    names = [name_with_digest(Path(name)) if Path(name).is_file() else name for name in files]
+    made = encode_snap_features(
+        *(folder, base, looks.cache, looks.encoder, looks.embedder, model),
+        model_name=" ".join([model.name, *names]),
+        oval=args.snap_oval,
+        processor=looks.processor,
+    )
+    features = SnapFeatures(made, len(looks.rows))
+    print(f"facial points of {features.fitted} of {features.count} pictures are known")
+    return looks, features
 
 
 def hidden_phrases(given: str | None) -> tuple[str, ...]:

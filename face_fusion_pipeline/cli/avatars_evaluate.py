@@ -13,7 +13,7 @@ from ..face_errors import ModelNotFoundError
 from ..generation.arguments import METHODS, guidance_scales
 from ..generation.avatar_model import AVATAR_DEFAULTS, embedded_model
 from ..generation.loading import usable_device
-from ._arguments import AVATAR_SIDE, COUNT, GUIDANCE, GUIDED, SEED, STEPS, STRENGTH, THREADS, Gather, whole
+from ._arguments import AVATAR_SIDE, COUNT, GUIDANCE, GUIDED, RATE, SEED, STEPS, STRENGTH, THREADS, Gather, whole
 
 
 if TYPE_CHECKING:
@@ -87,6 +87,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     snap.add_argument("--prompts", type=COUNT, default=2, help="prompts for each person (default: 2)")
     snap.add_argument("--snap", help="FaceSnap weights, file or folder (default: face_snap of the model)")
     snap.add_argument("--face-model", help="face model of avatars, file or folder (default: the one in the package)")
+
+    parts = actions.add_parser("snap-parts", help="FaceSnap: what its parts give, by variants that are trained alike")
+    _add_generation(parts)
+    parts.add_argument("--data", type=Path, required=True, metavar="DIR", help="avatars that `prepare` made")
+    parts.add_argument("--identities", type=COUNT, default=12, help="test people (default: 12)")
+    parts.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
+    parts.add_argument("--variants", nargs="+", action=Gather, metavar="NAME", help="only these")
+    parts.add_argument("--seeds", type=SEED, nargs="+", action=Gather, default=[0, 1, 2], help="a training for each")
+    parts.add_argument("--training-steps", type=COUNT, default=400, help="of every training (default: 400)")
+    parts.add_argument("--train-batch-size", type=COUNT, default=16, help="of every training (default: 16)")
+    parts.add_argument("--learning-rate", type=RATE, default=8e-4, help="of every training (default: 8e-4)")
+    parts.add_argument("--mixed-precision", choices=("auto", "no", "bf16"), default="no", help="of every training")
+    parts.add_argument(
+        "--init-controlnet", metavar="DIR", help="what FFRNet begins with (default: the model's of depth)"
+    )
 
     savings = actions.add_parser("savings", help="smaller references, fewer steps or layers: the likeness lost")
     _add_generation(savings)
@@ -164,8 +179,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of both trainings; auto: bf16 where the processor computes in it",
     )
 
-    judged = (table, model, people, depth, morph, studio, snap, savings, reference, recognition, eyes, generated)
-    for action in (*judged, train, choose):
+    judged = (table, model, people, depth, morph, studio, snap, parts, savings, reference, recognition, eyes)
+    for action in (*judged, generated, train, choose):
         action.add_argument("--threads", type=THREADS, help="CPU threads of torch (default: torch decides)")
         action.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -185,6 +200,7 @@ def run(args: argparse.Namespace) -> int:
         "morph": _morph,
         "studio": _studio,
         "snap": _snap,
+        "snap-parts": _snap_parts,
         "savings": _savings,
         "reference": _reference,
         "recognition": _recognition,
@@ -441,6 +457,56 @@ def _snap(args: argparse.Namespace) -> tuple[dict, str]:
     model = load_avatar_face_model(args.face_model or SHIPPED, DETECTOR)
     result = compare_snap(pipe, trials, panel, settings, model, args.out)
     return result, as_markdown(result, panel.names)
+
+
+def _snap_parts(args: argparse.Namespace) -> tuple[dict, str]:
+    import torch
+
+    from ..avatars.ablations.snap_parts import VARIANTS, Drawer, Workshop, as_markdown, compare_parts, metadata_of
+    from ..avatars.evaluation.snap_table import DETECTOR
+    from ..avatars.evaluation.trials import plan_trials
+    from ..avatars.face_model import SHIPPED, WEIGHTS_NAME, load_avatar_face_model
+    from ..face_errors import FaceFusionError
+    from ..training.base_model import load_base
+    from ..training.latent_cache import AUGMENTATIONS, encode
+    from ..training.loop import LoopOptions, usable_precision
+    from ._train_snap import snap_data
+
+    names = args.variants or list(VARIANTS)
+    for name in names:
+        if name not in VARIANTS:
+            raise FaceFusionError(f"no variant {name!r}: choose from {', '.join(map(repr, VARIANTS))}")
+    base = load_base(_model_folder(args))
+    base.pipeline.to(args.device)
+    encode(args.data, base)
+    given: dict[str, Any] = {"face_embedder": "avatars", "face_model": str(SHIPPED / WEIGHTS_NAME)}
+    given |= {
+        "landmarker": None,
+        "image_encoder": "",
+        "augmentations": AUGMENTATIONS,
+        "snap_oval": 0.9,
+        "validation_people": None,
+    }
+    seen = argparse.Namespace(**vars(args) | given)
+    looks, features = snap_data(seen, base, args.data)
+    pairs, _ = looks.pairs(seen, args.data)
+    base.cast(torch.bfloat16 if usable_precision(args.mixed_precision) == "bf16" else torch.float32)
+    loop = LoopOptions(
+        args.train_batch_size,
+        args.learning_rate,
+        args.training_steps,
+        warmup=min(50, args.training_steps // 4),
+        ema_decay=0.99,
+        precision=args.mixed_precision,
+        sample_minutes=1e9,
+    )
+    start = args.init_controlnet or str(Path(_model_folder(args)) / "controlnet")
+    workshop = Workshop(base, pairs, features, metadata_of(looks.encoder, looks.embedder), start, loop, args.out)
+    exclude = _training_captions(args.training_data)
+    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
+    drawer = Drawer(_settings(args), args.device, looks.embedder, load_avatar_face_model(detector=DETECTOR))
+    result = compare_parts(workshop, drawer, names, args.seeds, trials, _panel(args))
+    return result, as_markdown(result)
 
 
 def _savings(args: argparse.Namespace) -> tuple[dict, str]:

@@ -146,10 +146,14 @@ class SnapTask(FaceFusionTask):
     ) -> tuple[list[Tensor], Tensor]:
         """What the ControlNet adds to the UNet's encoder and middle."""
         dots = landmark_maps(batch["points"][:, None], (side, side)).to(self.base.dtype) / 255
-        reads = self.base.unet_arguments({**conditions, TEXT: self._tokens}, side)
+        reads = self.network_reads(conditions, side)
         with plain_attention_on_cpu(noisy):
             down, middle = self.network(noisy, batch["timesteps"], controlnet_cond=dots, return_dict=False, **reads)
         return down, middle
+
+    def network_reads(self, conditions: dict[str, Tensor], side: int) -> dict[str, Any]:
+        """What the ControlNet is told: who it is, in the place of the text."""
+        return self.base.unet_arguments({**conditions, TEXT: self._tokens}, side)
 
     def controlled(
         self, noisy: Tensor, timesteps: Tensor, residuals: tuple[list[Tensor], Tensor], reads: dict[str, Any]

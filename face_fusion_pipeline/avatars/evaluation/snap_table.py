@@ -83,6 +83,7 @@ class Driven:
         named: the same with a prompt that names the driver's expression.
         driver: the scene of somebody else that the pose is of, and its picture.
         fit: what the face model sees of the person's reference.
+        driver_fit: and of the driver's picture.
     """
 
     trial: Trial
@@ -90,6 +91,7 @@ class Driven:
     driver: Scene
     picture: Image.Image
     fit: FaceFit
+    driver_fit: FaceFit
 
 
 def driver_scene(trial: Trial) -> Scene:
@@ -108,12 +110,16 @@ def driven_trial(trial: Trial, model: EstimatedAvatarFaceModel, seed: int) -> Dr
     wanted = replace(trial.scene, people=(posed,))
     text = without_expression(caption(trial.scene, plain=True), own.expression)
     reference = to_pil(portraits(trial.person, seed=seed).reference)
-    (face,) = DETECTOR.detect(reference)
     picture = to_pil(render([scene]).images[0].cpu())
     asked = replace(trial, scene=wanted, text=text)
-    return Driven(
-        asked, replace(asked, text=caption(wanted, plain=True)), scene, picture, model.fit(reference, face.box)
-    )
+    fits = (fitted(model, shown) for shown in (reference, picture))
+    return Driven(asked, replace(asked, text=caption(wanted, plain=True)), scene, picture, *fits)
+
+
+def fitted(model: EstimatedAvatarFaceModel, picture: Image.Image) -> FaceFit:
+    """What the face model sees of a picture of one person."""
+    (face,) = DETECTOR.detect(picture)
+    return model.fit(picture, face.box)
 
 
 class Snap:
@@ -143,8 +149,7 @@ class Snap:
         if method.driver is not None:
             shown: Any = driven.picture
             if method.driver == "own":
-                (box,) = (face.box for face in DETECTOR.detect(driven.picture))
-                shown = self.model.fit(driven.picture, box)
+                shown = driven.driver_fit
             source = driven.fit if method.driver == "recombined" else shown
             arguments |= {"driver_image": shown, "control_source": source, "face_model": self.model}
             arguments |= {"face_detector": DETECTOR}
@@ -218,9 +223,7 @@ def followed(
     own, other = (of_average_size(model.of_identity(s.people[0].identity)) for s in (scene, driven.driver))
     found = []
     for image, near, words in zip(images, placed, said, strict=True):
-        picture = to_pil(image)
-        (face,) = DETECTOR.detect(picture)
-        fit = model.fit(picture, face.box)
+        fit = fitted(model, to_pil(image))
         row = {angle: abs(getattr(fit.pose, angle) - getattr(wanted, angle)) for angle in ANGLES}
         row |= {"reference_yaw": abs(fit.pose.yaw - driven.fit.pose.yaw)}
         row |= {"expression": float(words == wanted.expression), "landmarks": near}
@@ -286,9 +289,7 @@ def sheet(snap: Snap, asked: list[Driven]) -> Image.Image:
     rows: list[tuple[str, list[Image.Image]]] = []
     for driven in [d for d in asked if d.trial.number == 0][:SHEET_ROWS]:
         pictures = [to_pil(snap.picture(driven, name)) for name in METHODS]
-        (face,) = DETECTOR.detect(driven.picture)
-        driver = snap.model.fit(driven.picture, face.box)
-        dots = landmark_control(driven.fit, driver, face_model=snap.model, size=driven.picture.size)
+        dots = landmark_control(driven.fit, driven.driver_fit, face_model=snap.model, size=driven.picture.size)
         reference = portraits(driven.trial.person, seed=snap.settings.seed).face
         rows.append((driven.trial.text, [reference, driven.picture, dots, *pictures]))
     return contact_sheet(["reference", "driver", "points", *METHODS], rows)
