@@ -36,7 +36,7 @@ from face_fusion_pipeline.training.latent_cache import cache_folders
 from face_fusion_pipeline.training.loop import Part
 from face_fusion_pipeline.training.pairs import Pairs, split_people
 from face_fusion_pipeline.training.preparation import PrepareOptions, prepare, read_rows
-from face_fusion_pipeline.training.snap import SnapOptions, SnapTask
+from face_fusion_pipeline.training.snap import HIDDEN_WEIGHT, SnapOptions, SnapTask
 from face_fusion_pipeline.training.snap_cache import SnapFeatures, encode_snap_features, points_of
 from face_fusion_pipeline.training.sources import DataError, open_source
 
@@ -350,8 +350,12 @@ def test_what_is_hidden_is_learned_from_the_unet_that_reads_it(place):
         assert torch.equal(target[row], plain[row]) is (row not in unread)
     _, whole = target_and_prediction(before)
     assert torch.allclose(target[unread], whole[unread], atol=1e-5)
+    weights, others = task.loss_weights(batch), task.loss_weights(before)
+    for row in range(4):  # such errors are small
+        assert torch.isclose(weights[row], others[row] * (HIDDEN_WEIGHT if row in unread else 1))
     task.eval()
     assert torch.equal(target_and_prediction(batch)[0], plain)
+    assert torch.equal(task.loss_weights(batch), others)
 
 
 def test_the_phrases_of_avatars():

@@ -273,11 +273,15 @@ class FaceFusionTask(Task):
         target = self.target(batch, noisy, tokens)
         faces = face_mask(batch["boxes"], self.side(latents), latents.shape[-1])
         error = weighted_error(predicted, target, faces, self.options.face_loss_weight)
-        loss = (schedule.weight(timesteps, self.options.snr_gamma, self.options.keep_noisy) * error).mean()
+        loss = (self.loss_weights(batch) * error).mean()
         if self.embedder is None or not self.options.identity_loss_weight or not self.training:
             return loss, {}
         likeness = self.identity_loss(batch, noisy, predicted)
         return loss + self.options.identity_loss_weight * likeness, {"identity_loss": likeness}
+
+    def loss_weights(self, batch: Batch) -> Tensor:
+        """How much the error of each example counts (B,)."""
+        return self.base.schedule.weight(batch["timesteps"], self.options.snr_gamma, self.options.keep_noisy)
 
     def target(self, batch: Batch, noisy: Tensor, tokens: dict[str, Tensor]) -> Tensor:
         """What is to be predicted; a teacher teaches in training alone."""

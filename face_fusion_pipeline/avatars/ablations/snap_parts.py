@@ -21,7 +21,7 @@ from ...evaluation.generation import Settings, keep_settings, pipeline_of
 from ...evaluation.image_files import read_image, write_image
 from ...evaluation.reports import circumstances, markdown_table, write_report
 from ...face_attached import detach_module
-from ...face_landmarks import PARTS, draw_landmarks
+from ...face_landmarks import PARTS, POINTS, draw_landmarks
 from ...face_models import recombined
 from ...face_snap import NETWORK, FaceMixer, load_network, new_mixer, new_network
 from ...files.atomic import write_text
@@ -78,9 +78,9 @@ def five_points(points: Tensor) -> Tensor:
     found = points[..., TIP : TIP + 1, :].expand_as(points).clone()
     for part in (PARTS["left eye"][0], PARTS["right eye"][0]):
         found[..., part, :] = points[..., part, :].mean(-2, keepdim=True)
-    mouth = range(PARTS["mouth"][0].start, PARTS["mouth"][0].stop)
-    for corner, half in zip(CORNERS, (mouth[::2], mouth[1::2]), strict=True):
-        found[..., list(half), :] = points[..., corner : corner + 1, :]
+    left, right = CORNERS
+    for corner, half in ((left, slice(left, right)), (right, slice(right, POINTS))):
+        found[..., half, :] = points[..., corner : corner + 1, :]
     return found
 
 
