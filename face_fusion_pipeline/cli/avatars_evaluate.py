@@ -95,12 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
     parts.add_argument("--variants", nargs="+", action=Gather, metavar="NAME", help="only these")
     parts.add_argument("--seeds", type=SEED, nargs="+", action=Gather, default=[0, 1, 2], help="a training for each")
-    parts.add_argument("--training-steps", type=COUNT, default=400, help="of every training (default: 400)")
+    parts.add_argument("--training-steps", type=COUNT, default=200, help="of every training (default: 200)")
     parts.add_argument("--train-batch-size", type=COUNT, default=16, help="of every training (default: 16)")
-    parts.add_argument("--learning-rate", type=RATE, default=8e-4, help="of every training (default: 8e-4)")
+    parts.add_argument("--learning-rate", type=RATE, default=4e-4, help="of every training (default: 4e-4)")
     parts.add_argument("--mixed-precision", choices=("auto", "no", "bf16"), default="no", help="of every training")
     parts.add_argument(
-        "--init-controlnet", metavar="DIR", help="what FFRNet begins with (default: the model's of depth)"
+        "--snap", type=Path, metavar="DIR", help="FaceSnap weights to begin with (default: face_snap of the model)"
     )
 
     savings = actions.add_parser("savings", help="smaller references, fewer steps or layers: the likeness lost")
@@ -462,11 +462,12 @@ def _snap(args: argparse.Namespace) -> tuple[dict, str]:
 def _snap_parts(args: argparse.Namespace) -> tuple[dict, str]:
     import torch
 
-    from ..avatars.ablations.snap_parts import VARIANTS, Drawer, Workshop, as_markdown, compare_parts, metadata_of
+    from ..avatars.ablations.snap_parts import VARIANTS, Drawer, Workshop, as_markdown, compare_parts
     from ..avatars.evaluation.snap_table import DETECTOR
     from ..avatars.evaluation.trials import plan_trials
     from ..avatars.face_model import SHIPPED, WEIGHTS_NAME, load_avatar_face_model
     from ..face_errors import FaceFusionError
+    from ..generation.loading import SNAP_FOLDER
     from ..training.base_model import load_base
     from ..training.latent_cache import AUGMENTATIONS, encode
     from ..training.loop import LoopOptions, usable_precision
@@ -500,8 +501,8 @@ def _snap_parts(args: argparse.Namespace) -> tuple[dict, str]:
         precision=args.mixed_precision,
         sample_minutes=1e9,
     )
-    start = args.init_controlnet or str(Path(_model_folder(args)) / "controlnet")
-    workshop = Workshop(base, pairs, features, metadata_of(looks.encoder, looks.embedder), start, loop, args.out)
+    start = args.snap or Path(_model_folder(args)) / SNAP_FOLDER
+    workshop = Workshop(base, pairs, features, start, loop, args.out)
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
     drawer = Drawer(_settings(args), args.device, looks.embedder, load_avatar_face_model(detector=DETECTOR))

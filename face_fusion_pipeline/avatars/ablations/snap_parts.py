@@ -1,7 +1,7 @@
-"""What the parts of FaceSnap give: variants trained alike from the same start, and what each draws of avatars.
+"""What the parts of FaceSnap give: variants go on from the same weights, and each draws avatars.
 
 Each differs from the whole in one thing: what the mixer sees of a face, whether FFRNet reads the mixer's tokens or the
-prompt, how many points it sees, or whether there is an identity loss.
+prompt, how many points it sees, or whether there is an identity loss. What a variant lacks it may learn to do without.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from ...evaluation.reports import circumstances, markdown_table, write_report
 from ...face_attached import detach_module
 from ...face_landmarks import PARTS, POINTS, draw_landmarks
 from ...face_models import recombined
-from ...face_snap import NETWORK, FaceMixer, load_network, new_mixer, new_network
+from ...face_snap import NETWORK, FaceMixer, load_network, new_network
 from ...files.atomic import write_text
 from ...training.base_model import BaseModel
+from ...training.initial_weights import continued_tokens
 from ...training.loop import Batch, LoopOptions, train
 from ...training.objective import load_face_embedder
 from ...training.pairs import Pairs, Reference
@@ -107,27 +108,19 @@ class PartsTask(SnapTask):
         return super().network_reads(conditions, side)
 
 
-def metadata_of(encoder: Any, embedder: Any) -> dict[str, Any]:
-    """Of new mixers, as small as that of the embedded model; see `face_snap.SnapMetadata`."""
-    widths = {"image_width": encoder.config.hidden_size, "face_width": embedder.width}
-    return {**widths, "face_embedder": embedder.name, "tokens": 8, "depth": 2}
-
-
 @dataclass
 class Workshop:
     """Trains variants into `out/VARIANT/seed-N`, where what is finished is not trained again.
 
     Args:
-        metadata: of new mixers, see `face_snap.SnapMetadata`.
-        start: ControlNet of the base that every FFRNet begins with, see `face_snap.new_network`.
+        start: folder of the FaceSnap weights that every variant begins with.
         loop: how long and how fast; the seed is another for each run.
     """
 
     base: BaseModel
     pairs: Pairs
     features: SnapFeatures
-    metadata: dict[str, Any]
-    start: str | None
+    start: Path
     loop: LoopOptions
     out: Path
 
@@ -136,9 +129,8 @@ class Workshop:
         folder, variant = self.out / "-".join(name.split()) / f"seed-{seed}", VARIANTS[name]
         if not (folder / "training.json").is_file():  # written last
             detach_module(self.base.unet, FaceMixer.NAME)
-            torch.manual_seed(seed)
-            mixer = new_mixer(self.base.unet, **self.metadata)
-            network = new_network(self.base.unet, self.base.pipeline.vae_scale_factor, self.start)
+            mixer = continued_tokens(self.base.unet, FaceMixer, self.start)
+            network = new_network(self.base.unet, start=str(self.start / NETWORK))
             weight = IDENTITY_LOSS_WEIGHT if variant.identity_loss else 0.0
             options = SnapOptions(**LOSS, identity_loss_weight=weight)  # type: ignore[arg-type]
             embedder = load_face_embedder("avatars") if variant.identity_loss else None
