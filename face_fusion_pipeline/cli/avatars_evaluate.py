@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_adapter(morph)
     morph.add_argument("--identities", type=COUNT, default=50, help="pairs of test people (default: 50)")
 
-    studio = actions.add_parser("studio", help="FaceStudio: likeness by text and picture, the slider, mixing")
+    studio = actions.add_parser("studio", help="FaceStudio: likeness by text and picture, the slider, views, mixing")
     _add_generation(studio)
     _add_adapter(studio)
     studio.add_argument("--studio", help="FaceStudio weights, file or folder (default: face_studio of the model)")
@@ -86,7 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     snap.add_argument("--identities", type=COUNT, default=25, help="number of people (default: 25)")
     snap.add_argument("--prompts", type=COUNT, default=2, help="prompts for each person (default: 2)")
     snap.add_argument("--snap", help="FaceSnap weights, file or folder (default: face_snap of the model)")
-    snap.add_argument("--face-model", help="face model of avatars, file or folder (default: the one in the package)")
+    for action in (studio, snap):
+        action.add_argument(
+            "--face-model", help="face model of avatars, file or folder (default: the one in the package)"
+        )
 
     parts = actions.add_parser("snap-parts", help="FaceSnap: what its parts give, by variants that are trained alike")
     _add_generation(parts)
@@ -424,19 +427,22 @@ def _morph(args: argparse.Namespace) -> tuple[dict, str]:
 
 def _studio(args: argparse.Namespace) -> tuple[dict, str]:
     from ..avatars.evaluation.studio_table import as_markdown, compare_studio
+    from ..avatars.evaluation.studio_views import DETECTOR
     from ..avatars.evaluation.trials import plan_trials
+    from ..avatars.face_model import SHIPPED, load_avatar_face_model
     from ..avatars.measures.panel import load_measures
     from ..evaluation.generation import pipeline_of
 
-    settings = _settings(args, adapter=_adapter(args), face_scale=args.scale)
-    pipe = pipeline_of(settings, args.device)
     weights = args.studio or str(Path(_model_folder(args)) / "face_studio")
+    settings = _settings(args, adapter=_adapter(args), face_scale=args.scale, beside=[weights])
+    pipe = pipeline_of(settings, args.device)
     pipe.load_face_studio(weights)
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
     panel = _panel(args)
     panel.measures = load_measures(panel.evaluators)
-    result = compare_studio(pipe, trials, panel, settings, args.out)
+    model = load_avatar_face_model(args.face_model or SHIPPED, DETECTOR)
+    result = compare_studio(pipe, trials, panel, settings, model, args.out)
     return result, as_markdown(result, panel.names)
 
 
@@ -447,14 +453,15 @@ def _snap(args: argparse.Namespace) -> tuple[dict, str]:
     from ..avatars.measures.panel import load_measures
     from ..evaluation.generation import pipeline_of
 
-    settings = _settings(args, adapter=_adapter(args), face_scale=args.scale)
+    weights, points = args.snap or str(Path(_model_folder(args)) / "face_snap"), args.face_model or str(SHIPPED)
+    settings = _settings(args, adapter=_adapter(args), face_scale=args.scale, beside=[weights, points])
     pipe = pipeline_of(settings, args.device)
-    pipe.load_face_snap(args.snap or str(Path(_model_folder(args)) / "face_snap"))
+    pipe.load_face_snap(weights)
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
     panel = _panel(args)
     panel.measures = load_measures(panel.evaluators)
-    model = load_avatar_face_model(args.face_model or SHIPPED, DETECTOR)
+    model = load_avatar_face_model(points, DETECTOR)
     result = compare_snap(pipe, trials, panel, settings, model, args.out)
     return result, as_markdown(result, panel.names)
 

@@ -63,11 +63,17 @@ class Settings:
     weights_hash: str | None = None  # of local files, which may be trained on under the same name
 
     @classmethod
-    def of(cls, model: str, adapter: str | None = None, controlnet: str | None = None, **more: Any) -> Settings:
-        """Settings that know the weights in local files: UNet, adapter and ControlNet."""
-        return cls(
-            model, adapter, controlnet=controlnet, weights_hash=hash_weights(model, adapter, controlnet), **more
-        )
+    def of(
+        cls,
+        model: str,
+        adapter: str | None = None,
+        controlnet: str | None = None,
+        beside: Sequence[str] = (),
+        **more: Any,
+    ) -> Settings:
+        """Settings that know the weights in local files: UNet, adapter, ControlNet, and others that are `beside`."""
+        hashed = hash_weights(model, adapter, controlnet, *beside)
+        return cls(model, adapter, controlnet=controlnet, weights_hash=hashed, **more)
 
     @property
     def call(self) -> dict[str, Any]:
@@ -89,10 +95,10 @@ def needs_adapter(method: str) -> bool:
     return method.removesuffix(MIRRORED) in ("adapter", "both")
 
 
-def hash_weights(model: str, adapter: str | None = None, controlnet: str | None = None) -> str | None:
-    """Of the content of the local files among these, None where all are on the Hub."""
+def hash_weights(model: str, *weights: str | None) -> str | None:
+    """Of a model and weights for it: of the content of the local files among these, None where all are on the Hub."""
     base = Path(model) if Path(model).is_file() else Path(model) / "unet"
-    folders = [base, *(Path(place) for place in (adapter, controlnet) if place)]
+    folders = [base, *(Path(place) for place in weights if place)]
     files = [
         file for place in folders for file in ([place] if place.is_file() else sorted(place.glob("*.safetensors")))
     ]

@@ -1,4 +1,4 @@
-"""FaceStudio on avatars: likeness by text and by picture, the slider between them, mixing, several people.
+"""FaceStudio on avatars: likeness by text and by picture, the slider between them, views, mixing, several people.
 
 Style pictures are true renders of a scene with somebody else, whose face is covered if the weights ask for it.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from ...conditioner_face_studio import load_studio_prior
 from ...conditioner_tokens import face_embedder_of, image_encoder_of
 from ...evaluation.generation import Settings, denoising, keep_settings
-from ...evaluation.image_files import read_image, to_pil, write_image
+from ...evaluation.image_files import to_pil, write_image
 from ...evaluation.metrics import bootstrap_mean, bootstrap_normalised, cosine_similarity
 from ...evaluation.reports import circumstances, contact_sheet, markdown_table, write_report
+from ...face_models import FaceModel
 from ...face_studio import STUDIO, FaceStudio
 from ...face_style import picture_embeddings
 from ...files.atomic import write_text
@@ -30,75 +31,28 @@ from ..measures.figures import distances, row_of
 from ..measures.looks import Look
 from .avatar_table import CEILING, FLOOR, summarise
 from .avatar_table import as_markdown as main_table
-from .detector import AvatarDetector
 from .evaluators import IMAGE_SIZE
 from .scoring import Panel
-from .trial_pictures import image_path, trial_image
+from .studio_pictures import METHODS, STRANGER, Studio
+from .studio_views import compare_views, views_markdown, views_sheet
+from .trial_pictures import trial_image
 from .trials import Trial, portraits, true_renders
 
 
-STRANGER = 500  # how far away in the order of people the person of a style picture is
 SLIDER = (0.0, 0.25, 0.5, 0.75, 1.0)
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)  # fraction of the second person
-METHODS: dict[str, dict[str, Any]] = {  # call arguments; "face" and "style" stand for the trial's
-    "none": {},
-    "Face Fusion": {"face": "both"},
-    "FaceStudio by text": {"face": "face-studio", "style_context": "replace"},
-    "FaceStudio by text, appended": {"face": "face-studio", "style_context": "append"},
-    "FaceStudio by picture": {"face": "face-studio", "style": 1.0, "style_context": "replace"},
-    "FaceStudio without identity": {"style": 0.0, "style_context": "replace"},
-    "style by FaceStudio, identity by Face Fusion": {"face": "both", "style": 1.0, "style_context": "replace"},
-}
 SHOWN = ("clothing", "background")  # of the style picture and of the prompt, along the slider
 SHEET_ROWS, SLIDER_ROWS = 8, 4
 
 
-class Studio:
-    """Draws the pictures of an evaluation; what is there already is not drawn again."""
+def compare_studio(
+    pipe: Any, trials: list[Trial], panel: Panel, settings: Settings, model: FaceModel, out: Path
+) -> dict[str, Any]:
+    """Draw, score, write `rows.jsonl`, `studio.json`, `studio.md` and three sheets to `out`; returns the result.
 
-    def __init__(self, pipe: Any, trials: list[Trial], settings: Settings, out: Path) -> None:
-        self.pipe, self.trials, self.settings, self.out = pipe, trials, settings, out
-        self.identities: dict[tuple[int, str], Any] = {}
-        renders = true_renders(trials, person_shift=STRANGER)
-        self.styles = dict(zip([t.key for t in trials], map(to_pil, renders), strict=True))
-
-    def identity(self, person: int, mode: str) -> Any:
-        if (person, mode) not in self.identities:
-            face = portraits(person, seed=self.settings.seed).face
-            mirrored = {} if mode == "face-studio" else {"mirrored": True}
-            self.identities[person, mode] = self.pipe.encode_face(face, face_mode=mode, **mirrored)
-        return self.identities[person, mode]
-
-    def picture(self, trial: Trial, name: str, **arguments: Any) -> torch.Tensor:
-        """(3, S, S) of a trial, called `name`; a face and a style that are named become the trial's own."""
-        path = image_path(self.out, trial, name.replace(" ", "-").replace(",", ""))
-        if not path.is_file():
-            mode = arguments.pop("face", None)
-            if isinstance(mode, str):
-                arguments["face_image"] = self.identity(trial.person, mode)
-            scale = arguments.pop("style", None)
-            if scale is not None:
-                picture = arguments.pop("style_picture", self.styles[trial.key])
-                arguments |= {"style_image": picture, "style_scale": scale, "face_detector": COVERED}
-            write_image(path, trial_image(self.pipe, trial, self.settings, **arguments))
-        return read_image(path, IMAGE_SIZE)
-
-
-class Covered(AvatarDetector):
-    """Boxes that hide who somebody is: of the whole face, and a little more."""
-
-    def box(self, points: torch.Tensor, side: float) -> tuple[float, float, float, float]:
-        middle, eyes = points.mean(0), (points[0] - points[1]).norm()
-        half = 1.35 * max(float(eyes), float((points[:2].mean(0) - points[3:].mean(0)).norm()))
-        x, y = middle.tolist()
-        return x - half, y - half, x + half, y + half
-
-
-COVERED = Covered()
-
-
-def compare_studio(pipe: Any, trials: list[Trial], panel: Panel, settings: Settings, out: Path) -> dict[str, Any]:
-    """Draw, score, write `rows.jsonl`, `studio.json`, `studio.md` and two sheets to `out`; returns the result."""
+    Args:
+        model: sees how far heads are turned.
+    """
     keep_settings(out, settings)
     studio = Studio(pipe, trials, settings, out)
     rows, seen = main_rows(studio, panel)
@@ -117,23 +71,27 @@ def compare_studio(pipe: Any, trials: list[Trial], panel: Panel, settings: Setti
     for method in METHODS if seen else ():
         result["methods"][method]["drawing"] |= distances(seen[method], seen[CEILING], whose, seed=settings.seed)
     result["slider"], slid = slider(studio, panel)
+    result["views"], viewed = compare_views(studio, panel, model)
     result["mixing"], mixed = mixing(studio, panel)
     result["two people"] = two_people(studio, panel)
     result["seconds"] = costs(studio)
-    write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in [*rows, *slid, *mixed]))
+    write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in [*rows, *slid, *viewed, *mixed]))
     write_report(out, "studio", result, as_markdown(result, panel.names))
     write_image(out / "sheet.png", sheet(studio))
     write_image(out / "slider.png", slider_sheet(studio))
+    write_image(out / "views.png", views_sheet(studio))
     return result
 
 
-def main_rows(studio: Studio, panel: Panel) -> tuple[list[dict], dict[str, list[Any]]]:
+def main_rows(
+    studio: Studio, panel: Panel, methods: Sequence[str] = tuple(METHODS)
+) -> tuple[list[dict], dict[str, list[Any]]]:
     """What is said of the pictures of every method, and of true renders with the person and with somebody else."""
     trials, rows, seen = studio.trials, [], dict[str, list[Any]]()
     truth, strangers = true_renders(trials), true_renders(trials, person_shift=1)
-    names = [*METHODS, CEILING, FLOOR]
+    names = [*methods, CEILING, FLOOR]
     for i, trial in enumerate(tqdm(trials, desc="methods", unit="trial")):
-        made = [studio.picture(trial, name, **arguments) for name, arguments in METHODS.items()]
+        made = [studio.picture(trial, name, **METHODS[name]) for name in methods]
         images = torch.stack([*made, truth[i], strangers[i]])
         mine = panel.score(trial, images, names, portraits(trial.person, seed=studio.settings.seed))
         if panel.measures:
@@ -298,6 +256,7 @@ def as_markdown(result: dict[str, Any], recognisers: list[str]) -> str:
     ]
     parts += ["Slider: clothing and background as the one and as the other ask for them; cosine to the person.\n"]
     parts += [markdown_table(header, rows)]
+    parts += views_markdown(result["views"], recognisers)
     rows = [
         [fraction, *(f"{found[whose][r]:.3f}" for r in recognisers for whose in ("first", "second"))]
         for fraction, found in result["mixing"].items()
