@@ -23,7 +23,7 @@ from face_fusion_pipeline.training.preparation import read_rows
 from face_fusion_pipeline.training.studio import StudioOptions, StudioTask
 
 
-def prepared_place(place: Path) -> Any:
+def prepared_place(place: Path, pictures: int = 12) -> Any:
     """The pipeline of `place/base`, with an image encoder; beside it a face embedder, and rendered data."""
     pipe = tiny_pipeline()
     pipe.unet.register_to_config(sample_size=16)  # pictures of 32 pixels: smaller ones are not rendered
@@ -32,7 +32,8 @@ def prepared_place(place: Path) -> Any:
     torch.manual_seed(0)
     embedder = AvatarEmbedder()
     save_tensors(place / WEIGHTS_NAME, embedder.state_dict(), embedder.metadata)
-    assert main(["prepare", "avatars:12", "--model", str(place / "base"), "--out", str(place / "data")]) == 0
+    out = ["--model", str(place / "base"), "--out", str(place / "data")]
+    assert main(["prepare", f"avatars:{pictures}", *out]) == 0
     return pipe
 
 

@@ -13,7 +13,20 @@ from ..face_errors import ModelNotFoundError
 from ..generation.arguments import METHODS, guidance_scales
 from ..generation.avatar_model import AVATAR_DEFAULTS, embedded_model
 from ..generation.loading import usable_device
-from ._arguments import AVATAR_SIDE, COUNT, GUIDANCE, GUIDED, RATE, SEED, STEPS, STRENGTH, THREADS, Gather, whole
+from ._arguments import (
+    AVATAR_SIDE,
+    COUNT,
+    GUIDANCE,
+    GUIDED,
+    POSITIVE,
+    RATE,
+    SEED,
+    STEPS,
+    STRENGTH,
+    THREADS,
+    Gather,
+    whole,
+)
 
 
 if TYPE_CHECKING:
@@ -79,6 +92,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     studio.add_argument("--studio", help="FaceStudio weights, file or folder (default: face_studio of the model)")
     studio.add_argument("--identities", type=COUNT, default=24, help="test people (default: 24)")
     studio.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
+
+    whole_unet = actions.add_parser(
+        "studio-whole", help="FaceStudio: the whole UNet trained, as in the paper, against the LoRA"
+    )
+    _add_generation(whole_unet)
+    _add_studio_training(whole_unet)
+    whole_unet.add_argument("--identities", type=COUNT, default=24, help="test people (default: 24)")
+    whole_unet.add_argument("--prompts", type=COUNT, default=1, help="prompts for each of them (default: 1)")
 
     snap = actions.add_parser("snap", help="FaceSnap: the driver's pose and expression, in the person's own shape")
     _add_generation(snap)
@@ -182,8 +203,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of both trainings; auto: bf16 where the processor computes in it",
     )
 
-    judged = (table, model, people, depth, morph, studio, snap, parts, savings, reference, recognition, eyes)
-    for action in (*judged, generated, train, choose):
+    judged = (table, model, people, depth, morph, studio, whole_unet, snap, parts, savings, reference, recognition)
+    for action in (*judged, eyes, generated, train, choose):
         action.add_argument("--threads", type=THREADS, help="CPU threads of torch (default: torch decides)")
         action.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -202,6 +223,7 @@ def run(args: argparse.Namespace) -> int:
         "depth": _depth,
         "morph": _morph,
         "studio": _studio,
+        "studio-whole": _studio_whole,
         "snap": _snap,
         "snap-parts": _snap_parts,
         "savings": _savings,
@@ -244,6 +266,35 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", help="adapter file or folder (default: the one beside the model, if any)")
     parser.add_argument("--scale", type=STRENGTH, default=1.0, help="face scale of the adapter (default: 1)")
+
+
+def _add_studio_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="avatars prepared with `face-fusion prepare`"
+    )
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--training-steps", type=COUNT, help="of every training: equal steps")
+    length.add_argument("--training-minutes", type=POSITIVE, help="of every training: equal time")
+    parser.add_argument(
+        "--seeds", type=SEED, nargs="+", action=Gather, default=[0, 1, 2], metavar="SEED", help="one training for each"
+    )
+    parser.add_argument("--train-batch-size", type=COUNT, default=16, help="of every training (default: 16)")
+    parser.add_argument("--learning-rate", type=RATE, default=1e-3, help="of the LoRA's trainings (default: 0.001)")
+    parser.add_argument(
+        "--whole-learning-rate", type=RATE, default=1e-4, help="of the whole UNet's trainings (default: 0.0001)"
+    )
+    parser.add_argument("--teacher", type=Path, metavar="PATH", help="Face Fusion weights to learn from")
+    parser.add_argument(
+        "--studio",
+        metavar="DIR",
+        help="folder whose prior and face embedder are used (default: face_studio of the model)",
+    )
+    parser.add_argument(
+        "--mixed-precision",
+        choices=("auto", "no", "fp16", "bf16"),
+        default="no",
+        help="of every training; auto: bf16 where the device computes in it",
+    )
 
 
 def _add_evaluators(parser: argparse.ArgumentParser) -> None:
@@ -443,6 +494,34 @@ def _studio(args: argparse.Namespace) -> tuple[dict, str]:
     panel.measures = load_measures(panel.evaluators)
     model = load_avatar_face_model(args.face_model or SHIPPED, DETECTOR)
     result = compare_studio(pipe, trials, panel, settings, model, args.out)
+    return result, as_markdown(result, panel.names)
+
+
+def _studio_whole(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..avatars.ablations.studio_whole import StudioBudget, StudioTrainer
+    from ..avatars.ablations.studio_whole_table import as_markdown, compare_whole
+    from ..avatars.evaluation.trials import plan_trials
+    from ..avatars.measures.panel import load_measures
+    from ..face_errors import FaceFusionError
+    from ..training.preparation import read_rows
+
+    if len(set(args.seeds)) != len(args.seeds):
+        raise FaceFusionError(f"--seeds must be different numbers, got {args.seeds}")
+    budget = StudioBudget(
+        steps=args.training_steps,
+        minutes=args.training_minutes,
+        batch_size=args.train_batch_size,
+        learning_rate=args.learning_rate,
+        whole_learning_rate=args.whole_learning_rate,
+        precision=args.mixed_precision,
+    )
+    parts = args.studio or str(Path(_model_folder(args)) / "face_studio")
+    trainer = StudioTrainer(_model_folder(args), args.data, args.out, budget, parts, args.teacher)
+    exclude = _training_captions(args.training_data) | {row["text"] for row in read_rows(args.data)}
+    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
+    panel = _panel(args)
+    panel.measures = load_measures(panel.evaluators)
+    result = compare_whole(trainer, args.seeds, trials, panel, _settings(args), args.device)
     return result, as_markdown(result, panel.names)
 
 

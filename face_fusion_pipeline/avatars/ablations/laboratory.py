@@ -61,7 +61,7 @@ class Laboratory:
         scorer = Scorer(load_evaluators(), load_evaluator(self.evaluator), self.sampling.seed)
         if question.needs_second_embedder:
             check_independent(load_conditioner(self.trainer.embedder), scorer.recogniser)
-        self.keep_settings()
+        keep_common(self.trainer.out, self.settings())
         runs = list(self._bounds(question, scorer))
         for name in (NO_FACE, *question.variants):
             for seed in self.seeds if VARIANTS[name].trained and self.trainer.budget.steps else (0,):
@@ -87,20 +87,6 @@ class Laboratory:
     def _fingerprint(self, path: Path | None) -> str | None:
         """Of the weights of an adapter."""
         return None if path is None else adapter_fingerprint(continued_adapter(self.trainer.base.unet, path, {}))
-
-    def keep_settings(self) -> None:
-        path, settings = self.trainer.out / "settings.json", self.settings()
-        if path.is_file():
-            known = renamed(
-                read_json(path, "choose another --out"), {"condition_recogniser": "condition_embedder"}, path
-            )
-            changed = [key for key in settings if known.get(key) != settings[key]]
-            if changed:
-                raise FaceFusionError(
-                    f"{self.trainer.out} holds runs with another {changed[0]}: {known.get(changed[0])}, not "
-                    f"{settings[changed[0]]}; choose another --out"
-                )
-        write_text(path, json.dumps(settings, indent=1) + "\n")
 
     def _path(self, scorer: Scorer, name: str, seed: int, condition: Condition) -> Path:
         slug = scorer.recogniser.name.replace(" ", "-").replace("/", "-")
@@ -135,6 +121,21 @@ class Laboratory:
                 for name, rows in scorer.bounds(self._trials(condition)).items():
                     write_run(paths[name], Run(name, 0, condition, rows, {}))
             yield from (read_run(path) for path in paths.values())
+
+
+def keep_common(out: Path, settings: dict[str, Any]) -> None:
+    """Note what all runs in `out` have in common. Raises [`FaceFusionError`]: runs with other settings are there."""
+    path, settings = out / "settings.json", json.loads(json.dumps(settings))
+    if path.is_file():
+        earlier = {"condition_recogniser": "condition_embedder"}
+        known = renamed(read_json(path, "choose another --out"), earlier, path)
+        changed = [key for key in settings if known.get(key) != settings[key]]
+        if changed:
+            raise FaceFusionError(
+                f"{out} holds runs with another {changed[0]}: {known.get(changed[0])}, not {settings[changed[0]]}; "
+                "choose another --out"
+            )
+    write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
 def write_run(path: Path, run: Run) -> None:
