@@ -533,7 +533,7 @@ def _snap(args: argparse.Namespace) -> tuple[dict, str]:
     from ..evaluation.generation import pipeline_of
 
     weights, points = args.snap or str(Path(_model_folder(args)) / "face_snap"), args.face_model or str(SHIPPED)
-    settings = _settings(args, adapter=_adapter(args), face_scale=args.scale, beside=[weights, points])
+    settings = _settings(args, adapter=_adapter(args), face_scale=args.scale, beside=[*snap_files(weights), points])
     pipe = pipeline_of(settings, args.device)
     pipe.load_face_snap(weights)
     exclude = _training_captions(args.training_data)
@@ -543,6 +543,14 @@ def _snap(args: argparse.Namespace) -> tuple[dict, str]:
     model = load_avatar_face_model(points, DETECTOR)
     result = compare_snap(pipe, trials, panel, settings, model, args.out)
     return result, as_markdown(result, panel.names)
+
+
+def snap_files(weights: str) -> list[str]:
+    """Where FaceSnap's weights lie: its mixer, and the ControlNet beside it."""
+    from ..face_snap import NETWORK
+
+    folder = Path(weights).parent if Path(weights).is_file() else Path(weights)
+    return [weights, str(folder / NETWORK)]
 
 
 def _snap_parts(args: argparse.Namespace) -> tuple[dict, str]:
@@ -591,7 +599,8 @@ def _snap_parts(args: argparse.Namespace) -> tuple[dict, str]:
     workshop = Workshop(base, pairs, features, start, loop, args.out)
     exclude = _training_captions(args.training_data)
     trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
-    drawer = Drawer(_settings(args), args.device, looks.embedder, load_avatar_face_model(detector=DETECTOR))
+    settings = _settings(args, beside=snap_files(str(start)))
+    drawer = Drawer(settings, args.device, looks.embedder, load_avatar_face_model(detector=DETECTOR))
     result = compare_parts(workshop, drawer, names, args.seeds, trials, _panel(args))
     return result, as_markdown(result)
 

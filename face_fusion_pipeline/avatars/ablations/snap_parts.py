@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...evaluation.generation import Settings, keep_settings, pipeline_of
+from ...evaluation.generation import Settings, pipeline_of
 from ...evaluation.image_files import read_image, write_image
 from ...evaluation.reports import circumstances, markdown_table, write_report
 from ...face_attached import detach_module
@@ -39,6 +39,7 @@ from ..evaluation.snap_table import Driven, driven_trial, followed, obeyed
 from ..evaluation.trial_pictures import image_path, trial_image
 from ..evaluation.trials import Trial, portraits, true_renders
 from ..face_model import EstimatedAvatarFaceModel
+from .laboratory import keep_common
 
 
 TIP, CORNERS = 30, (52, 58)  # of the nose, and of the mouth
@@ -190,7 +191,9 @@ def compare_parts(
 ) -> dict[str, Any]:
     """Train, draw, score, write `rows.jsonl`, `snap_parts.json` and `snap_parts.md` to `workshop.out`."""
     out, settings = workshop.out, drawer.settings
-    keep_settings(out, settings)
+    budget = {name: value for name, value in asdict(workshop.loop).items() if name != "log_every"} | LOSS
+    sampling = {name: value for name, value in asdict(settings).items() if name != "batch"}
+    keep_common(out, {"training": budget, "data": workshop.pairs.key, "sampling": sampling})
     asked = [driven_trial(trial, drawer.model, settings.seed) for trial in trials]
     runs = [(name, seed) for name in names for seed in seeds]
     drawn = [drawer.pictures(name, workshop.trained(name, seed), asked) for name, seed in runs]
@@ -206,7 +209,7 @@ def compare_parts(
         rows += [row | more | {"seed": seed} for row, more, (_, seed) in zip(mine, found, labelled, strict=True)]
     result = {
         "settings": asdict(settings),
-        "training": asdict(workshop.loop) | LOSS,
+        "training": budget,
         "seeds": list(seeds),
         "recognisers": panel.names,
         "identities": len({trial.person for trial in trials}),
