@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,13 @@ def test_it_learns_of_photos(train, tmp_path):
 
 
 def task_of(
-    place: Path, context: str = "none", embedder: Any = None, base: Any = None, data: str = "data", **options: Any
+    place: Path,
+    context: str = "none",
+    embedder: Any = None,
+    base: Any = None,
+    data: str = "data",
+    phrases: Sequence[str] = (),
+    **options: Any,
 ) -> SnapTask:
     base = base or load_base(place / "base")
     cache = cache_folders(place / data, base)
@@ -179,7 +186,9 @@ def task_of(
             torch.nn.init.normal_(parameter, std=0.1)
     torch.nn.init.normal_(network.controlnet_cond_embedding.conv_out.weight, std=0.1)
     features = SnapFeatures(made, len(rows))
-    return SnapTask(base, mixer, network, pairs, features, options=SnapOptions(**options), embedder=embedder)
+    hidden = encode_without(place / data, base, cache, phrases, progress=False) if phrases else None
+    chosen = SnapOptions(**options)
+    return SnapTask(base, mixer, network, pairs, features, options=chosen, embedder=embedder, hidden=hidden)
 
 
 def batch_of(task: SnapTask, size: int = 4) -> dict[str, torch.Tensor]:
@@ -317,44 +326,36 @@ def test_phrases_are_taken_out_of_captions(text, left):
     assert without_phrases(text, ["laughing", "laughing out loud", "smiling", "with a smile"]) == left
 
 
-def hidden_of(place: Path, task: SnapTask) -> Any:
+def test_what_is_hidden_is_learned_from_the_weights_at_the_start_which_read_it(place):
+    options = {"face_dropout": 0.0, "text_dropout": 0.0, "both_dropout": 0.0, "points_dropout": 0.0}
+    before = batch_of(task_of(place, **options))
     phrases = ["a", "photo", "picture"]  # a tiny tokenizer reads the first words alone
-    return encode_without(place / "data", task.base, cache_folders(place / "data", task.base), phrases, False)
-
-
-def test_what_is_hidden_is_learned_from_the_unet_that_reads_it(place):
-    """Of the examples without the phrases, and of no others; the loss of those is 0 where the rest is the same."""
-    task = task_of(place, face_dropout=0.0, text_dropout=0.0, both_dropout=0.0, hidden_fraction=0.5)
-    before = batch_of(task)
-    task.hidden = hidden_of(place, task)
+    task = task_of(place, phrases=phrases, hidden_fraction=0.5, **options).train()
     batch = batch_of(task)
     unread = batch["unread"].tolist()
     assert len(unread) == 2
+    assert task.hidden is not None
     left = task.hidden.take([task.pairs.targets[row] for row in range(4)])["text"].float()
     for row in range(4):
         assert torch.equal(batch["text"][row], (left if row in unread else before["text"])[row])
     assert not torch.equal(batch["text"], before["text"])
+
     noisy = task.base.schedule.noised(batch["latents"], batch["noise"], batch["timesteps"])
-    task.train()
-    tokens = task.identity_tokens(batch)
-
-    def target_and_prediction(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        with task.fused(batch, tokens):
-            predicted = task.predicted(batch, noisy)
-        return task.target(batch, noisy, tokens), predicted
-
-    target, _ = target_and_prediction(batch)
-    assert not target.requires_grad
+    with torch.no_grad(), task.fused(before, task.identity_tokens(before)):
+        whole = task.predicted(before, noisy)
+        for parameter in (*task.adapter.parameters(), *task.network.parameters()):  # what is learned does not teach
+            parameter.add_(1.0)
+        target = task.target(batch, noisy, {})
     plain = task.base.schedule.target(batch["latents"], batch["noise"], batch["timesteps"])
     for row in range(4):
-        assert torch.equal(target[row], plain[row]) is (row not in unread)
-    _, whole = target_and_prediction(before)
-    assert torch.allclose(target[unread], whole[unread], atol=1e-5)
+        assert torch.allclose(target[row], (whole if row in unread else plain)[row], atol=1e-5)
+
     weights, others = task.loss_weights(batch), task.loss_weights(before)
     for row in range(4):  # such errors are small
         assert torch.isclose(weights[row], others[row] * (HIDDEN_WEIGHT if row in unread else 1))
+    assert not any(parameter.requires_grad for parameter in task.beginning.parameters())
     task.eval()
-    assert torch.equal(target_and_prediction(batch)[0], plain)
+    assert torch.equal(task.target(batch, noisy, {}), plain)
     assert torch.equal(task.loss_weights(batch), others)
 
 
@@ -371,16 +372,22 @@ def test_the_phrases_of_avatars():
 def test_training_with_hidden_phrases(train, place, tmp_path, capsys):
     phrases = tmp_path / "phrases.txt"
     phrases.write_text("smiling\nlaughing\nin\n\n")
-    assert train(tmp_path / "out", "--max-train-steps", "2", "--hidden-phrases", str(phrases)) == 0
+    assert train(tmp_path / "first", "--max-train-steps", "1", "--snap-depth", "1") == 0
+    hide = ("--max-train-steps", "2", "--hidden-phrases", str(phrases))
+    assert train(tmp_path / "out", *hide) == 2
+    assert "weights that know poses" in capsys.readouterr().err
+    hide += ("--init-adapter", str(tmp_path / "first"))
+    assert train(tmp_path / "out", *hide) == 0
     record = json.loads((tmp_path / "out" / "training.json").read_text())["face-snap"]
     assert record["learned"]["hidden_fraction"] == 0.5
     phrases.write_text("a unicorn\n")
-    assert train(tmp_path / "other", "--max-train-steps", "1", "--hidden-phrases", str(phrases)) == 2
+    assert train(tmp_path / "other", *hide) == 2
     assert "no caption" in capsys.readouterr().err
     phrases.write_text("\n")
-    assert train(tmp_path / "other", "--max-train-steps", "1", "--hidden-phrases", str(phrases)) == 2
+    assert train(tmp_path / "other", *hide) == 2
     assert "has no phrases" in capsys.readouterr().err
-    assert train(tmp_path / "other", "--max-train-steps", "1", "--hidden-phrases", str(tmp_path / "none")) == 2
+    phrases.unlink()
+    assert train(tmp_path / "other", *hide) == 2
     assert "cannot read the phrases" in capsys.readouterr().err
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..face_errors import FaceFusionError
 from ._arguments import COUNT, FRACTION, real, whole
 from ._driver_options import face_model
 from ._train_tokens import Looks
@@ -43,7 +44,7 @@ def add_snap_arguments(parser: argparse.ArgumentParser) -> None:
         "--hidden-phrases",
         metavar="FILE",
         help="what captions say that points show as well, such as expressions, one phrase a line, or 'avatars': not "
-        "read in half of the examples, so that it is learned from the points",
+        "read in half of the examples, so that it is learned from the points; with --init-adapter",
     )
     snap.add_argument("--points-dropout", type=FRACTION, default=0.05, help="share of examples without their points")
 
@@ -65,6 +66,11 @@ def create_snap_task(
     looks, features = snap_data(args, base, folder)
     pairs, held_out = looks.pairs(args, folder)
     phrases = hidden_phrases(args.hidden_phrases)
+    if phrases and args.init_adapter is None:
+        raise FaceFusionError(
+            "--hidden-phrases teaches expressions to weights that know poses: train without it first, and name the "
+            "result with --init-adapter"
+        )
     hidden = encode_without(folder, base, looks.cache, phrases) if phrases else None
     base.cast(precision)
     seen_by = {**looks.metadata, "image_width": looks.encoder.config.hidden_size, "oval": args.snap_oval}

@@ -4,7 +4,7 @@ The target is a photo, its own facial points the control picture, and who it is 
 L = L_diffusion + λ √ᾱ L_id. The UNet is frozen and reads the caption, the ControlNet reads the mixer's tokens.
 
 What a caption says the points need not. In a share of the examples its words of expressions are hidden: what is to be
-predicted is then what the same UNet with the same ControlNet predicts where it reads the whole caption, so that all
+predicted is then what the weights at the start predict, which know poses already, and read the whole caption. So all
 that is to be learned is what the hidden words say.
 """
 
@@ -65,7 +65,7 @@ class SnapTask(FaceFusionTask):
     Args:
         features: of the folder that `train` and `validation` are from.
         embedder: for the identity loss.
-        hidden: the captions without what the points say, see `hidden_phrases`.
+        hidden: the captions without what the points say, see `hidden_phrases`; for weights that know poses already.
     """
 
     name = "face-snap"
@@ -89,6 +89,8 @@ class SnapTask(FaceFusionTask):
         for part in (self.adapter, self.network):
             part.requires_grad_(True)
             torch.nn.Module.float(part)  # the small weights learn in full precision
+        if hidden is not None:
+            self.beginning = torch.nn.ModuleList(copy.deepcopy([mixer, network])).requires_grad_(False)
         if self.options.gradient_checkpointing:
             enable_recomputation(network)
 
@@ -137,42 +139,41 @@ class SnapTask(FaceFusionTask):
         return nullcontext()
 
     def predicted(self, batch: Batch, noisy: Tensor) -> Tensor:
-        conditions, side = {key: batch[key] for key in self.empty}, self.side(noisy)
+        return self.predicted_by(self.network, self._tokens, batch, noisy)
+
+    def predicted_by(self, network: Any, tokens: Tensor, batch: Batch, noisy: Tensor) -> Tensor:
+        """What the UNet predicts with what a ControlNet adds, which reads these tokens."""
+        conditions, side, timesteps = {key: batch[key] for key in self.empty}, self.side(noisy), batch["timesteps"]
         noisy = noisy.to(self.base.dtype)
-        self._residuals = self.residuals(batch, noisy, conditions, side)
-        reads = self.unet_reads(conditions, self._tokens, batch["has_face"], side)
-        return self.controlled(noisy, batch["timesteps"], self._residuals, reads)
-
-    def residuals(
-        self, batch: Batch, noisy: Tensor, conditions: dict[str, Tensor], side: int
-    ) -> tuple[list[Tensor], Tensor]:
-        """What the ControlNet adds to the UNet's encoder and middle."""
         dots = landmark_maps(batch["points"][:, None], (side, side)).to(self.base.dtype) / 255
-        reads = self.network_reads(conditions, side)
+        told = self.network_reads(conditions, tokens, side)
         with plain_attention_on_cpu(noisy):
-            down, middle = self.network(noisy, batch["timesteps"], controlnet_cond=dots, return_dict=False, **reads)
-        return down, middle
-
-    def network_reads(self, conditions: dict[str, Tensor], side: int) -> dict[str, Any]:
-        """What the ControlNet is told: who it is, in the place of the text."""
-        return self.base.unet_arguments({**conditions, TEXT: self._tokens}, side)
-
-    def controlled(
-        self, noisy: Tensor, timesteps: Tensor, residuals: tuple[list[Tensor], Tensor], reads: dict[str, Any]
-    ) -> Tensor:
-        """What the UNet predicts with the ControlNet's `residuals`."""
-        down, middle = residuals
-        given = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        with plain_attention_on_cpu(noisy):
-            found: Tensor = self.unet(noisy, timesteps, **given, **reads).sample.float()
+            down, middle = network(noisy, timesteps, controlnet_cond=dots, return_dict=False, **told)
+            found: Tensor = self.unet(
+                noisy,
+                timesteps,
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=middle,
+                **self.unet_reads(conditions, tokens, batch["has_face"], side),
+            ).sample.float()
         return found
 
     def target(self, batch: Batch, noisy: Tensor, tokens: dict[str, Tensor]) -> Tensor:
-        """The noise; of examples with hidden phrases, what the UNet predicts with these residuals and the caption."""
+        """The noise; of examples whose caption is not read whole, what the weights at the start predict of it."""
         target = super().target(batch, noisy, tokens)
         if "unread" in batch and self.training:
-            target = target.index_copy(0, batch["unread"], self.read_whole(batch, noisy))
+            target = target.index_copy(0, batch["unread"], self.predicted_at_the_start(batch, noisy))
         return target
+
+    @torch.no_grad()
+    def predicted_at_the_start(self, batch: Batch, noisy: Tensor) -> Tensor:
+        """What the weights that the training began with predict of these examples, with the whole caption."""
+        mixer, network = self.beginning
+        rows = batch["unread"]
+        part = {key: batch[key][rows] for key in ("points", "timesteps", "has_face")}
+        part |= {key: batch[WHOLE + key][rows] for key in self.empty}
+        tokens = mixer(batch["face"][rows], batch["patches"][rows], part["has_face"])
+        return self.predicted_by(network, tokens, part, noisy[rows])
 
     def loss_weights(self, batch: Batch) -> Tensor:
         weights = super().loss_weights(batch)
@@ -180,15 +181,9 @@ class SnapTask(FaceFusionTask):
             weights = weights.index_copy(0, batch["unread"], HIDDEN_WEIGHT * weights[batch["unread"]])
         return weights
 
-    @torch.no_grad()
-    def read_whole(self, batch: Batch, noisy: Tensor) -> Tensor:
-        """What the UNet predicts of the examples whose caption it did not read whole, if it does."""
-        rows = batch["unread"]
-        down, middle = self._residuals
-        conditions = {key: batch[WHOLE + key][rows] for key in self.empty}
-        reads = self.unet_reads(conditions, self._tokens[rows], batch["has_face"][rows], self.side(noisy))
-        noisy, timesteps = noisy[rows].to(self.base.dtype), batch["timesteps"][rows]
-        return self.controlled(noisy, timesteps, ([part[rows] for part in down], middle[rows]), reads)
+    def network_reads(self, conditions: dict[str, Tensor], tokens: Tensor, side: int) -> dict[str, Any]:
+        """What the ControlNet is told: who it is, in the place of the text."""
+        return self.base.unet_arguments({**conditions, TEXT: tokens}, side)
 
     def unet_reads(self, conditions: dict[str, Tensor], tokens: Tensor, has_face: Tensor, side: int) -> dict[str, Any]:
         """What the UNet is told: the caption, and where the weights say so the tokens of those who are there."""

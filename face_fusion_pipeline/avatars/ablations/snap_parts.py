@@ -103,10 +103,10 @@ class PartsTask(SnapTask):
             batch[name] = batch[name] if seen else torch.zeros_like(batch[name])
         return batch | ({"points": five_points(batch["points"])} if self.variant.five else {})
 
-    def network_reads(self, conditions: dict[str, Tensor], side: int) -> dict[str, Any]:
+    def network_reads(self, conditions: dict[str, Tensor], tokens: Tensor, side: int) -> dict[str, Any]:
         if self.variant.reads_text:
             return self.base.unet_arguments(conditions, side)
-        return super().network_reads(conditions, side)
+        return super().network_reads(conditions, tokens, side)
 
 
 @dataclass
