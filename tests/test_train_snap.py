@@ -353,7 +353,7 @@ def test_what_is_hidden_is_learned_from_the_weights_at_the_start_which_read_it(p
     weights, others = task.loss_weights(batch), task.loss_weights(before)
     for row in range(4):  # such errors are small
         assert torch.isclose(weights[row], others[row] * (HIDDEN_WEIGHT if row in unread else 1))
-    assert not any(parameter.requires_grad for parameter in task.beginning.parameters())
+    assert not any(parameter.requires_grad for parameter in task.readers.parameters())
     task.eval()
     assert torch.equal(task.target(batch, noisy, {}), plain)
     assert torch.equal(task.loss_weights(batch), others)
@@ -378,6 +378,12 @@ def test_training_with_hidden_phrases(train, place, tmp_path, capsys):
     assert "weights that know poses" in capsys.readouterr().err
     hide += ("--init-adapter", str(tmp_path / "first"))
     assert train(tmp_path / "out", *hide) == 0
+    taught = ("--teacher", str(tmp_path / "first"))
+    assert train(tmp_path / "again", *hide, *taught) == 0  # the weights at the start, too
+    learned, again = weights(tmp_path / "out"), weights(tmp_path / "again")
+    assert all(torch.allclose(learned[name], tensor, atol=1e-3) for name, tensor in again.items())
+    assert train(tmp_path / "third", "--max-train-steps", "1", *taught) == 2
+    assert "what --hidden-phrases hides" in capsys.readouterr().err
     record = json.loads((tmp_path / "out" / "training.json").read_text())["face-snap"]
     assert record["learned"]["hidden_fraction"] == 0.5
     phrases.write_text("a unicorn\n")

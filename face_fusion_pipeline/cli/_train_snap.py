@@ -13,6 +13,7 @@ from ._train_tokens import Looks
 
 
 if TYPE_CHECKING:
+    from ..face_snap import FaceMixer
     from ..training.base_model import BaseModel
     from ..training.snap import SnapTask
     from ..training.snap_cache import SnapFeatures
@@ -71,6 +72,8 @@ def create_snap_task(
             "--hidden-phrases teaches expressions to weights that know poses: train without it first, and name the "
             "result with --init-adapter"
         )
+    if args.teacher and not phrases:
+        raise FaceFusionError("--teacher teaches FaceSnap what --hidden-phrases hides: name a file of phrases")
     hidden = encode_without(folder, base, looks.cache, phrases) if phrases else None
     base.cast(precision)
     seen_by = {**looks.metadata, "image_width": looks.encoder.config.hidden_size, "oval": args.snap_oval}
@@ -91,7 +94,20 @@ def create_snap_task(
         identity_loss_weight=(args.identity_loss_weight or IDENTITY_LOSS_WEIGHT) if embedder else 0.0,
         identity_loss_jitter=args.identity_loss_jitter,
     )
-    return SnapTask(base, mixer, network, pairs, features, held_out, options, embedder, hidden)
+    teacher = snap_weights(base, args.teacher) if args.teacher else None
+    return SnapTask(base, mixer, network, pairs, features, held_out, options, embedder, hidden, teacher)
+
+
+def snap_weights(base: BaseModel, path: Path) -> tuple[FaceMixer, Any]:
+    """Mixer and ControlNet in a folder, or beside the mixer's file, attached to nothing."""
+    from ..face_attached import read_attached
+    from ..face_snap import NETWORK, SNAP_WEIGHTS_NAME, FaceMixer, check_network, load_network
+
+    folder = path if path.is_dir() else path.parent
+    mixer, _ = read_attached(base.unet, FaceMixer, path / SNAP_WEIGHTS_NAME if path.is_dir() else path)
+    network = load_network(folder / NETWORK)
+    check_network(network, base.unet)
+    return mixer, network
 
 
 def snap_data(args: argparse.Namespace, base: BaseModel, folder: Path) -> tuple[Looks, SnapFeatures]:

@@ -35,7 +35,13 @@ def add_studio_arguments(parser: argparse.ArgumentParser) -> None:
     studio.add_argument(
         "--appended", type=FRACTION, default=0.5, help="share of batches in which tokens follow the text"
     )
-    studio.add_argument("--teacher", type=Path, metavar="PATH", help="Face Fusion weights to learn from")
+    studio.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="PATH",
+        help="Face Fusion weights to learn from; with --hidden-phrases FaceSnap weights that know poses (default: "
+        "those of --init-adapter)",
+    )
     studio.add_argument("--teacher-weight", type=FRACTION, default=0.7, help="share of them in what is learned")
     studio.add_argument(
         "--fit-captions", action="store_true", help="begin with tokens that say what the captions say: a shortcut"

@@ -4,8 +4,8 @@ The target is a photo, its own facial points the control picture, and who it is 
 L = L_diffusion + λ √ᾱ L_id. The UNet is frozen and reads the caption, the ControlNet reads the mixer's tokens.
 
 What a caption says the points need not. In a share of the examples its words of expressions are hidden: what is to be
-predicted is then what the weights at the start predict, which know poses already, and read the whole caption. So all
-that is to be learned is what the hidden words say.
+predicted is then what weights predict that know poses already, and read the whole caption. So all that is to be
+learned is what the hidden words say.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class SnapTask(FaceFusionTask):
     Args:
         features: of the folder that `train` and `validation` are from.
         embedder: for the identity loss.
-        hidden: the captions without what the points say, see `hidden_phrases`; for weights that know poses already.
+        hidden: the captions without what the points say, see `hidden_phrases`.
+        teacher: a mixer and a ControlNet that know poses, who read the whole captions; None: those at the start.
     """
 
     name = "face-snap"
@@ -82,6 +83,7 @@ class SnapTask(FaceFusionTask):
         options: SnapOptions | None = None,
         embedder: FaceEmbedder | None = None,
         hidden: Captions | None = None,
+        teacher: tuple[FaceMixer, Any] | None = None,
     ) -> None:
         super().__init__(base, mixer, train, validation, options or SnapOptions(), embedder)  # type: ignore[arg-type]
         del self.settings["face_mode"]  # a face is seen as tokens
@@ -90,7 +92,7 @@ class SnapTask(FaceFusionTask):
             part.requires_grad_(True)
             torch.nn.Module.float(part)  # the small weights learn in full precision
         if hidden is not None:
-            self.beginning = torch.nn.ModuleList(copy.deepcopy([mixer, network])).requires_grad_(False)
+            self.readers = torch.nn.ModuleList(teacher or copy.deepcopy((mixer, network))).requires_grad_(False)
         if self.options.gradient_checkpointing:
             enable_recomputation(network)
 
@@ -159,16 +161,16 @@ class SnapTask(FaceFusionTask):
         return found
 
     def target(self, batch: Batch, noisy: Tensor, tokens: dict[str, Tensor]) -> Tensor:
-        """The noise; of examples whose caption is not read whole, what the weights at the start predict of it."""
+        """The noise; of examples whose caption is not read whole, what those predict who read it."""
         target = super().target(batch, noisy, tokens)
         if "unread" in batch and self.training:
-            target = target.index_copy(0, batch["unread"], self.predicted_at_the_start(batch, noisy))
+            target = target.index_copy(0, batch["unread"], self.read_whole(batch, noisy))
         return target
 
     @torch.no_grad()
-    def predicted_at_the_start(self, batch: Batch, noisy: Tensor) -> Tensor:
-        """What the weights that the training began with predict of these examples, with the whole caption."""
-        mixer, network = self.beginning
+    def read_whole(self, batch: Batch, noisy: Tensor) -> Tensor:
+        """What the teacher predicts of these examples, with the whole caption."""
+        mixer, network = self.readers
         rows = batch["unread"]
         part = {key: batch[key][rows] for key in ("points", "timesteps", "has_face")}
         part |= {key: batch[WHOLE + key][rows] for key in self.empty}
