@@ -37,7 +37,7 @@ from face_fusion_pipeline.training.latent_cache import cache_folders
 from face_fusion_pipeline.training.loop import Part
 from face_fusion_pipeline.training.pairs import Pairs, split_people
 from face_fusion_pipeline.training.preparation import PrepareOptions, prepare, read_rows
-from face_fusion_pipeline.training.snap import HIDDEN_WEIGHT, SnapOptions, SnapTask
+from face_fusion_pipeline.training.snap import HIDDEN_GUIDANCE, HIDDEN_WEIGHT, SnapOptions, SnapTask
 from face_fusion_pipeline.training.snap_cache import SnapFeatures, encode_snap_features, points_of
 from face_fusion_pipeline.training.sources import DataError, open_source
 
@@ -342,13 +342,14 @@ def test_what_is_hidden_is_learned_from_the_weights_at_the_start_which_read_it(p
 
     noisy = task.base.schedule.noised(batch["latents"], batch["noise"], batch["timesteps"])
     with torch.no_grad(), task.fused(before, task.identity_tokens(before)):
-        whole = task.predicted(before, noisy)
+        whole, part = task.predicted(before, noisy), task.predicted(batch, noisy)
+        taught = part + HIDDEN_GUIDANCE * (whole - part)
         for parameter in (*task.adapter.parameters(), *task.network.parameters()):  # what is learned does not teach
             parameter.add_(1.0)
         target = task.target(batch, noisy, {})
     plain = task.base.schedule.target(batch["latents"], batch["noise"], batch["timesteps"])
     for row in range(4):
-        assert torch.allclose(target[row], (whole if row in unread else plain)[row], atol=1e-5)
+        assert torch.allclose(target[row], (taught if row in unread else plain)[row], atol=1e-5)
 
     weights, others = task.loss_weights(batch), task.loss_weights(before)
     for row in range(4):  # such errors are small
