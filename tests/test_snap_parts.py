@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_train_snap import PlacedModel, batch_of, place, task_of  # noqa: F401, a fixture
 
 from face_fusion_pipeline.avatars.ablations import snap_parts
@@ -106,5 +107,13 @@ def test_the_command(data, tmp_path, capsys, monkeypatch):
     assert again["variants"]["whole"]["by_seed"] == whole["by_seed"]
 
     capsys.readouterr()
+    assert main([*words, *some, "--learning-rate", "1e-5"]) == 2
+    assert "holds runs with another training" in capsys.readouterr().err
+    other = tmp_path / "face_snap"
+    shutil.copytree(embedded_model() / "face_snap", other)
+    network = other / "ffrnet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(network).items()}, network)
+    assert main([*words, *some, "--snap", str(other)]) == 2
+    assert "holds runs with another sampling" in capsys.readouterr().err
     assert main([*words, "--variants", "a unicorn"]) == 2
     assert "no variant 'a unicorn': choose from 'whole'" in capsys.readouterr().err

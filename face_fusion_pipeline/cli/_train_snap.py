@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..face_errors import FaceFusionError
 from ._arguments import COUNT, FRACTION, real, whole
 from ._driver_options import face_model
 from ._train_tokens import Looks
@@ -67,13 +66,6 @@ def create_snap_task(
     looks, features = snap_data(args, base, folder)
     pairs, held_out = looks.pairs(args, folder)
     phrases = hidden_phrases(args.hidden_phrases)
-    if phrases and args.init_adapter is None:
-        raise FaceFusionError(
-            "--hidden-phrases teaches expressions to weights that know poses: train without it first, and name the "
-            "result with --init-adapter"
-        )
-    if args.teacher and not phrases:
-        raise FaceFusionError("--teacher teaches FaceSnap what --hidden-phrases hides: name a file of phrases")
     hidden = encode_without(folder, base, looks.cache, phrases) if phrases else None
     base.cast(precision)
     seen_by = {**looks.metadata, "image_width": looks.encoder.config.hidden_size, "oval": args.snap_oval}

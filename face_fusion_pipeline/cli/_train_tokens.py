@@ -36,7 +36,19 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_token_arguments(args: argparse.Namespace) -> None:
     """Raise [`FaceFusionError`] for options that do not go with the conditioner that is trained."""
+    snap = args.conditioner == "face-snap"
+    if args.hidden_phrases and not snap:
+        raise FaceFusionError(f"--hidden-phrases is of FaceSnap's training, not of {args.conditioner}'s: leave it out")
+    if args.hidden_phrases and args.init_adapter is None:
+        raise FaceFusionError(
+            "--hidden-phrases teaches expressions to weights that know poses: train without it first, and name the "
+            "result with --init-adapter"
+        )
+    if args.teacher and snap and not args.hidden_phrases:
+        raise FaceFusionError("--teacher teaches FaceSnap what --hidden-phrases hides: name a file of phrases")
     if args.conditioner == "face-fusion":
+        if args.teacher:
+            raise FaceFusionError("--teacher is of FaceStudio's and FaceSnap's trainings: leave it out")
         return
     if not args.face_embedder:
         raise FaceFusionError(

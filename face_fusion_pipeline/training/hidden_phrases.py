@@ -50,4 +50,4 @@ def encode_without(
     target = folder / "conditions" / digest_of([cache.conditions.name, *sorted(phrases)])
     described = {"examples": len(texts), "base": Path(base.name).name}
     write_shards(target, lambda rows: caption_shard(base, [left[i] for i in rows]), described, "captions", progress)
-    return Captions(open_shards(target, len(texts)), in_memory=True)
+    return Captions(open_shards(target, len(texts)), in_memory=True, key=target.name)

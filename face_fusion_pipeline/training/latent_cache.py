@@ -222,9 +222,10 @@ class Column:
 
 
 class Captions:
-    """Random access to the shards `files` of captions."""
+    """Random access to the shards `files` of captions; `key` is the name of their folder."""
 
-    def __init__(self, files: list[Any], in_memory: bool) -> None:
+    def __init__(self, files: list[Any], in_memory: bool, key: str = "") -> None:
+        self.key = key
         keys = [key for key in files[0].keys() if key.startswith(CONDITION)]  # noqa: SIM118, no dict
         self._columns = {key.removeprefix(CONDITION): Column(files, key, in_memory) for key in keys}
         starts = next(iter(self._columns.values())).starts
@@ -247,7 +248,7 @@ class Shards:
         ]
         small = sum(path.stat().st_size for path in paths) <= in_memory
         self._latents, self._references = (Column(pictures, name, small) for name in ("latents", "references"))
-        self._captions = Captions(texts, small)
+        self._captions = Captions(texts, small, cache.conditions.name)
         counts = [count for file in pictures for count in file.get_tensor("reference_start").diff().tolist()]
         self.reference_starts = [0, *accumulate(counts)]
 

@@ -27,7 +27,7 @@ from ..unet_family import TEXT
 from .base_model import BaseModel
 from .kernels import plain_attention_on_cpu
 from .latent_cache import Captions
-from .loop import Batch, Part, seeded
+from .loop import Batch, Part, digest, seeded
 from .objective import FaceEmbedder
 from .pairs import Pairs, Reference
 from .recomputation import enable_recomputation
@@ -99,7 +99,10 @@ class SnapTask(FaceFusionTask):
 
     @property
     def subject(self) -> dict[str, Any]:
-        return super().subject | {"conditioner": self.name}
+        taught = (
+            {} if self.hidden is None else {"hidden": self.hidden.key, "teacher": digest(self.readers.state_dict())}
+        )
+        return super().subject | {"conditioner": self.name} | taught
 
     # --- Batches -------------------------------------------------------------------------------------------------
 
@@ -120,12 +123,14 @@ class SnapTask(FaceFusionTask):
     def part(self, part: Part, generator: torch.Generator, progress: float) -> Batch:
         batch = super().part(part, generator, progress)
         options: Any = self.options
-        draws = torch.rand(part.batch_size, generator=seeded(part.seed, part.step, "points"))[part.rows]
-        dropped = self.on_device(draws < options.points_dropout)
-        batch["points"] = batch["points"].masked_fill(dropped[:, None, None], torch.nan)  # what is none is not drawn
-        if self.hidden is not None:  # always as many, of those with points before all others
-            count = math.ceil(len(draws) * options.hidden_fraction)
-            batch["unread"] = rows = self.on_device((draws + (draws < options.points_dropout)).argsort()[:count])
+        draws = torch.rand(part.batch_size, generator=seeded(part.seed, part.step, "points"))
+        dropped = draws < options.points_dropout
+        nothing = self.on_device(dropped[part.rows])[:, None, None]
+        batch["points"] = batch["points"].masked_fill(nothing, torch.nan)  # what is none is not drawn
+        if self.hidden is not None:  # as many of each whole batch, of those with points before all others
+            unread = torch.zeros(part.batch_size, dtype=torch.bool)
+            unread[(draws + dropped).argsort()[: math.ceil(part.batch_size * options.hidden_fraction)]] = True
+            batch["unread"] = rows = self.on_device(unread[part.rows].nonzero()[:, 0])
             for key in self.empty:
                 batch[key] = batch[key].index_copy(0, rows, batch.pop(HIDDEN + key)[rows])
         return batch
@@ -164,7 +169,7 @@ class SnapTask(FaceFusionTask):
     def target(self, batch: Batch, noisy: Tensor, tokens: dict[str, Tensor]) -> Tensor:
         """The noise; of examples whose caption is not read whole, what those predict who read it."""
         target = super().target(batch, noisy, tokens)
-        if "unread" in batch and self.training:
+        if self.training and len(batch.get("unread", ())):
             target = target.index_copy(0, batch["unread"], self.read_whole(batch, noisy))
         return target
 

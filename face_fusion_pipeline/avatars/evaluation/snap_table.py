@@ -25,11 +25,12 @@ from ...evaluation.metrics import bootstrap_mean
 from ...evaluation.reports import circumstances, contact_sheet, markdown_table, write_report
 from ...face_models import FaceFit
 from ...files.atomic import write_text
+from ...training.hidden_phrases import without_phrases
 from .. import Scene, render, sample_identity, sample_scene
 from ..face_model import SHAPE, EstimatedAvatarFaceModel
 from ..measures.figures import distances, row_of
 from ..measures.looks import Look
-from ..world.caption import caption, without_expression
+from ..world.caption import EXPRESSION_WORDS, caption
 from .avatar_table import CEILING, FLOOR, summarise
 from .avatar_table import as_markdown as main_table
 from .detector import AvatarDetector
@@ -108,7 +109,7 @@ def driven_trial(trial: Trial, model: EstimatedAvatarFaceModel, seed: int) -> Dr
     (own,), (other,) = trial.scene.people, scene.people
     posed = replace(other, identity=own.identity, clothing=own.clothing)
     wanted = replace(trial.scene, people=(posed,))
-    text = without_expression(caption(trial.scene, plain=True), own.expression)
+    text = without_phrases(caption(trial.scene, plain=True), EXPRESSION_WORDS[own.expression])
     reference = to_pil(portraits(trial.person, seed=seed).reference)
     picture = to_pil(render([scene]).images[0].cpu())
     asked = replace(trial, scene=wanted, text=text)

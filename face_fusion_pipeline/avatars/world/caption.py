@@ -83,13 +83,6 @@ def caption(scene: Scene, plain: bool = False) -> str:
     return rng.choice(_STYLE_WORDS[scene.style]).format(text)
 
 
-def without_expression(text: str, expression: str) -> str:
-    """A plain caption of one person without the words of their expression, so that a picture decides it."""
-    for words in sorted(EXPRESSION_WORDS[expression], key=len, reverse=True):
-        text = text.replace(f", {words}", "")
-    return text
-
-
 def vocabulary() -> dict[str, tuple[str, ...]]:
     """What `caption` can say, by group: what to show, and last the other words, alone and in alphabetical order."""
     groups = {
