@@ -22,7 +22,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from face_fusion_pipeline import StableDiffusionFaceFusionPipeline, embedded_model, face_detectors
 from face_fusion_pipeline.avatars import caption, render, sample_scene
-from face_fusion_pipeline.cli import avatars_evaluate, evaluate, main
+from face_fusion_pipeline.cli import _evaluate_options, evaluate, main
 from face_fusion_pipeline.evaluation.clip_score import QUALITY_PROMPTS, ClipScore
 from face_fusion_pipeline.evaluation.comparison_tables import summarise
 from face_fusion_pipeline.evaluation.copying import (
@@ -529,11 +529,11 @@ def test_a_model_that_was_trained_on_is_another_one(tmp_path: Path) -> None:
         **{"model": str(tmp_path / "model"), "steps": 1, "guidance_scale": 1.0, "low_noise_guidance": None},
         **{"seed": 0, "batch": 1, "adapter": None},
     )
-    keep_settings(out, avatars_evaluate._settings(arguments))
-    keep_settings(out, avatars_evaluate._settings(arguments))
+    keep_settings(out, _evaluate_options.settings_of(arguments))
+    keep_settings(out, _evaluate_options.settings_of(arguments))
     (unet / "diffusion_pytorch_model.safetensors").write_bytes(b"second")
     with pytest.raises(FaceFusionError, match="other settings"):
-        keep_settings(out, avatars_evaluate._settings(arguments))
+        keep_settings(out, _evaluate_options.settings_of(arguments))
 
 
 @pytest.mark.parametrize(
@@ -546,11 +546,11 @@ def test_guidance_that_is_asked_for_is_that_of_all_steps(
     arguments = argparse.Namespace(
         model=str(tmp_path), steps=1, guidance_scale=guidance, low_noise_guidance=late, seed=0, batch=1
     )
-    settings = avatars_evaluate._settings(arguments)
+    settings = _evaluate_options.settings_of(arguments)
     assert (settings.guidance_scale, settings.low_noise_guidance) == expected
     arguments.guidance_scale, arguments.low_noise_guidance = 1.0, 2.0
     with pytest.raises(FaceFusionError, match="--guidance-scale above 1, got 1"):
-        avatars_evaluate._settings(arguments)
+        _evaluate_options.settings_of(arguments)
 
 
 def test_the_pipeline_has_the_adapter_of_the_settings_and_no_other(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ from face_fusion_pipeline.avatars.evaluation.trials import (
 from face_fusion_pipeline.avatars.training.rendered import scenes
 from face_fusion_pipeline.avatars.world.caption import caption
 from face_fusion_pipeline.avatars.world.dataset import write
-from face_fusion_pipeline.cli import avatars_evaluate
+from face_fusion_pipeline.cli import _evaluate_options, avatars_evaluate
 from face_fusion_pipeline.evaluation.generation import METHODS, Settings
 from face_fusion_pipeline.evaluation.image_files import from_pil, read_image, to_pil, write_image
 from face_fusion_pipeline.evaluation.metrics import (
@@ -651,9 +651,9 @@ def test_table_command(
     with pytest.raises(FaceFusionError, match="metadata.jsonl"):
         _run(*words, "--training-data", str(tmp_path))
     write(tmp_path / "data" / "train", "train", 12, size=32, progress=False)
-    seen = avatars_evaluate._training_captions(str(tmp_path / "data"))
+    seen = _evaluate_options.training_captions(str(tmp_path / "data"))
     together = {caption(scene) for scene in scenes(range(12))}
-    assert seen | together == avatars_evaluate._training_captions("avatars:12") and len(seen) > 8
+    assert seen | together == _evaluate_options.training_captions("avatars:12") and len(seen) > 8
 
 
 def test_recognition_command(test_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def test_the_command_draws_every_picture_once_and_says_how_far_heads_turn(tmp_pa
 
 @pytest.mark.parametrize("action", ["studio", "snap"])
 def test_pictures_of_other_weights_are_not_taken_for_those_of_these(tmp_path, capsys, monkeypatch, action):
-    from face_fusion_pipeline.cli import avatars_evaluate
+    from face_fusion_pipeline.cli import _evaluate_systems
 
     class Enough(Exception):
         """The settings are known."""
@@ -56,8 +56,8 @@ def test_pictures_of_other_weights_are_not_taken_for_those_of_these(tmp_path, ca
         seen.append(build(args, **more))
         raise Enough
 
-    build = avatars_evaluate._settings
-    monkeypatch.setattr(avatars_evaluate, "_settings", settings)
+    build = _evaluate_systems.settings_of
+    monkeypatch.setattr(_evaluate_systems, "settings_of", settings)
     own, name = embedded_model() / f"face_{action}", f"face_{action}.safetensors"
     other = tmp_path / "other"
     other.mkdir()
