@@ -99,6 +99,18 @@ def test_a_trained_file_draws(place, tmp_path):
     assert picture.size == (16, 16)
 
 
+def test_it_goes_on_from_other_weights(place, tmp_path, capsys):
+    first, again = tmp_path / "first", ("--init-adapter", str(tmp_path / "first"))
+    assert train(place, first, "--max-train-steps", "2", "--studio-rank", "2", "--studio-tokens", "3") == 0
+    still = ("--max-train-steps", "1", "--learning-rate", "1e-12", "--adam-weight-decay", "0")
+    assert train(place, tmp_path / "second", *still, *again) == 0
+    (tensors, metadata), (going_on, _) = weights(first), weights(tmp_path / "second")
+    assert metadata.tokens == 3 and tensors.keys() == going_on.keys()
+    assert all(torch.allclose(going_on[name], tensor, atol=1e-6) for name, tensor in tensors.items())
+    assert train(place, tmp_path / "third", *still, *again, "--picture-mask", "0.5") == 2
+    assert "has picture_mask 1.5, not 0.5" in capsys.readouterr().err
+
+
 def test_embeddings_of_rendered_data_are_of_their_pictures(place):
     base = load_base(place / "base")
     cache = cache_folders(place / "data", base)
