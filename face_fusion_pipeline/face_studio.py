@@ -35,7 +35,7 @@ STUDIO_WEIGHTS_NAME = "face_studio.safetensors"
 STUDIO = "face_studio"  # name of the module in the UNet, and of the LoRA
 FORMAT = "face-studio"
 CONTEXTS = ("replace", "append")
-LORA_TARGETS = ("to_k", "to_v")  # of the cross-attention: what reads the tokens
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of the cross-attention: what reads the tokens
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,14 @@ class FaceStudio(AttachedWeights):
         return torch.stack(parts).sum(0)
 
 
-def attach(unet: Any, studio: FaceStudio, lora: Mapping[str, Tensor] | None = None) -> None:
+def attach(
+    unet: Any, studio: FaceStudio, lora: Mapping[str, Tensor] | None = None, *, every_layer: bool = False
+) -> None:
     """Make `studio` a module of `unet`, and add its LoRA, which sleeps until [`studio_lora`] wakes it.
 
     Args:
         lora: its weights by `layer.lora_A.weight`; None for new ones, which change nothing yet.
+        every_layer: layers that `lora` leaves out get new ones, to be trained; else they are left as they are.
 
     Raises:
         AdapterMismatchError: weights of other layers or shapes. FaceFusionError: there is one already, or no peft.
@@ -127,19 +130,23 @@ def attach(unet: Any, studio: FaceStudio, lora: Mapping[str, Tensor] | None = No
     attach_module(unet, studio)
     try:
         if studio.metadata.rank:
-            _inject(whole(unet), studio.metadata.rank, lora)
+            _inject(whole(unet), studio.metadata.rank, lora, every_layer)
     except FaceFusionError:
         detach_module(unet, STUDIO)
         raise
 
 
-def _inject(unet: Any, rank: int, weights: Mapping[str, Tensor] | None) -> None:
+def _inject(unet: Any, rank: int, weights: Mapping[str, Tensor] | None, every_layer: bool) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise FaceFusionError("FaceStudio's LoRA needs peft: `pip install peft`") from error
     acting = {name: list(layer.active_adapters) for name, layer in lora_layers(unet).items()}
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=_targets(unet), init_lora_weights=True)
+    targets = _targets(unet)
+    if weights is not None and not every_layer:
+        known = {_layer_of(name) for name in weights}
+        targets = [target for target in targets if target in known] or targets
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of another LoRA: as intended
         inject_adapter_in_model(config, unet, STUDIO)
@@ -152,6 +159,9 @@ def _inject(unet: Any, rank: int, weights: Mapping[str, Tensor] | None) -> None:
     if weights is None:
         return
     own = lora_state(unet)
+    if every_layer:
+        known = {_layer_of(name) for name in weights}
+        own = {name: tensor for name, tensor in own.items() if _layer_of(name) in known}
     if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
         detach(unet)
         odd = next((name for name in own if name not in weights or own[name].shape != weights[name].shape), "more")
@@ -163,6 +173,11 @@ def _inject(unet: Any, rank: int, weights: Mapping[str, Tensor] | None) -> None:
 
 def _targets(unet: Any) -> list[str]:
     return [f"{layer}.{target}" for layer in attention_layers(unet, "attn2") for target in LORA_TARGETS]
+
+
+def _layer_of(name: str) -> str:
+    """The layer of a weight of the LoRA."""
+    return name.rsplit(".lora_", 1)[0]
 
 
 def lora_layers(unet: Any) -> dict[str, Any]:
@@ -234,15 +249,15 @@ def save_studio(unet: Any, path: str | os.PathLike[str], dtype: torch.dtype | No
     save_attached(unet, FaceStudio, path, dtype, beside=lora_state(unet))
 
 
-def load_studio(unet: Any, path: str | os.PathLike[str]) -> FaceStudio:
-    """Read what [`save_studio`] wrote and attach it to `unet`, in the place of what was.
+def load_studio(unet: Any, path: str | os.PathLike[str], *, every_layer: bool = False) -> FaceStudio:
+    """Read what [`save_studio`] wrote and attach it to `unet`, in the place of what was; `every_layer` as [`attach`].
 
     Raises:
         ModelNotFoundError: no such file. AdapterMismatchError: another format, base family, or shapes.
     """
     studio, lora = read_attached(unet, FaceStudio, path, beside=".lora_")
     detach(unet)
-    attach(unet, studio, lora)
+    attach(unet, studio, lora, every_layer=every_layer)
     return studio
 
 

@@ -508,6 +508,16 @@ def test_other_settings_need_another_folder(
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == before
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_model_that_was_trained_on_is_another_one(tmp_path: Path, part: str) -> None:
+    folder = tmp_path / "model" / part
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"first")
+    before = hash_weights(str(tmp_path / "model"))
+    (folder / "model.safetensors").write_bytes(b"second")
+    assert before != hash_weights(str(tmp_path / "model"))
+
+
 def test_an_adapter_that_was_trained_on_is_another_one(tmp_path: Path) -> None:
     file, out = tmp_path / evaluate.ADAPTER_FILE, tmp_path / "out"
     file.write_bytes(b"first")

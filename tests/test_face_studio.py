@@ -18,10 +18,12 @@ from face_fusion_pipeline.face_errors import (
     InvalidScaleError,
     ModelNotFoundError,
 )
+from face_fusion_pipeline.face_files import read_tensors, save_tensors
 from face_fusion_pipeline.face_studio import (
     STUDIO_WEIGHTS_NAME,
     FaceStudio,
     StudioMetadata,
+    load_studio,
     lora_state,
     new_studio,
     save_studio,
@@ -110,6 +112,28 @@ def test_without_style_and_people_of_it_pictures_are_the_stock_ones(pipe):
     styled = generate(pipe, style_image=STYLE)
     assert not torch.equal(styled, plain)
     assert torch.equal(generate(pipe), plain)  # also after it
+
+
+def test_weights_of_earlier_versions_have_a_lora_for_fewer_layers(weights, tmp_path):
+    tensors, metadata = read_tensors(weights / "sd" / STUDIO_WEIGHTS_NAME)
+    kept = {name: tensor for name, tensor in tensors.items() if ".to_q." not in name and ".to_out." not in name}
+    file = tmp_path / STUDIO_WEIGHTS_NAME
+    save_tensors(file, kept, metadata)
+    unet = tiny_pipeline().unet
+    load_studio(unet, file)
+    before = lora_state(unet)
+    assert before.keys() == {name for name in kept if ".lora_" in name}
+    load_studio(unet, file, every_layer=True)  # to train on: new layers change nothing yet
+    after = lora_state(unet)
+    assert after.keys() == {name for name in tensors if ".lora_" in name}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any(tensor.any() for name, tensor in after.items() if ".lora_B." in name and name not in before)
+
+    del kept[next(name for name in kept if ".to_k.lora_B." in name)]
+    save_tensors(file, kept, metadata)
+    for every_layer in (False, True):
+        with pytest.raises(AdapterMismatchError, match="other layers"):
+            load_studio(unet, file, every_layer=every_layer)
 
 
 def test_unloading_leaves_the_unet_as_it_was(sd):

@@ -95,10 +95,13 @@ def needs_adapter(method: str) -> bool:
     return method.removesuffix(MIRRORED) in ("adapter", "both")
 
 
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # folders of a model, whose weights pictures come from
+
+
 def hash_weights(model: str, *weights: str | None) -> str | None:
     """Of a model and weights for it: of the content of the local files among these, None where all are on the Hub."""
-    base = Path(model) if Path(model).is_file() else Path(model) / "unet"
-    folders = [base, *(Path(place) for place in weights if place)]
+    base = [Path(model)] if Path(model).is_file() else [Path(model) / part for part in PARTS]
+    folders = [*base, *(Path(place) for place in weights if place)]
     files = [
         file for place in folders for file in ([place] if place.is_file() else sorted(place.glob("*.safetensors")))
     ]

@@ -50,7 +50,7 @@ def continued_tokens(unet: UNet2DConditionModel, kind: type[AttachedWeights], pa
     """
     path = path / WEIGHTS[kind] if path.is_dir() else path
     if kind is FaceStudio:
-        module: Any = load_studio(unet, path)
+        module: Any = load_studio(unet, path, every_layer=True)  # earlier weights have a LoRA for fewer layers
     else:
         module, _ = read_attached(unet, kind, path)
         attach_module(unet, module)
