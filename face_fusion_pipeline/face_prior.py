@@ -192,7 +192,7 @@ def _read(source: str, subfolder: str, text: str, hub: dict[str, Any]) -> PriorP
         raise ValueError(f"{text}/{tower} lacks {missing[0]}: it is no text tower with projection")
     if encoder.config.projection_dim != (prior.config.embedding_proj_dim or prior.config.embedding_dim):
         raise ValueError(f"the text tower of {text} is {encoder.config.projection_dim} wide: it is of another CLIP")
-    logger.info("prior: %s", source)
+    logger.info("loaded the prior %s", source)
     for model in (prior, encoder):
         model.eval().requires_grad_(False)
     return PriorPipeline(prior, encoder, tokenizer, scheduler)
