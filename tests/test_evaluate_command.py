@@ -509,7 +509,7 @@ def test_other_settings_need_another_folder(
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_a_model_that_was_trained_on_is_another_one(tmp_path: Path, part: str) -> None:
+def test_every_part_of_a_model_that_draws_is_known(tmp_path: Path, part: str) -> None:
     folder = tmp_path / "model" / part
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"first")

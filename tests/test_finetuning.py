@@ -28,9 +28,11 @@ from face_fusion_pipeline.avatars.world.dataset import plan
 from face_fusion_pipeline.avatars.world.render import render
 from face_fusion_pipeline.cli import build_parser, main
 from face_fusion_pipeline.face_adapter import save_adapter
+from face_fusion_pipeline.face_files import read_tensors, save_tensors
 from face_fusion_pipeline.face_images import crop_face
 from face_fusion_pipeline.face_layout import box_masks, pool, visible_people
 from face_fusion_pipeline.face_self_attention import SelfAttentionReference
+from face_fusion_pipeline.face_studio import STUDIO_WEIGHTS_NAME, detach, lora_state, new_studio, save_studio
 from face_fusion_pipeline.reference_pass import face_tensors
 from face_fusion_pipeline.training import latent_cache, loop, objective
 from face_fusion_pipeline.training import task as task_module
@@ -628,6 +630,29 @@ def test_an_average_lies_between_two_trainings_and_says_so(base: Any, tmp_path: 
         and twice["before"] == record["averaged"]
         and twice["with"]["averaged"]["fraction"] == 1.0
     )
+
+
+def test_an_average_of_face_studio_takes_layers_that_only_the_second_has(base: Any, tmp_path: Path) -> None:
+    known = {"image_width": 4, "face_width": 3, "face_embedder": "toy", "tokens": 2, "rank": 2}
+    new_studio(base.unet, **known)
+    for tensor in lora_state(base.unet).values():
+        torch.nn.init.normal_(tensor)
+    save_studio(base.unet, tmp_path / "b" / STUDIO_WEIGHTS_NAME)
+    detach(base.unet)
+    b, strings = read_tensors(tmp_path / "b" / STUDIO_WEIGHTS_NAME)
+    a = {name: tensor + 1 for name, tensor in b.items() if ".to_q." not in name}
+    save_tensors(tmp_path / "a" / STUDIO_WEIGHTS_NAME, a, strings)
+    assert main(["average", *(str(tmp_path / name) for name in "ab"), "--out", str(tmp_path / "mean")]) == 0
+    mean, said = read_tensors(tmp_path / "mean" / STUDIO_WEIGHTS_NAME)
+    assert said == strings and mean.keys() == b.keys()
+    for name, tensor in mean.items():
+        expected = b[name] + 0.5 if name in a else b[name] / 2 if ".lora_B." in name else b[name]
+        torch.testing.assert_close(tensor, expected, msg=name)
+
+    adapter = create_adapter(base.unet, metadata={"resolution": SIDE})
+    save_adapter(adapter, tmp_path / "c" / "face_fusion_adapter.safetensors")
+    assert main(["average", *(str(tmp_path / name) for name in "bc"), "--out", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_cannot_be_averaged_is_refused_and_nothing_is_lost(

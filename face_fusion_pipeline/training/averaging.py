@@ -7,16 +7,24 @@ what would be lost: here likeness, gained by an identity loss, and faces that st
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
 from ..face_errors import AdapterMismatchError, FaceFusionError, also_named
 from ..face_files import check_tensors, read_tensors, save_tensors
+from ..face_studio import STUDIO_WEIGHTS_NAME, StudioMetadata
 from ..files.atomic import replacing
 from ..unet_family import same_fingerprint
 from .run_records import RECORD, read_records
+
+
+NAMES = {AdapterMetadata: ADAPTER_WEIGHTS_NAME, StudioMetadata: STUDIO_WEIGHTS_NAME}
 
 
 @also_named(share="fraction")
@@ -24,7 +32,7 @@ def average_adapters(first: Path, second: Path, fraction: float, out: Path) -> N
     """Write (1 − fraction) · first + fraction · second to the folder `out`, with the record of the second's training.
 
     Args:
-        first, second: adapter files, or folders that `face-fusion train` wrote.
+        first, second: weights of Face Fusion or of FaceStudio: files, or folders that `face-fusion train` wrote.
         fraction: from 0 to 1.
 
     Raises:
@@ -33,20 +41,21 @@ def average_adapters(first: Path, second: Path, fraction: float, out: Path) -> N
     """
     if not 0 <= fraction <= 1:
         raise FaceFusionError(f"the fraction of the second must be from 0 to 1, got {fraction}")
-    files = [path / ADAPTER_WEIGHTS_NAME if path.is_dir() else path for path in (first, second)]
-    target = out / ADAPTER_WEIGHTS_NAME
+    files = [_weights_in(path) if path.is_dir() else path for path in (first, second)]
+    (a, said), (b, also_said) = (read_tensors(file, check=metadata_of) for file in files)
+    one, other = metadata_of(said), metadata_of(also_said)
+    target = out / NAMES[type(one)]
     if target.resolve() in [file.resolve() for file in files]:
         raise FaceFusionError(f"{out} holds what is averaged: take another folder for the result")
-    (a, said), (b, also_said) = (read_tensors(file, check=AdapterMetadata.from_strings) for file in files)
-    one, other = (AdapterMetadata.from_strings(strings) for strings in (said, also_said))
-    same_base = same_fingerprint(one.base_fingerprint, other.base_fingerprint)
-    if not same_base or one != replace(other, base_fingerprint=one.base_fingerprint):
+    if not _alike(one, other):
         raise AdapterMismatchError(f"{files[0]} and {files[1]} are for different bases or kinds of reference")
+    if isinstance(one, StudioMetadata):
+        a = with_new_layers(a, b)
     if {key: weight.shape for key, weight in a.items()} != {key: weight.shape for key, weight in b.items()}:
         raise AdapterMismatchError(f"{files[0]} and {files[1]} have different layers")
     for file, read in zip(files, (a, b), strict=True):
         check_tensors(read, str(file), AdapterMismatchError)
-    mean = {key: ((1 - fraction) * a[key].float() + fraction * b[key].float()).to(a[key].dtype) for key in a}
+    mean = {key: torch.lerp(a[key].float(), b[key].float(), fraction).to(b[key].dtype) for key in b}
     records = averaged_records(files[0].with_name(RECORD), files[1].with_name(RECORD), fraction)
     with replacing(target) as weights, replacing(out / RECORD) as record:  # both, or neither
         save_tensors(weights, mean, one.to_strings())
@@ -55,14 +64,42 @@ def average_adapters(first: Path, second: Path, fraction: float, out: Path) -> N
         (out / RECORD).unlink()
 
 
+def _weights_in(folder: Path) -> Path:
+    return next((folder / name for name in NAMES.values() if (folder / name).is_file()), folder / ADAPTER_WEIGHTS_NAME)
+
+
+def metadata_of(strings: Mapping[str, str]) -> AdapterMetadata | StudioMetadata:
+    """Those of weights of either kind, from the strings of their file."""
+    kind = StudioMetadata if strings.get("format") == StudioMetadata.FORMAT else AdapterMetadata
+    return kind.from_strings(strings)
+
+
+def _alike(one: AdapterMetadata | StudioMetadata, other: AdapterMetadata | StudioMetadata) -> bool:
+    if isinstance(one, AdapterMetadata) and isinstance(other, AdapterMetadata):
+        same = same_fingerprint(one.base_fingerprint, other.base_fingerprint)
+        return same and one == replace(other, base_fingerprint=one.base_fingerprint)
+    return one == other
+
+
+def with_new_layers(earlier: dict[str, Tensor], later: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an earlier FaceStudio, and a LoRA that does nothing yet for the layers that only `later` has."""
+    found = dict(earlier)
+    for key, weight in later.items():
+        layer, lora, part = key.partition(".lora_")
+        if lora and not any(name.startswith(f"{layer}.lora_") for name in earlier):
+            found[key] = torch.zeros_like(weight) if part.startswith("B") else weight
+    return found
+
+
 def averaged_records(first: Path, second: Path, fraction: float) -> dict[str, Any]:
     """The records of the second training, which say what its weights were averaged with.
 
     Raises [`FaceFusionError`] where one is damaged.
     """
-    records = read_records(second)
-    for training in records.values():
-        averaged = {"fraction": fraction, "with": _described(read_records(first))}
+    records, others = read_records(second), read_records(first)
+    for name, training in records.items():
+        same = {name: others[name]} if name in others else others
+        averaged = {"fraction": fraction, "with": _described(same)}
         before = {"before": training["averaged"]} if "averaged" in training else {}
         training["averaged"] = averaged | before
     return records
