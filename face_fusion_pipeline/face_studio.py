@@ -142,9 +142,8 @@ def _inject(unet: Any, rank: int, weights: Mapping[str, Tensor] | None, every_la
     except ImportError as error:
         raise FaceFusionError("FaceStudio's LoRA needs peft: `pip install peft`") from error
     acting = {name: list(layer.active_adapters) for name, layer in lora_layers(unet).items()}
-    targets = _targets(unet)
-    if weights is not None and not every_layer:
-        known = {_layer_of(name) for name in weights}
+    targets, known = _targets(unet), {layer_of(name) for name in weights or ()}
+    if weights and not every_layer:
         targets = [target for target in targets if target in known] or targets
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=True)
     with warnings.catch_warnings():
@@ -158,10 +157,7 @@ def _inject(unet: Any, rank: int, weights: Mapping[str, Tensor] | None, every_la
                 part[STUDIO].requires_grad_(False)
     if weights is None:
         return
-    own = lora_state(unet)
-    if every_layer:
-        known = {_layer_of(name) for name in weights}
-        own = {name: tensor for name, tensor in own.items() if _layer_of(name) in known}
+    own = {name: tensor for name, tensor in lora_state(unet).items() if not every_layer or layer_of(name) in known}
     if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
         detach(unet)
         odd = next((name for name in own if name not in weights or own[name].shape != weights[name].shape), "more")
@@ -175,7 +171,7 @@ def _targets(unet: Any) -> list[str]:
     return [f"{layer}.{target}" for layer in attention_layers(unet, "attn2") for target in LORA_TARGETS]
 
 
-def _layer_of(name: str) -> str:
+def layer_of(name: str) -> str:
     """The layer of a weight of the LoRA."""
     return name.rsplit(".lora_", 1)[0]
 

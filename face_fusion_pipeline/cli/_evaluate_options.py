@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ._arguments import COUNT, GUIDANCE, GUIDED, SEED, STEPS, STRENGTH
 
 if TYPE_CHECKING:
     from ..avatars.evaluation.scoring import Panel
+    from ..avatars.evaluation.trials import Trial
     from ..evaluation.generation import Settings
     from ..face_detectors import FaceDetector
 
@@ -50,6 +52,13 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=STRENGTH, default=1.0, help="face scale of the adapter (default: 1)")
 
 
+def add_trial_arguments(parser: argparse.ArgumentParser, identities: int, prompts: int) -> None:
+    """How many people and prompts, with their defaults."""
+    people, each = f"test people (default: {identities})", f"prompts for each of them (default: {prompts})"
+    parser.add_argument("--identities", type=COUNT, default=identities, help=people)
+    parser.add_argument("--prompts", type=COUNT, default=prompts, help=each)
+
+
 def add_evaluator_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recognisers", type=Path, metavar="DIR", help="folder of face recognisers as .onnx files")
     parser.add_argument("--recogniser", action="append", default=[], metavar="NAME=FILE.onnx[:PREPROCESSING]",
@@ -80,6 +89,23 @@ def load_panel(args: argparse.Namespace) -> Panel:
 
     recognisers = load_recognisers(args.recogniser, args.recognisers)
     return Panel(load_evaluators(args.evaluators or SHIPPED), recognisers, find_detector(args))
+
+
+def load_measured_panel(args: argparse.Namespace) -> Panel:
+    """The panel, with the measures of drawing and of traits."""
+    from ..avatars.measures.panel import load_measures
+
+    panel = load_panel(args)
+    panel.measures = load_measures(panel.evaluators)
+    return panel
+
+
+def portrait_trials(args: argparse.Namespace, seen: Iterable[str] = ()) -> list[Trial]:
+    """Photographs of one test person each, by prompts that are neither in `--training-data` nor `seen`."""
+    from ..avatars.evaluation.trials import plan_trials
+
+    exclude = training_captions(args.training_data).union(seen)
+    return plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
 
 
 def model_folder(args: argparse.Namespace) -> str:

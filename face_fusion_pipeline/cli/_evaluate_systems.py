@@ -11,10 +11,12 @@ from ._evaluate_options import (
     adapter_of,
     add_adapter_arguments,
     add_generation_arguments,
+    add_trial_arguments,
+    load_measured_panel,
     load_panel,
     model_folder,
+    portrait_trials,
     settings_of,
-    training_captions,
 )
 
 
@@ -24,22 +26,19 @@ def add_system_actions(actions: Any) -> list[argparse.ArgumentParser]:
     add_generation_arguments(studio)
     add_adapter_arguments(studio)
     studio.add_argument("--studio", help="FaceStudio weights, file or folder (default: face_studio of the model)")
-    studio.add_argument("--identities", type=COUNT, default=24, help="test people (default: 24)")
-    studio.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
+    add_trial_arguments(studio, 24, 2)
 
     whole_unet = actions.add_parser(
         "studio-whole", help="FaceStudio: the whole UNet trained, as in the paper, against the LoRA"
     )
     add_generation_arguments(whole_unet)
     _add_studio_training(whole_unet)
-    whole_unet.add_argument("--identities", type=COUNT, default=24, help="test people (default: 24)")
-    whole_unet.add_argument("--prompts", type=COUNT, default=1, help="prompts for each of them (default: 1)")
+    add_trial_arguments(whole_unet, 24, 1)
 
     snap = actions.add_parser("snap", help="FaceSnap: the driver's pose and expression, in the person's own shape")
     add_generation_arguments(snap)
     add_adapter_arguments(snap)
-    snap.add_argument("--identities", type=COUNT, default=25, help="number of people (default: 25)")
-    snap.add_argument("--prompts", type=COUNT, default=2, help="prompts for each person (default: 2)")
+    add_trial_arguments(snap, 25, 2)
     snap.add_argument("--snap", help="FaceSnap weights, file or folder (default: face_snap of the model)")
     for action in (studio, snap):
         action.add_argument(
@@ -49,8 +48,7 @@ def add_system_actions(actions: Any) -> list[argparse.ArgumentParser]:
     parts = actions.add_parser("snap-parts", help="FaceSnap: what its parts give, by variants that are trained alike")
     add_generation_arguments(parts)
     parts.add_argument("--data", type=Path, required=True, metavar="DIR", help="avatars that `prepare` made")
-    parts.add_argument("--identities", type=COUNT, default=12, help="test people (default: 12)")
-    parts.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
+    add_trial_arguments(parts, 12, 2)
     parts.add_argument("--variants", nargs="+", action=Gather, metavar="NAME", help="only these")
     parts.add_argument("--seeds", type=SEED, nargs="+", action=Gather, default=[0, 1, 2], help="a training for each")
     parts.add_argument("--training-steps", type=COUNT, default=200, help="of every training (default: 200)")
@@ -95,19 +93,15 @@ def _add_studio_training(parser: argparse.ArgumentParser) -> None:
 def _studio(args: argparse.Namespace) -> tuple[dict, str]:
     from ..avatars.evaluation.studio_table import as_markdown, compare_studio
     from ..avatars.evaluation.studio_views import DETECTOR
-    from ..avatars.evaluation.trials import plan_trials
     from ..avatars.face_model import SHIPPED, load_avatar_face_model
-    from ..avatars.measures.panel import load_measures
     from ..evaluation.generation import pipeline_of
 
     weights = args.studio or str(Path(model_folder(args)) / "face_studio")
     settings = settings_of(args, adapter=adapter_of(args), face_scale=args.scale, beside=[weights])
     pipe = pipeline_of(settings, args.device)
     pipe.load_face_studio(weights)
-    exclude = training_captions(args.training_data)
-    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
-    panel = load_panel(args)
-    panel.measures = load_measures(panel.evaluators)
+    trials = portrait_trials(args)
+    panel = load_measured_panel(args)
     model = load_avatar_face_model(args.face_model or SHIPPED, DETECTOR)
     result = compare_studio(pipe, trials, panel, settings, model, args.out)
     return result, as_markdown(result, panel.names)
@@ -116,8 +110,6 @@ def _studio(args: argparse.Namespace) -> tuple[dict, str]:
 def _studio_whole(args: argparse.Namespace) -> tuple[dict, str]:
     from ..avatars.ablations.studio_whole import StudioBudget, StudioTrainer
     from ..avatars.ablations.studio_whole_table import as_markdown, compare_whole
-    from ..avatars.evaluation.trials import plan_trials
-    from ..avatars.measures.panel import load_measures
     from ..face_errors import FaceFusionError
     from ..training.preparation import read_rows
 
@@ -133,19 +125,15 @@ def _studio_whole(args: argparse.Namespace) -> tuple[dict, str]:
     )
     parts = args.studio or str(Path(model_folder(args)) / "face_studio")
     trainer = StudioTrainer(model_folder(args), args.data, args.out, budget, parts, args.teacher)
-    exclude = training_captions(args.training_data) | {row["text"] for row in read_rows(args.data)}
-    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
-    panel = load_panel(args)
-    panel.measures = load_measures(panel.evaluators)
+    trials = portrait_trials(args, {row["text"] for row in read_rows(args.data)})
+    panel = load_measured_panel(args)
     result = compare_whole(trainer, args.seeds, trials, panel, settings_of(args), args.device)
     return result, as_markdown(result, panel.names)
 
 
 def _snap(args: argparse.Namespace) -> tuple[dict, str]:
     from ..avatars.evaluation.snap_table import DETECTOR, as_markdown, compare_snap
-    from ..avatars.evaluation.trials import plan_trials
     from ..avatars.face_model import SHIPPED, load_avatar_face_model
-    from ..avatars.measures.panel import load_measures
     from ..evaluation.generation import pipeline_of
 
     weights, points = args.snap or str(Path(model_folder(args)) / "face_snap"), args.face_model or str(SHIPPED)
@@ -154,10 +142,8 @@ def _snap(args: argparse.Namespace) -> tuple[dict, str]:
     )
     pipe = pipeline_of(settings, args.device)
     pipe.load_face_snap(weights)
-    exclude = training_captions(args.training_data)
-    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
-    panel = load_panel(args)
-    panel.measures = load_measures(panel.evaluators)
+    trials = portrait_trials(args)
+    panel = load_measured_panel(args)
     model = load_avatar_face_model(points, DETECTOR)
     result = compare_snap(pipe, trials, panel, settings, model, args.out)
     return result, as_markdown(result, panel.names)
@@ -176,7 +162,6 @@ def _snap_parts(args: argparse.Namespace) -> tuple[dict, str]:
 
     from ..avatars.ablations.snap_parts import VARIANTS, Drawer, Workshop, as_markdown, compare_parts
     from ..avatars.evaluation.snap_table import DETECTOR
-    from ..avatars.evaluation.trials import plan_trials
     from ..avatars.face_model import SHIPPED, WEIGHTS_NAME, load_avatar_face_model
     from ..face_errors import FaceFusionError
     from ..generation.loading import SNAP_FOLDER
@@ -215,8 +200,7 @@ def _snap_parts(args: argparse.Namespace) -> tuple[dict, str]:
     )
     start = args.snap or Path(model_folder(args)) / SNAP_FOLDER
     workshop = Workshop(base, pairs, features, start, loop, args.out)
-    exclude = training_captions(args.training_data)
-    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
+    trials = portrait_trials(args)
     settings = settings_of(args, beside=snap_files(str(start)))
     drawer = Drawer(settings, args.device, looks.embedder, load_avatar_face_model(detector=DETECTOR))
     result = compare_parts(workshop, drawer, names, args.seeds, trials, load_panel(args))

@@ -24,9 +24,12 @@ from ._evaluate_options import (
     add_adapter_arguments,
     add_evaluator_arguments,
     add_generation_arguments,
+    add_trial_arguments,
     find_detector,
+    load_measured_panel,
     load_panel,
     model_folder,
+    portrait_trials,
     settings_of,
     training_captions,
 )
@@ -52,8 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     table.add_argument("--methods", nargs="+", action=Gather, choices=METHODS, metavar="METHOD",
                        help="none, training-free, adapter (default: those that the model allows), both, and the last "
                        "three with -mirrored (the mirrored reference is a second one)")  # fmt: skip
-    table.add_argument("--identities", type=COUNT, default=50, help="test people (default: 50)")
-    table.add_argument("--prompts", type=COUNT, default=4, help="prompts for each of them (default: 4)")
+    add_trial_arguments(table, 50, 4)
     table.add_argument("--training-free-scale", type=STRENGTH, default=1.0, help="scale without adapter (default: 1)")
     table.add_argument("--self-scale", type=STRENGTH, default=4.0, help="scale at the self-attention (default: 4)")
 
@@ -79,8 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generation_arguments(depth)
     add_adapter_arguments(depth)
     depth.add_argument("--controlnet", help="folder or Hub id of a ControlNet (default: `controlnet` of the model)")
-    depth.add_argument("--identities", type=COUNT, default=50, help="test people (default: 50)")
-    depth.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
+    add_trial_arguments(depth, 50, 2)
 
     morph = actions.add_parser("morph", help="from one person to another by weights: how likeness moves")
     add_generation_arguments(morph)
@@ -95,8 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reference = actions.add_parser("reference", help="what of it the self-attention sees: the likeness lost or won")
     add_generation_arguments(reference)
     for action in (savings, reference):
-        action.add_argument("--identities", type=COUNT, default=50, help="test people (default: 50)")
-        action.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
+        add_trial_arguments(action, 50, 2)
 
     recognition = actions.add_parser("recognition", help="do tools made for photographs accept avatars?")
     add_evaluator_arguments(recognition)
@@ -154,8 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generated.add_argument(
         "--data", type=Path, required=True, metavar="DIR", help="a folder of `face-fusion prepare generated:N`"
     )
-    generated.add_argument("--identities", type=COUNT, default=50, help="test people (default: 50)")
-    generated.add_argument("--prompts", type=COUNT, default=2, help="prompts for each of them (default: 2)")
+    add_trial_arguments(generated, 50, 2)
     generated.add_argument("--training-steps", type=COUNT, default=2000, help="of both trainings (default: 2000)")
     generated.add_argument("--train-batch-size", type=COUNT, default=16, help="of both trainings (default: 16)")
     generated.add_argument(
@@ -200,8 +199,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _table(args: argparse.Namespace) -> tuple[dict, str]:
     from ..avatars.evaluation.avatar_table import as_markdown, compare
-    from ..avatars.evaluation.trials import TRUE_BOX, plan_trials
-    from ..avatars.measures.panel import load_measures
+    from ..avatars.evaluation.trials import TRUE_BOX
     from ..evaluation.generation import METHODS, needs_adapter, pipeline_of
     from ..face_detectors import load_detector
     from ..face_errors import FaceFusionError
@@ -215,25 +213,19 @@ def _table(args: argparse.Namespace) -> tuple[dict, str]:
     scales = {"training_free_scale": args.training_free_scale, "self_scale": args.self_scale}
     scales["face_scale"] = args.scale
     settings = settings_of(args, adapter=adapter, cut_out=args.cut_out, **scales)
-    exclude = training_captions(args.training_data)
-    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
-    panel = load_panel(args)
-    panel.measures = load_measures(panel.evaluators)
+    trials = portrait_trials(args)
+    panel = load_measured_panel(args)
     result = compare(pipeline_of(settings, args.device), trials, methods, panel, settings, args.out)
     return result, as_markdown(result, panel.names)
 
 
 def _generated(args: argparse.Namespace) -> tuple[dict, str]:
     from ..avatars.evaluation.generated_table import Schooling, compare_generated, table_of
-    from ..avatars.evaluation.trials import plan_trials
-    from ..avatars.measures.panel import load_measures
     from ..training.base_model import load_base
     from ..training.loop import usable_precision
 
-    exclude = training_captions(args.training_data)
-    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
-    panel = load_panel(args)
-    panel.measures = load_measures(panel.evaluators)
+    trials = portrait_trials(args)
+    panel = load_measured_panel(args)
     base = load_base(model_folder(args))
     base.pipeline.to(args.device)
     precision = usable_precision(args.mixed_precision)
@@ -274,13 +266,11 @@ def _people(args: argparse.Namespace) -> tuple[dict, str]:
 def _depth(args: argparse.Namespace) -> tuple[dict, str]:
     from ..avatars.evaluation.depth_table import as_markdown, compare_depth
     from ..avatars.evaluation.evaluators import SHIPPED, load_evaluators
-    from ..avatars.evaluation.trials import plan_trials
     from ..evaluation.generation import pipeline_of
 
     controlnet = args.controlnet or str(Path(model_folder(args)) / "controlnet")
     settings = settings_of(args, adapter=adapter_of(args), controlnet=controlnet, face_scale=args.scale)
-    exclude = training_captions(args.training_data)
-    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
+    trials = portrait_trials(args)
     evaluators = load_evaluators(args.evaluators or SHIPPED)
     result = compare_depth(pipeline_of(settings, args.device), trials, evaluators, settings, args.out)
     return result, as_markdown(result)
@@ -320,11 +310,9 @@ def _reference(args: argparse.Namespace) -> tuple[dict, str]:
 def _compare_savings(args: argparse.Namespace, settings: Settings, savings: Sequence[Saving]) -> tuple[dict, str]:
     from ..avatars.evaluation.evaluators import SHIPPED, load_evaluators
     from ..avatars.evaluation.savings_table import as_markdown, compare_savings
-    from ..avatars.evaluation.trials import plan_trials
     from ..evaluation.generation import pipeline_of
 
-    exclude = training_captions(args.training_data)
-    trials = plan_trials(args.identities, args.prompts, seed=args.seed, exclude=exclude, style="photo")
+    trials = portrait_trials(args)
     evaluators = load_evaluators(args.evaluators or SHIPPED)
     result = compare_savings(pipeline_of(settings, args.device), trials, evaluators, settings, args.out, savings)
     return result, as_markdown(result)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..face_adapter import ADAPTER_WEIGHTS_NAME, AdapterMetadata
 from ..face_errors import AdapterMismatchError, FaceFusionError, also_named
 from ..face_files import check_tensors, read_tensors, save_tensors
-from ..face_studio import STUDIO_WEIGHTS_NAME, StudioMetadata
+from ..face_studio import STUDIO_WEIGHTS_NAME, StudioMetadata, layer_of
 from ..files.atomic import replacing
 from ..unet_family import same_fingerprint
 from .run_records import RECORD, read_records
@@ -83,12 +83,9 @@ def _alike(one: AdapterMetadata | StudioMetadata, other: AdapterMetadata | Studi
 
 def with_new_layers(earlier: dict[str, Tensor], later: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of an earlier FaceStudio, and a LoRA that does nothing yet for the layers that only `later` has."""
-    found = dict(earlier)
-    for key, weight in later.items():
-        layer, lora, part = key.partition(".lora_")
-        if lora and not any(name.startswith(f"{layer}.lora_") for name in earlier):
-            found[key] = torch.zeros_like(weight) if part.startswith("B") else weight
-    return found
+    known = {layer_of(name) for name in earlier}
+    new = {name: weight for name, weight in later.items() if ".lora_" in name and layer_of(name) not in known}
+    return earlier | {name: torch.zeros_like(weight) if ".lora_B." in name else weight for name, weight in new.items()}
 
 
 def averaged_records(first: Path, second: Path, fraction: float) -> dict[str, Any]:
